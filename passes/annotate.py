@@ -1,0 +1,222 @@
+"""Name every product, recognize where its operands come from, and choose quantizers from the QConfigMapping."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ptq4vit_fx.errors import PTQWarning, failure, near_names
+from ptq4vit_fx.passes.contract import attach, graph_pass
+from ptq4vit_fx.passes.dataflow import adopt_meta, downstream, module_path, origin
+from ptq4vit_fx.passes.stages import PRODUCT_TARGETS, Stage
+from ptq4vit_fx.plan import OPERANDS, FloatOp, Operand, ProductKind, QuantOp, QuantPlan, SourceActivation, site
+from ptq4vit_fx.qconfig import QConfig, QConfigMapping
+from ptq4vit_fx.quantizers import GELU_TANH_MINIMUM, Quantizer, TwinUniform, Uniform
+
+#: Products that this version does not rewrite: they stay float and are reported.
+UNSUPPORTED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d, nn.Bilinear, nn.MultiheadAttention)
+UNSUPPORTED_FUNCTIONS = {torch.einsum: "einsum", F.conv1d: "conv1d", torch.baddbmm: "baddbmm", torch.addmm: "addmm"}
+
+
+@graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
+def annotate(graph_module: GraphModule, mapping: QConfigMapping) -> int:
+    """Mark each planned product node with its name and store the plan as `graph_module.plan`.
+
+    Raises PTQError if a rule of the mapping matches nothing (it lists near names) or if no product is left to
+    quantize. Warns, by name and with the reason, of every product that stays float.
+    """
+    products = _name_products(graph_module)
+    _check_rules(mapping, [(op.name, op.kind) for _, op in products])
+    group_counts = _attention_operands_per_weight(products)
+    ops, quantizers, searches = [], {}, {}
+    float_ops = _hidden_products(graph_module)
+    for node, op in products:
+        qconfig, rule = mapping.resolve(op.name, op.kind)
+        chosen = {operand: _quantizer(node, op, operand, qconfig, group_counts) for operand in OPERANDS}
+        lhs, rhs = chosen["lhs"], chosen["rhs"]
+        if qconfig is None or lhs is None or rhs is None:
+            reason = f"left float by {rule}" if rule else "no rule of the QConfigMapping matches it"
+            float_ops.append(FloatOp(op.name, reason))
+            continue
+        node.meta["ptq4vit_op"] = op.name
+        ops.append(op)
+        quantizers |= {site(op.name, "lhs"): lhs, site(op.name, "rhs"): rhs}
+        searches[op.name] = qconfig.search
+    if not ops:
+        raise failure(
+            "pass annotate",
+            f"{len(products)} products",
+            expected="at least one to quantize",
+            got=f"none ({'; '.join(f'{f.name}: {f.reason}' for f in float_ops[:3]) or 'no product in the graph'})",
+            do="set a global QConfig, for example recipes.ptq4vit()",
+        )
+    for float_op in float_ops:
+        warnings.warn(f"{float_op.name} stays float: {float_op.reason}", PTQWarning, stacklevel=4)
+    attach(graph_module, plan=QuantPlan(tuple(ops), quantizers, searches, tuple(float_ops)))
+    return len(ops)
+
+
+def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:
+    """Find the products in execution order, give each a unique readable name, and rename its node after it."""
+    taken: dict[str, int] = {}
+    products = []
+    for node in graph_module.graph.nodes:
+        kind = PRODUCT_TARGETS.get(node.target) if node.op == "call_function" else None
+        if kind is None:
+            continue
+        base = _base_name(node, kind)
+        repeat = taken.get(base, 0)
+        taken[base] = repeat + 1
+        name = f"{base}_{repeat}" if repeat else base
+        node._rename(name.replace(".", "_"))
+        adopt_meta(node, node, name)
+        products.append((node, _describe(node, name, kind)))
+    return products
+
+
+def _base_name(node: Node, kind: str) -> str:
+    weight = node.args[1]
+    if isinstance(weight, Node) and weight.op == "get_attr" and str(weight.target).endswith(".weight"):
+        return str(weight.target).removesuffix(".weight")
+    path = module_path(node)
+    return f"{path}.{_role(node, kind)}" if path else _role(node, kind)
+
+
+def _role(node: Node, kind: str) -> str:
+    """matmul_qk feeds a softmax, matmul_av reads one; other products are called by their kind."""
+    if kind != "matmul":
+        return kind
+    if any(_source(node, operand) == "softmax" for operand in OPERANDS):
+        return "matmul_av"
+    if any(user.target is F.softmax for user in downstream(node)):
+        return "matmul_qk"
+    return "matmul"
+
+
+def _source(node: Node, operand: Operand) -> SourceActivation | None:
+    value = node.args[OPERANDS.index(operand)]
+    source = origin(value) if isinstance(value, Node) else None
+    if source is None:
+        return None
+    if source.target is F.softmax:
+        return "softmax"
+    if source.target is F.gelu:
+        return "gelu_tanh" if source.kwargs.get("approximate", "none") == "tanh" else "gelu"
+    return None
+
+
+def _describe(node: Node, name: str, kind: ProductKind) -> QuantOp:
+    weight = node.args[1]
+    op = QuantOp(
+        name,
+        kind,
+        lhs_source=_source(node, "lhs"),
+        rhs_source=_source(node, "rhs"),
+        rhs_is_weight=isinstance(weight, Node) and weight.op == "get_attr",
+    )
+    if kind != "conv2d":
+        return op
+    defaults: tuple[Any, ...] = (None, 1, 0, 1, 1)
+    positional = (*node.args[2:], *defaults[len(node.args) - 2 :])
+    keys = ("bias", "stride", "padding", "dilation", "groups")
+    geometry = {key: node.kwargs.get(key, value) for key, value in zip(keys, positional, strict=True)}
+    padding = geometry["padding"]
+    return replace(
+        op,
+        stride=_pair(geometry["stride"]),
+        padding=padding if isinstance(padding, str) else _pair(padding),
+        dilation=_pair(geometry["dilation"]),
+        groups=int(geometry["groups"]),
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _attention_operands_per_weight(products: list[tuple[Node, QuantOp]]) -> dict[Node, int]:
+    """Count, per linear, the operands of attention products that it computes: 3 for a fused q/k/v projection."""
+    counts: dict[Node, int] = {}
+    for node, op in products:
+        if op.kind != "matmul":
+            continue
+        for operand in node.all_input_nodes:
+            linear = _projection(operand)
+            if linear is not None:
+                counts[linear] = counts.get(linear, 0) + 1
+    return counts
+
+
+def _projection(node: Node) -> Node | None:
+    """Return the linear that computed an attention operand, through moves, scalings and normalizations."""
+    scaling = {torch.mul, operator.mul, F.layer_norm, F.normalize}
+    while True:
+        node = origin(node)
+        if node.target is F.linear:
+            return node
+        is_scaling = node.op == "call_function" and node.target in scaling
+        if not is_scaling or not isinstance(node.args[0], Node):
+            return None
+        node = node.args[0]
+
+
+def _quantizer(
+    node: Node, op: QuantOp, operand: Operand, qconfig: QConfig | None, group_counts: dict[Node, int]
+) -> Quantizer | None:
+    """Choose the quantizer of one operand; granularities that do not exist for it become per tensor."""
+    if qconfig is None:
+        return None
+    if operand == "rhs" and op.rhs_is_weight:
+        weight = qconfig.weight
+        if weight is None or weight.granularity != "group":
+            return weight
+        groups = group_counts.get(node, 1)
+        return replace(weight, granularity="group" if groups > 1 else "tensor", groups=groups)
+    quantizer = qconfig.activation if op.kind != "matmul" else qconfig.matmul
+    source = op.source(operand)
+    if source == "softmax":
+        quantizer = qconfig.softmax or quantizer
+    elif source is not None:
+        quantizer = qconfig.gelu or quantizer
+        if isinstance(quantizer, TwinUniform) and source == "gelu_tanh":
+            quantizer = replace(quantizer, minimum=GELU_TANH_MINIMUM)
+    if isinstance(quantizer, Uniform) and quantizer.granularity != "tensor":
+        value = node.args[OPERANDS.index(operand)]
+        heads = isinstance(value, Node) and op.kind == "matmul" and len(value.meta["tensor_meta"].shape) == 4
+        quantizer = replace(quantizer, granularity="head" if heads else "tensor")
+    return quantizer
+
+
+def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> None:
+    for method, key in mapping.unmatched(products):
+        names = [name for name, _ in products] if method != "set_object_type" else sorted({k for _, k in products})
+        raise failure(
+            f"QConfigMapping.{method}",
+            repr(key),
+            expected="a rule that matches at least one product",
+            got="no match",
+            do=f"near names: {near_names(key, names)}",
+        )
+
+
+def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
+    """List what multiplies inside of the graph but is no QuantOp: unsupported layers, and leaves with products inside."""
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            if isinstance(module, UNSUPPORTED):
+                found.append(FloatOp(str(node.target), f"{type(module).__name__} is not supported"))
+            elif inside := [name for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]:
+                reason = f"{type(module).__name__} is not traced into; inside: {', '.join(filter(None, inside)) or 'itself'}"
+                found.append(FloatOp(str(node.target), reason))
+        elif node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:
+            found.append(FloatOp(node.name, f"{UNSUPPORTED_FUNCTIONS[node.target]} is not supported"))
+    return found

@@ -1,0 +1,87 @@
+"""One spelling per operation: products are F.linear, F.conv2d, torch.matmul; activations F.softmax, F.gelu."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ptq4vit_fx.passes.contract import graph_pass
+from ptq4vit_fx.passes.dataflow import adopt_meta
+from ptq4vit_fx.passes.stages import Stage
+
+#: What replaces a node: (function, positional arguments, keyword arguments).
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+MATMUL_FUNCTIONS = {operator.matmul, torch.bmm}
+MATMUL_METHODS = {"matmul", "bmm", "__matmul__"}
+SOFTMAX_FUNCTIONS = {torch.softmax}
+
+
+@graph_pass(before=Stage.TRACED, after=Stage.CANONICAL)
+def canonicalize(graph_module: GraphModule) -> int:
+    """Rewrite every product and activation into its canonical function; the numbers do not change by one bit.
+
+    A subclass of nn.Linear or nn.Conv2d with a forward of its own is traced through before this pass, so only
+    plain ones arrive here; a convolution with a padding mode other than zeros is left as a module.
+    """
+    modules = dict(graph_module.named_modules())
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        with graph_module.graph.inserting_before(node):
+            call = _canonical_call(graph_module, node, modules)
+            if call is None:
+                continue
+            function, args, kwargs = call
+            replacement = adopt_meta(graph_module.graph.call_function(function, args, kwargs), node)
+        node.replace_all_uses_with(replacement)
+        graph_module.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _canonical_call(graph_module: GraphModule, node: Node, modules: dict[str, nn.Module]) -> Call | None:
+    if node.op == "call_module":
+        return _from_module(graph_module, node, modules[str(node.target)])
+    if node.op == "call_method":
+        if node.target in MATMUL_METHODS:
+            return torch.matmul, node.args, {}
+        if node.target == "softmax":
+            return _softmax(node.args[0], *node.args[1:], **node.kwargs)
+    if node.op == "call_function":
+        if node.target in MATMUL_FUNCTIONS:
+            return torch.matmul, (node.args[0], node.args[1]), {}
+        if node.target in SOFTMAX_FUNCTIONS:
+            return _softmax(node.args[0] if node.args else node.kwargs["input"], *node.args[1:], **node.kwargs)
+        if node.target is torch.conv2d:
+            return F.conv2d, node.args, dict(node.kwargs)
+    return None
+
+
+def _softmax(x: Any, dim: Any = None, dtype: Any = None, **_: Any) -> Call:
+    return F.softmax, (x,), {"dim": dim} if dtype is None else {"dim": dim, "dtype": dtype}
+
+
+def _from_module(graph_module: GraphModule, node: Node, module: nn.Module) -> Call | None:
+    x = node.args[0] if node.args else node.kwargs["input"]
+
+    def parameter(name: str) -> Node | None:
+        if getattr(module, name) is None:
+            return None
+        return adopt_meta(graph_module.graph.get_attr(f"{node.target}.{name}"), node)
+
+    if type(module) is nn.Linear:
+        return F.linear, (x, parameter("weight"), parameter("bias")), {}
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        return F.conv2d, (x, parameter("weight"), parameter("bias"), *geometry), {}
+    if isinstance(module, nn.Softmax):
+        return F.softmax, (x,), {"dim": module.dim}
+    if isinstance(module, nn.GELU):
+        return F.gelu, (x,), {"approximate": module.approximate}
+    return None

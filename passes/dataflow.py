@@ -1,0 +1,90 @@
+"""Questions about a graph that several passes ask: what moves data without changing values, what came from where."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+#: Methods and functions that only move or select values: quantizing before or after them is the same.
+MOVING_METHODS = frozenset(
+    "reshape view flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze contiguous clone expand "
+    "expand_as repeat unbind chunk split narrow select roll type_as t".split()
+)
+MOVING_FUNCTIONS = frozenset(
+    {
+        operator.getitem,
+        torch.reshape,
+        torch.flatten,
+        torch.permute,
+        torch.transpose,
+        torch.swapaxes,
+        torch.movedim,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.unbind,
+        torch.chunk,
+        torch.split,
+        torch.roll,
+        torch.clone,
+        F.unfold,
+    }
+)
+
+
+def moves_only(node: Node) -> bool:
+    """Return whether the node only moves values of its first argument."""
+    if node.op == "call_method":
+        return node.target in MOVING_METHODS
+    return node.op == "call_function" and node.target in MOVING_FUNCTIONS
+
+
+def origin(node: Node) -> Node:
+    """Return the node that computed these values: walk back through nodes that only move them."""
+    while moves_only(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def reaches(node: Node, target: Any) -> bool:
+    """Return whether a softmax-like chain leads from node to a call of `target` before the next product."""
+    return any(user.target is target for user in downstream(node))
+
+
+def downstream(node: Node) -> Iterator[Node]:
+    """Yield the users of a node and of whatever element-wise or moving nodes follow, stopping at products."""
+    stops = {F.linear, F.conv2d, torch.matmul}
+    seen: set[Node] = set()
+    queue = list(node.users)
+    while queue:
+        user = queue.pop(0)
+        if user in seen:
+            continue
+        seen.add(user)
+        yield user
+        if user.target not in stops:
+            queue.extend(user.users)
+
+
+def module_path(node: Node) -> str:
+    """Return the path of the module in whose forward this node was traced ("" for the root)."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def get_attribute(graph_module: GraphModule, target: str) -> Any:
+    """Return the attribute that a get_attr node with this target reads."""
+    return operator.attrgetter(target)(graph_module)
+
+
+def adopt_meta(node: Node, like: Node, path: str | None = None) -> Node:
+    """Give a new node the module stack of `like`, and `path` as its own innermost scope if given; return it."""
+    stack = dict(like.meta.get("nn_module_stack", {}))
+    if path is not None:
+        stack[path] = (path, torch.nn.Module)
+    node.meta["nn_module_stack"] = stack
+    return node

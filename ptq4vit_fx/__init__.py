@@ -1,0 +1,29 @@
+"""ptq4vit_fx: post-training quantization of vision transformers, from a trained model to a verified int8 ONNX file."""
+
+from ptq4vit_fx import recipes
+from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx, quantize
+from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.errors import PTQError, PTQWarning
+from ptq4vit_fx.plan import QuantPlan
+from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+from ptq4vit_fx.quantizers import TwinUniform, Uniform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Calibration",
+    "PTQError",
+    "PTQWarning",
+    "QConfig",
+    "QConfigMapping",
+    "QuantPlan",
+    "SearchSettings",
+    "TwinUniform",
+    "Uniform",
+    "calibrate",
+    "convert_fx",
+    "load_calibration",
+    "prepare_fx",
+    "quantize",
+    "recipes",
+]

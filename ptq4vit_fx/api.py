@@ -1,0 +1,203 @@
+"""The pipeline on one page, a pass a line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.passes.shape_prop import ShapeProp
+
+from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.calibrator import image_batches, run_calibration
+from ptq4vit_fx.capture import Loss
+from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.passes.annotate import annotate
+from ptq4vit_fx.passes.canonicalize import canonicalize
+from ptq4vit_fx.passes.contract import attach, stage_of
+from ptq4vit_fx.passes.decompose_attention import decompose_attention
+from ptq4vit_fx.passes.fold_weights import fold_weights
+from ptq4vit_fx.passes.insert_observers import insert_observers
+from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
+from ptq4vit_fx.passes.lower_activations import lower_activations
+from ptq4vit_fx.passes.lower_linears import lower_linears
+from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
+from ptq4vit_fx.passes.remove_identities import remove_identities
+from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.trace import trace
+from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.recipes import ptq4vit
+
+
+def prepare_fx(
+    model: nn.Module, qconfig_mapping: QConfigMapping, example_inputs: Tensor | tuple[Tensor]
+) -> GraphModule:
+    """Trace a float model, make its graph canonical, plan its quantization and insert observers.
+
+    model: any traceable vision transformer; it is copied, never changed, and the copy is in evaluation mode.
+    example_inputs: an image batch (batch, channels, height, width), float32, or a tuple that holds one.
+    Returns a GraphModule that computes the float model and has `.plan` (a QuantPlan). Raises PTQError if the model
+    cannot be traced or run on the example, if it holds NaN, or if a rule of the mapping matches nothing; warns
+    (PTQWarning) of every product that stays float.
+    """
+    x = _example(example_inputs)
+    _check_weights(model)
+    graph_module = trace(model)
+    _record_shapes(graph_module, x)
+    remove_identities(graph_module)
+    decompose_attention(graph_module)
+    canonicalize(graph_module)
+    _record_shapes(graph_module, x)
+    annotate(graph_module, qconfig_mapping)
+    insert_observers(graph_module)
+    return attach(graph_module, calibration=None)
+
+
+def calibrate(
+    prepared: GraphModule,
+    data: Tensor | Iterable[Any],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    loss: Loss | None = None,
+    memory_limit: int | None = None,
+) -> Calibration:
+    """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
+
+    data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
+    labels are never used. seed: of the rows that screening samples; same seed, same scales, bit for bit.
+    device: where capture and search run (default: where the model is; it is brought back afterwards). loss: a function
+    from the model's output to a scalar (default: cross entropy with the model's own prediction). memory_limit: bytes
+    for captured tensors (default: half of what is free); a smaller limit costs more passes over the images.
+    Raises PTQError on a model that is not prepared, and on data without images or with NaN.
+    """
+    _require(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
+    calibration = run_calibration(
+        prepared, data, seed=seed, progress=progress, device=device, loss=loss, memory_limit=memory_limit
+    )
+    load_calibration(prepared, calibration)
+    return calibration
+
+
+def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
+    """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
+    _require(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
+    plan = prepared.plan
+    if calibration.plan.quantizers != plan.quantizers:
+        mine, theirs = plan.quantizers, calibration.plan.quantizers
+        first = next(key for key in (*mine, *theirs) if mine.get(key) != theirs.get(key))
+        raise failure(
+            "load_calibration",
+            f"site {first}",
+            expected=f"{mine.get(first, 'no such site in this model')}",
+            got=f"{theirs.get(first, 'no such site in the calibration')}",
+            do="prepare with the recipe and the model that were calibrated",
+        )
+    return attach(prepared, calibration=calibration)
+
+
+def convert_fx(prepared: GraphModule) -> GraphModule:
+    """Freeze the scales: integer weights, quantize and dequantize nodes, two branches behind every twin.
+
+    Returns a new GraphModule that runs in PyTorch as the simulation of the deployed model; `prepared` is not
+    changed. Raises PTQError if the model was not calibrated.
+    """
+    _require(prepared, "convert_fx", {Stage.OBSERVED}, "call prepare_fx and calibrate first")
+    calibration = prepared.calibration
+    if calibration is None:
+        raise failure(
+            "convert_fx",
+            "prepared model",
+            expected="scales",
+            got="a model that was not calibrated",
+            do="call calibrate(prepared, images) or load_calibration(prepared, calibration) first",
+        )
+    graph_module = copy.deepcopy(prepared)
+    insert_quantizers(graph_module, calibration.plan.quantizers, calibration.params)
+    lower_patch_convolution(graph_module)
+    fold_weights(graph_module)
+    lower_activations(graph_module)
+    lower_linears(graph_module)
+    return graph_module
+
+
+def quantize(
+    model: nn.Module,
+    data: Tensor | Iterable[Any],
+    *,
+    qconfig_mapping: QConfigMapping | None = None,
+    example_inputs: Tensor | tuple[Tensor] | None = None,
+    **calibrate_kwargs: Any,
+) -> GraphModule:
+    """Prepare, calibrate and convert in one call; return the converted model.
+
+    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`. The other
+    arguments go to `calibrate`. The result has `.plan` and `.calibration`.
+    """
+    batches = image_batches(data)
+    example = batches[0][:1] if example_inputs is None else example_inputs
+    prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example)
+    calibrate(prepared, batches, **calibrate_kwargs)
+    return convert_fx(prepared)
+
+
+def _example(example_inputs: Tensor | tuple[Tensor]) -> Tensor:
+    x = example_inputs[0] if isinstance(example_inputs, (tuple, list)) and example_inputs else example_inputs
+    if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point():
+        return x
+    got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+    raise failure(
+        "prepare_fx",
+        "example_inputs",
+        expected="a float image batch (batch, channels, height, width)",
+        got=got,
+        do="pass torch.randn(1, 3, 224, 224), for example",
+    )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise failure(
+                "prepare_fx",
+                f"parameter {name}",
+                expected="finite values",
+                got="NaN or infinity",
+                do="load a checkpoint that trained to the end",
+            )
+
+
+def _record_shapes(graph_module: GraphModule, x: Tensor) -> None:
+    """Note every tensor's shape on its node; a model that rejects the example is a readable error."""
+    device = next((p.device for p in graph_module.parameters()), x.device)
+    try:
+        with torch.no_grad():
+            ShapeProp(graph_module).propagate(x.to(device))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise failure(
+            "prepare_fx",
+            f"example_inputs of shape {tuple(x.shape)}",
+            expected="a size that the model accepts",
+            got=str(error.__cause__ or error).splitlines()[0],
+            do="use the model's input size, or create it with img_size=",
+        ) from error
+    graph_module.meta["ptq4vit_example_batch"] = len(x)
+
+
+def _require(graph_module: Any, operation: str, stages: set[Stage], do: str) -> None:
+    stage = stage_of(graph_module) if isinstance(graph_module, GraphModule) else None
+    if stage not in stages:
+        raise failure(
+            operation,
+            type(graph_module).__name__,
+            expected=f"a model at stage {' or '.join(sorted(s.value for s in stages))!r}",
+            got=f"stage {stage.value!r}" if stage else "a model that this package did not prepare",
+            do=do,
+        )
+
+
+__all__ = ["PTQError", "calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"]

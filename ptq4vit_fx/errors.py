@@ -1,0 +1,26 @@
+"""One error type and one sentence shape: what was done, on what, expected, got, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PTQError(ValueError):
+    """Everything that this package raises on purpose: the message is one sentence for the person who reads it."""
+
+
+class PTQWarning(UserWarning):
+    """Something was left float, skipped or will run slowly: named, with the reason."""
+
+
+def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -> PTQError:
+    """Build the error `operation: subject: expected ..., got ...; do ...` (a value: the caller raises it)."""
+    return PTQError(f"{operation}: {subject}: expected {expected}, got {got}; {do}")
+
+
+def near_names(name: str, known: Iterable[str], count: int = 5) -> str:
+    """Return the known names that look most like `name`, comma-separated, or a few of them if none does."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.4) or names[:count]
+    return ", ".join(close) if close else "(none)"

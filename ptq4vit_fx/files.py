@@ -1,0 +1,39 @@
+"""Outputs appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ptq4vit_fx.errors import failure
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str], operation: str) -> Iterator[str]:
+    """Yield a temporary path beside `path`; move it there on success, remove it on any error or interrupt.
+
+    Raises PTQError if the folder does not exist or is not writable.
+    """
+    target = Path(path)
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK) or target.is_dir():
+        raise failure(
+            operation,
+            str(target),
+            expected="a file in an existing, writable folder",
+            got="a folder" if target.is_dir() else "no such folder, or no permission to write there",
+            do="create the folder or choose another path",
+        )
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; an output file should not be
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,0 +1,94 @@
+"""Distances between a product's float output and its quantized output: values, one sign, lower is better.
+
+Every metric is a sum of element-wise statistics followed by a small closing formula. Sums can be taken over
+sampled rows (with importance weights), over chunks, and per group of channels, without the metric knowing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq4vit_fx.errors import failure, near_names
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A distance.
+
+    statistics(target, estimate) returns element-wise tensors, each of the shape of `target`; the search multiplies
+    each by the element weight and sums them; finish(sums) turns the sums, shape (statistics, ...), into distances.
+    weighted_by_gradient: multiply by (dL/dout)^2, the diagonal Fisher approximation of the Hessian
+    (PTQ4ViT, section 3.3, equation 7).
+    """
+
+    name: str
+    statistics: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    finish: Callable[[Tensor], Tensor]
+    weighted_by_gradient: bool = False
+
+
+def _squared(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
+    error = estimate - target
+    return (error.mul_(error),)
+
+
+def _absolute(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
+    return ((estimate - target).abs_(),)
+
+
+def _products(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
+    return target * estimate, target * target, estimate * estimate
+
+
+def _moments(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
+    return (*_products(target, estimate), target, estimate, torch.ones_like(target))
+
+
+def _first(sums: Tensor) -> Tensor:
+    return sums[0]
+
+
+def _cosine(sums: Tensor) -> Tensor:
+    cross, target, estimate = sums
+    return 1 - _correlation(cross, target, estimate)
+
+
+def _pearson(sums: Tensor) -> Tensor:
+    cross, target, estimate, target_sum, estimate_sum, count = sums
+    return 1 - _correlation(
+        cross - target_sum * estimate_sum / count,
+        target - target_sum**2 / count,
+        estimate - estimate_sum**2 / count,
+    )
+
+
+def _correlation(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return cross / sqrt(first * second); 0 where one of the two is zero (nothing is left of the signal)."""
+    norm = (first.clamp_min(0) * second.clamp_min(0)).sqrt()
+    return torch.where(norm > 0, cross / norm.clamp_min(1e-300), torch.zeros_like(cross))
+
+
+HESSIAN = Metric("hessian", _squared, _first, weighted_by_gradient=True)
+MSE = Metric("mse", _squared, _first)
+L1 = Metric("l1", _absolute, _first)
+COSINE = Metric("cosine", _products, _cosine)
+PEARSON = Metric("pearson", _moments, _pearson)
+
+METRICS = {metric.name: metric for metric in (HESSIAN, MSE, L1, COSINE, PEARSON)}
+
+
+def get_metric(name: str) -> Metric:
+    """Return the metric called `name`; raises PTQError that lists the names."""
+    if name not in METRICS:
+        raise failure(
+            "search settings",
+            "metric",
+            expected=f"one of {', '.join(METRICS)}",
+            got=repr(name),
+            do=f"did you mean {near_names(name, METRICS, 1)}?",
+        )
+    return METRICS[name]

@@ -1,0 +1,108 @@
+"""Sites, products and the plan: which operand of which product gets which quantizer. Values, never fx nodes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ptq4vit_fx.qconfig import SearchSettings
+from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_from_dict, quantizer_to_dict
+
+Operand = Literal["lhs", "rhs"]
+OPERANDS: tuple[Operand, Operand] = ("lhs", "rhs")
+ProductKind = Literal["linear", "conv2d", "matmul"]
+SourceActivation = Literal["softmax", "gelu", "gelu_tanh"]
+
+#: One operand of one product, such as `blocks.3.attn.matmul_qk:lhs`. Survives deepcopy and file formats.
+Site = str
+
+
+def site(op_name: str, operand: Operand) -> Site:
+    """Return the site of an operand."""
+    return f"{op_name}:{operand}"
+
+
+@dataclass(frozen=True)
+class QuantOp:
+    """A product out = f(lhs, rhs). The rhs of a linear or conv2d is its weight.
+
+    stride, padding, dilation and groups are the convolution's; padding is a pair or "same" / "valid".
+    """
+
+    name: str
+    kind: ProductKind
+    lhs_source: SourceActivation | None = None
+    rhs_source: SourceActivation | None = None
+    rhs_is_weight: bool = False
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def source(self, operand: Operand) -> SourceActivation | None:
+        """Return the activation function that this operand comes out of, if any."""
+        return self.lhs_source if operand == "lhs" else self.rhs_source
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """A product (or a module that hides products) that stays float, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What `annotate` decided: the products in execution order, a quantizer per site, the search per product."""
+
+    ops: tuple[QuantOp, ...]
+    quantizers: dict[Site, Quantizer]
+    searches: dict[str, SearchSettings] = field(default_factory=dict)
+    float_ops: tuple[FloatOp, ...] = ()
+
+    def op(self, name: str) -> QuantOp:
+        """Return the product called `name`; KeyError if there is none."""
+        for op in self.ops:
+            if op.name == name:
+                return op
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; `from_json` gives an equal plan back."""
+        record = {
+            "ops": [asdict(op) for op in self.ops],
+            "quantizers": {key: quantizer_to_dict(value) for key, value in self.quantizers.items()},
+            "searches": {key: asdict(value) for key, value in self.searches.items()},
+            "float_ops": [asdict(op) for op in self.float_ops],
+        }
+        return json.dumps(record, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> QuantPlan:
+        """Return the plan that `to_json` wrote."""
+        record: dict[str, Any] = json.loads(text)
+        return QuantPlan(
+            ops=tuple(_op_from_dict(op) for op in record["ops"]),
+            quantizers={key: quantizer_from_dict(value) for key, value in record["quantizers"].items()},
+            searches={key: SearchSettings(**value) for key, value in record["searches"].items()},
+            float_ops=tuple(FloatOp(**op) for op in record["float_ops"]),
+        )
+
+    def table(self) -> str:
+        """Return a text table: product, kind, quantizer of each operand; then what stays float, with the reason."""
+        rows = [("product", "kind", "lhs", "rhs")]
+        for op in self.ops:
+            described = [describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS]
+            rows.append((op.name, op.kind, described[0], described[1]))
+        rows += [(op.name, "float", op.reason, "") for op in self.float_ops]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows)
+
+
+def _op_from_dict(record: dict[str, Any]) -> QuantOp:
+    for key in ("stride", "padding", "dilation"):
+        if isinstance(record[key], list):
+            record[key] = tuple(record[key])
+    return QuantOp(**record)

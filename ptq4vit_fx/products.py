@@ -1,0 +1,228 @@
+"""Every product as one batched matrix product, so that one search serves linear, convolution and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.quantizers import UniformParams
+
+#: Elements of an output chunk when a product is evaluated on all of its rows: keeps the work inside the cache.
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Product:
+    """out = lhs @ rhs + bias, with the weight of each output element in the distance.
+
+    lhs: (batch, heads, rows, inner). rhs: (batch or 1, heads, inner, columns). bias: (heads, 1, columns) or None.
+    element_weight: (batch, heads, rows, columns or 1), or None for 1 everywhere. A linear layer has batch 1, heads 1
+    and all tokens as rows; the heads of a convolution are its groups.
+    """
+
+    lhs: Tensor
+    rhs: Tensor
+    bias: Tensor | None = None
+    element_weight: Tensor | None = None
+
+    def output(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """Return lhs @ rhs + bias: (batch, heads, rows, columns)."""
+        out = torch.matmul(lhs, rhs)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def chunks(self) -> Iterator[Product]:
+        """Yield the product in parts of bounded output size, along the batch or, for batch 1, along the rows."""
+        batch, heads, rows, _ = self.lhs.shape
+        row_elements = heads * self.rhs.shape[-1]
+        if batch > 1:
+            step = max(1, CHUNK_ELEMENTS // (row_elements * rows))
+            for start in range(0, batch, step):
+                part = slice(start, start + step)
+                yield self._part(part, slice(None))
+        else:
+            step = max(16, CHUNK_ELEMENTS // row_elements)
+            for start in range(0, rows, step):
+                yield self._part(slice(None), slice(start, start + step))
+
+    def _part(self, batch: slice, rows: slice) -> Product:
+        return replace(
+            self,
+            lhs=self.lhs[batch, :, rows],
+            rhs=self.rhs if self.rhs.shape[0] == 1 else self.rhs[batch],
+            element_weight=None if self.element_weight is None else self.element_weight[batch, :, rows],
+        )
+
+
+def to_product(
+    op: QuantOp, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, gradient: Tensor | None = None
+) -> Product:
+    """Return the product of captured operands; gradient (the shape of the output) becomes weights gradient^2.
+
+    linear: lhs (..., inner), rhs (columns, inner). conv2d: lhs (batch, channels, height, width), rhs (columns,
+    inner/groups, kernel height, kernel width). matmul: lhs (..., rows, inner), rhs (..., inner, columns), expanded
+    to the same leading dimensions, or rhs (inner, columns) if it is a weight.
+    """
+    weight = None if gradient is None else gradient.square()
+    if op.kind == "conv2d":
+        return _conv_product(op, lhs, rhs, bias, weight)
+    if op.kind == "linear" or op.rhs_is_weight:
+        flat = None if weight is None else weight.reshape(1, 1, -1, weight.shape[-1])
+        matrix = rhs.t() if op.kind == "linear" else rhs
+        row = None if bias is None else bias.view(1, 1, -1)
+        return Product(lhs.reshape(1, 1, -1, lhs.shape[-1]), matrix[None, None], row, flat)
+    heads = lhs.shape[-3] if lhs.ndim >= 4 else 1
+
+    def split(x: Tensor) -> Tensor:
+        return x.reshape(-1, heads, *x.shape[-2:])
+
+    return Product(split(lhs), split(rhs), None, None if weight is None else split(weight))
+
+
+def _conv_product(op: QuantOp, x: Tensor, kernel: Tensor, bias: Tensor | None, weight: Tensor | None) -> Product:
+    size = kernel.shape[-2:]
+    x = F.pad(x, _explicit_padding(op, size))
+    patches = F.unfold(x, size, dilation=op.dilation, stride=op.stride)  # (batch, channels * kernel, positions)
+    groups, columns = op.groups, kernel.shape[0] // op.groups
+
+    def rows(t: Tensor) -> Tensor:  # (batch, groups * k, positions) -> (1, groups, batch * positions, k)
+        batch, channels, positions = t.shape
+        return t.reshape(batch, groups, channels // groups, positions).permute(1, 0, 3, 2).flatten(1, 2)[None]
+
+    return Product(
+        rows(patches),
+        kernel.reshape(groups, columns, -1).transpose(1, 2)[None],
+        None if bias is None else bias.view(groups, 1, columns),
+        None if weight is None else rows(weight.flatten(2)),
+    )
+
+
+def _explicit_padding(op: QuantOp, size: torch.Size) -> list[int]:
+    """Return F.pad's (left, right, top, bottom) of a convolution's padding."""
+    if op.padding == "valid":
+        return [0, 0, 0, 0]
+    if op.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(op.dilation, size, strict=True)]
+        return [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
+    height, width = (int(p) for p in op.padding)
+    return [width, width, height, height]
+
+
+def sample_rows(product: Product, rows: int, generator: torch.Generator) -> Product:
+    """Return about `rows` rows per head, drawn by their total weight, reweighted so that sums stay unbiased.
+
+    Importance sampling: a row drawn with probability p among r draws counts 1 / (r p). A product that has no more
+    rows than that is returned as it is. Draws are made on the CPU, so that every device samples the same rows.
+    """
+    batch, heads, length, _ = product.lhs.shape
+    if batch * length <= rows:
+        return product
+    if batch > 1:
+        count = min(batch, max(8, rows // 32))
+        mass = _mass(product).sum((1, 2))
+        chosen, factor = _draw(mass[None], count, generator)
+        product = _take_batch(product, chosen[0], factor.view(-1, 1, 1, 1))
+        rows = max(1, rows // count)
+        if length <= rows:
+            return product
+    chosen, factor = _draw(_mass(product).flatten(0, 1), rows, generator)
+    chosen = chosen.view(*product.lhs.shape[:2], rows)
+    return _take_rows(product, chosen, factor.view(*product.lhs.shape[:2], rows, 1))
+
+
+def _mass(product: Product) -> Tensor:
+    """Return the weight of each row, (batch, heads, rows)."""
+    if product.element_weight is None:
+        return product.lhs.new_ones(product.lhs.shape[:3])
+    return product.element_weight.sum(-1)
+
+
+def _draw(mass: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw `count` columns of each line of mass (lines, columns); return indices and importance factors.
+
+    A tenth of the probability is spread evenly, so that no row with little weight gets an enormous factor.
+    """
+    mass = mass.double().cpu()
+    even = torch.full_like(mass, 1.0 / mass.shape[1])
+    total = mass.sum(1, keepdim=True)
+    probability = torch.where(total > 0, 0.9 * mass / total.clamp_min(1e-300) + 0.1 * even, even)
+    chosen = torch.multinomial(probability, count, replacement=True, generator=generator)
+    return chosen, (1.0 / (count * probability.gather(1, chosen))).float()
+
+
+def _take_batch(product: Product, chosen: Tensor, factor: Tensor) -> Product:
+    chosen, factor = chosen.to(product.lhs.device), factor.to(product.lhs.device)
+    weight = product.element_weight
+    return replace(
+        product,
+        lhs=product.lhs[chosen],
+        rhs=product.rhs if product.rhs.shape[0] == 1 else product.rhs[chosen],
+        element_weight=factor.expand(-1, *product.lhs.shape[1:3], 1) if weight is None else weight[chosen] * factor,
+    )
+
+
+def _take_rows(product: Product, chosen: Tensor, factor: Tensor) -> Product:
+    index, factor = chosen[..., None].to(product.lhs.device), factor.to(product.lhs.device)
+    weight = product.element_weight
+    if weight is not None:
+        factor = weight.gather(2, index.expand(*index.shape[:3], weight.shape[-1])) * factor
+    lhs = product.lhs.gather(2, index.expand(*index.shape[:3], product.lhs.shape[-1]))
+    return replace(product, lhs=lhs, element_weight=factor)
+
+
+@dataclass(frozen=True)
+class ScaleGroups:
+    """How many scales an operand has: `heads` along the heads times `columns` along the columns of a product."""
+
+    heads: int = 1
+    columns: int = 1
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        """Sum per-column statistics (..., heads, columns) to one value per scale."""
+        return self._grouped(sums).sum((-3, -1))
+
+    def absmax(self, operand: Tensor) -> Tensor:
+        """Return the largest magnitude per scale of a (batch, heads, i, j) operand: (self.heads, self.columns)."""
+        if self.columns == 1:
+            return operand.abs().amax((0, 2, 3)).view(self.heads, -1).amax(1, keepdim=True)
+        return self._grouped(operand.abs().amax((0, 2))).amax((-3, -1))
+
+    def expand(self, values: Tensor, heads: int, columns: int) -> Tensor:
+        """Return one value per head and column, broadcastable over a (batch, heads, i, columns) operand."""
+        values = values.repeat_interleave(heads // self.heads, 0) if self.heads > 1 else values
+        values = values.repeat_interleave(columns // self.columns, 1) if self.columns > 1 else values
+        return values[:, None, :]
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        heads, columns = x.shape[-2:]
+        return x.reshape(
+            *x.shape[:-2], self.heads, heads // self.heads, self.columns, columns // self.columns
+        )
+
+
+def scale_groups(granularity: str, groups: int, product: Product, op: QuantOp, *, is_weight: bool) -> ScaleGroups:
+    """Return the scale groups of an operand with this granularity."""
+    heads, columns = product.rhs.shape[1], product.rhs.shape[3]
+    if granularity == "head":
+        return ScaleGroups(heads, 1)
+    if granularity == "channel" and is_weight:
+        return ScaleGroups(heads if op.kind == "conv2d" else 1, columns)
+    if granularity == "group" and is_weight:
+        return ScaleGroups(1, groups)
+    return ScaleGroups()
+
+
+def site_params(op: QuantOp, groups: ScaleGroups, scale: Tensor, product: Product, *, is_weight: bool) -> UniformParams:
+    """Return scales (groups.heads, groups.columns) in the layout of the operand in the graph."""
+    if groups == ScaleGroups():
+        return UniformParams(scale.reshape(()).clone())
+    heads, columns = product.rhs.shape[1], product.rhs.shape[3]
+    if not is_weight:
+        return UniformParams(scale.reshape(heads).clone(), axis=-3)
+    full: Any = groups.expand(scale, heads, columns).expand(heads, 1, columns).reshape(-1)
+    return UniformParams(full.clone(), axis=-1 if op.kind == "matmul" else 0)

@@ -1,0 +1,184 @@
+"""QConfig and QConfigMapping: what to quantize and how, with torch.ao's methods and precedence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.metrics import get_metric
+from ptq4vit_fx.quantizers import Quantizer, Uniform
+
+#: Object types that users may name, and the kind of product that each stands for.
+OBJECT_KINDS: dict[Any, str] = {
+    nn.Linear: "linear",
+    F.linear: "linear",
+    nn.Conv2d: "conv2d",
+    F.conv2d: "conv2d",
+    torch.matmul: "matmul",
+    torch.bmm: "matmul",
+}
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How scales are searched (PTQ4ViT, section 4 and Algorithm 1).
+
+    metric: hessian, mse, cosine, l1 or pearson. Candidates are alpha + (beta - alpha) * i / n, i = 1 .. n, times
+    the initial scale; a candidate of zero is left out. rounds: times that rhs and lhs are searched in turn.
+    max_shift: thresholds tried for a softmax twin are 2^-0 .. 2^-max_shift.
+
+    screen_rows: candidates are screened on about this many rows of an op, drawn by their weight in the
+    distance, and the best few (`confirm`) are decided on all rows; None evaluates every candidate on all rows.
+    """
+
+    metric: str = "hessian"
+    alpha: float = 0.0
+    beta: float = 1.2
+    n: int = 100
+    rounds: int = 3
+    max_shift: int = 10
+    screen_rows: int | None = 512
+    confirm: int = 3
+
+    def __post_init__(self) -> None:
+        get_metric(self.metric)
+        for name, valid, expected in (
+            ("alpha and beta", 0 <= self.alpha < self.beta, "0 <= alpha < beta"),
+            ("n", self.n >= 1, "at least 1"),
+            ("rounds", self.rounds >= 1, "at least 1"),
+            ("max_shift", 0 <= self.max_shift <= 20, "0 to 20"),
+            ("screen_rows", self.screen_rows is None or self.screen_rows >= 16, "None or at least 16"),
+            ("confirm", self.confirm >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise failure("SearchSettings", name, expected=expected, got=repr(self), do="change that value")
+
+    @property
+    def factors(self) -> list[float]:
+        """The candidate multiples of the initial scale, ascending, without zero."""
+        step = (self.beta - self.alpha) / self.n
+        return [self.alpha + step * i for i in range(1, self.n + 1)]
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """Quantizers of one product's operands; None leaves that operand float (and the whole product with it).
+
+    activation: input of a linear or convolution. weight: its weight. matmul: operands of a product of two
+    activations. softmax, gelu: operands that come out of a softmax or a GELU; None treats them like any other.
+    """
+
+    activation: Quantizer | None = field(default_factory=Uniform)
+    weight: Uniform | None = field(default_factory=Uniform)
+    matmul: Quantizer | None = field(default_factory=Uniform)
+    softmax: Quantizer | None = None
+    gelu: Quantizer | None = None
+    search: SearchSettings = field(default_factory=SearchSettings)
+
+
+class QConfigMapping:
+    """Rules from products to `QConfig`, in torch.ao's order of precedence, lowest first.
+
+    `set_global`, `set_object_type` (nn.Linear, nn.Conv2d, torch.matmul), `set_module_name_regex` (`re.match` on the
+    name; the first registered match wins) and `set_module_name` (an op, or a module whose ops it covers; the longest
+    match wins). A later call with the same key replaces the earlier one. A QConfig of None leaves the op float.
+    Each method returns the mapping itself, so that calls chain.
+    """
+
+    def __init__(self) -> None:
+        self.global_qconfig: QConfig | None = None
+        self.object_types: dict[Any, QConfig | None] = {}
+        self.module_name_regexes: dict[str, QConfig | None] = {}
+        self.module_names: dict[str, QConfig | None] = {}
+
+    def set_global(self, qconfig: QConfig | None) -> QConfigMapping:
+        """Use `qconfig` where nothing more specific matches."""
+        self.global_qconfig = qconfig
+        return self
+
+    def set_object_type(self, object_type: Any, qconfig: QConfig | None) -> QConfigMapping:
+        """Use `qconfig` for every product of this type; raises PTQError if products have no such type."""
+        if object_type not in OBJECT_KINDS:
+            raise failure(
+                "set_object_type",
+                repr(object_type),
+                expected="one of nn.Linear, nn.Conv2d, torch.matmul",
+                got=repr(object_type),
+                do="name the modules instead, with set_module_name or set_module_name_regex",
+            )
+        self.object_types[object_type] = qconfig
+        return self
+
+    def set_module_name_regex(self, pattern: str, qconfig: QConfig | None) -> QConfigMapping:
+        """Use `qconfig` for products whose name matches the regular expression; raises PTQError if it is none."""
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise failure(
+                "set_module_name_regex",
+                repr(pattern),
+                expected="a regular expression",
+                got=str(error),
+                do="escape it or use set_module_name",
+            ) from error
+        self.module_name_regexes[pattern] = qconfig
+        return self
+
+    def set_module_name(self, name: str, qconfig: QConfig | None) -> QConfigMapping:
+        """Use `qconfig` for the product called `name`, or for every product inside the module called so."""
+        self.module_names[name] = qconfig
+        return self
+
+    def resolve(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
+        """Return the QConfig of a product and the rule that gave it (None if no rule matches)."""
+        owners = [owner for owner in self.module_names if name == owner or name.startswith(f"{owner}.")]
+        if owners:
+            owner = max(owners, key=len)
+            return self.module_names[owner], f"module name {owner!r}"
+        for pattern, qconfig in self.module_name_regexes.items():
+            if re.match(pattern, name):
+                return qconfig, f"module name pattern {pattern!r}"
+        for object_type, qconfig in self.object_types.items():
+            if OBJECT_KINDS[object_type] == kind:
+                return qconfig, f"object type {OBJECT_KINDS[object_type]!r}"
+        return self.global_qconfig, None if self.global_qconfig is None else "global"
+
+    def unmatched(self, products: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return (rule, key) of every rule that matches none of the (name, kind) pairs."""
+        names = [name for name, _ in products]
+        kinds = {kind for _, kind in products}
+        missing = [
+            ("set_module_name", owner)
+            for owner in self.module_names
+            if not any(name == owner or name.startswith(f"{owner}.") for name in names)
+        ]
+        missing += [
+            ("set_module_name_regex", pattern)
+            for pattern in self.module_name_regexes
+            if not any(re.match(pattern, name) for name in names)
+        ]
+        missing += [
+            ("set_object_type", OBJECT_KINDS[object_type])
+            for object_type in self.object_types
+            if OBJECT_KINDS[object_type] not in kinds
+        ]
+        return missing
+
+    def with_search(self, **changes: Any) -> QConfigMapping:
+        """Return a copy in which every QConfig's search settings have the given fields replaced."""
+
+        def changed(qconfig: QConfig | None) -> QConfig | None:
+            return qconfig and replace(qconfig, search=replace(qconfig.search, **changes))
+
+        copy = QConfigMapping()
+        copy.global_qconfig = changed(self.global_qconfig)
+        copy.object_types = {key: changed(value) for key, value in self.object_types.items()}
+        copy.module_name_regexes = {key: changed(value) for key, value in self.module_name_regexes.items()}
+        copy.module_names = {key: changed(value) for key, value in self.module_names.items()}
+        return copy

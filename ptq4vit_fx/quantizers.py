@@ -1,0 +1,239 @@
+"""Quantizers: specifications without tensors, and the parameters (tensors) that they need to run.
+
+A quantizer is pure: `codes` maps values to integers, `decode` maps them back, `fake_quantize` is both in one,
+bit for bit. Rounding is half-to-even everywhere, as in ONNX `QuantizeLinear`. Zero always maps to zero, so
+the zero point is 0; containers of a runtime (uint8 with zero point 128, say) are chosen at lowering.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ptq4vit_fx.errors import failure
+
+Granularity = Literal["tensor", "head", "channel", "group"]
+TwinForm = Literal["softmax", "gelu"]
+
+#: Minimum of x * Phi(x) (at x = -0.7518) and of its tanh approximation (at x = -0.7525).
+GELU_MINIMUM = 0.16997120747990369
+GELU_TANH_MINIMUM = 0.17004075057125412
+
+
+@dataclass(frozen=True)
+class UniformParams:
+    """Parameters of `Uniform`.
+
+    scale: float32, > 0, shape () or (channels,) along `axis`, which counts from the end of the operand if negative.
+    """
+
+    scale: Tensor
+    axis: int | None = None
+
+    def broadcast(self, ndim: int) -> Tensor:
+        """Return the scale shaped so that it broadcasts over an operand with `ndim` dimensions."""
+        if self.axis is None:
+            return self.scale
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return self.scale.view(shape)
+
+
+@dataclass(frozen=True)
+class TwinParams:
+    """Parameters of `TwinUniform`: float32 tensors of shape (); coarse_scale = 2**shift * fine_scale, shift >= 0."""
+
+    fine_scale: Tensor
+    coarse_scale: Tensor
+
+    @property
+    def shift(self) -> int:
+        """m in coarse_scale = 2**m * fine_scale: how far integer hardware shifts the coarse product."""
+        return round(math.log2(float(self.coarse_scale) / float(self.fine_scale)))
+
+
+QParams = UniformParams | TwinParams
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Symmetric uniform quantizer: q = clamp(round(x / scale), quant_min, quant_max), x^ = scale * q.
+
+    bits: 2 to 8. signed: codes -2^(k-1) .. 2^(k-1)-1, else 0 .. 2^k-1. granularity: one scale per tensor, per
+    head (axis -3 of an attention operand), per output channel of a weight, or per group of a weight's rows;
+    `groups` is filled in by annotation (3 for a fused q/k/v projection).
+    """
+
+    bits: int = 8
+    signed: bool = True
+    granularity: Granularity = "tensor"
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        check_bits("Uniform", self.bits)
+
+    @property
+    def quant_min(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def quant_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def initial_scale(self, absmax: Tensor) -> Tensor:
+        """Return absmax / 2^(k-1) (2^k if unsigned): the scale that candidates multiply. Same shape as absmax.
+
+        A range of zero gives the scale 1: every value is then coded as zero, exactly.
+        """
+        levels = 2 ** (self.bits - 1) if self.signed else 2**self.bits
+        return torch.where(absmax > 0, absmax / levels, torch.ones_like(absmax))
+
+    def codes(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return int32 codes of x; `scale` broadcasts over x."""
+        return torch.round(x / scale).clamp(self.quant_min, self.quant_max).to(torch.int32)
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Return the float32 values of int32 codes."""
+        return codes.to(scale.dtype) * scale
+
+    def fake_quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return decode(codes(x)) without the integer detour (bit-equal: codes are exact in float32)."""
+        return (x / scale).round_().clamp_(self.quant_min, self.quant_max).mul_(scale)
+
+
+@dataclass(frozen=True)
+class TwinUniform:
+    """Two uniform ranges in one k-bit code, for distributions that one grid cannot hold (PTQ4ViT, section 3.2).
+
+    form "softmax" (x in [0, 1]): coarse_scale = 2^-(k-1) is fixed, fine_scale = coarse_scale / 2^m. Values
+    below the threshold t = 2^(k-1) * fine_scale = 2^-m take the fine step, the others the coarse one. The top bit
+    of the code is 1 in the coarse range.
+
+    form "gelu" (x >= -minimum): negative values take fine_scale, the others coarse_scale. The code is the
+    k-bit two's complement of q, so the top bit is 1 in the negative range. fine_scale = coarse_scale / 2^m with
+    the largest m >= 0 for which 2^(k-1) * fine_scale still covers `minimum`.
+
+    Each range has 2^(k-1) codes: bits 2 to 8.
+    """
+
+    bits: int = 8
+    form: TwinForm = "softmax"
+    minimum: float = GELU_MINIMUM
+
+    def __post_init__(self) -> None:
+        check_bits("TwinUniform", self.bits)
+
+    @property
+    def levels(self) -> int:
+        """Codes per range, 2^(k-1)."""
+        return int(2 ** (self.bits - 1))
+
+    def softmax_params(self, shift: int, like: Tensor) -> TwinParams:
+        """Return the parameters with threshold t = 2^-shift (form "softmax"), on the device of `like`."""
+        coarse = torch.tensor(1.0 / self.levels, dtype=torch.float32, device=like.device)
+        return TwinParams(coarse / 2**shift, coarse)
+
+    def gelu_params(self, coarse_scale: Tensor) -> TwinParams:
+        """Return the parameters for a wanted coarse scale, shape () (form "gelu").
+
+        A coarse scale too small to cover the negatives with m = 0 is raised to the smallest that does.
+        """
+        floor = self.minimum / self.levels
+        coarse = coarse_scale.clamp_min(floor)
+        ratio = coarse.double() / floor
+        shift = torch.floor(torch.log2(ratio) + 1e-9)
+        return TwinParams((coarse.double() / torch.exp2(shift)).float(), coarse)
+
+    def threshold(self, params: TwinParams) -> Tensor:
+        """Return where the ranges meet: t = 2^(k-1) * fine_scale (softmax) or 0 (gelu)."""
+        return params.fine_scale * (self.levels if self.form == "softmax" else 0)
+
+    def codes(self, x: Tensor, params: TwinParams) -> Tensor:
+        """Return int32 k-bit codes, 0 .. 2^k - 1, the range in the top bit."""
+        top = self.levels - 1
+        coarse = torch.round(x / params.coarse_scale).clamp(0, top).to(torch.int32)
+        if self.form == "softmax":
+            fine = torch.round(x / params.fine_scale).clamp(0, top).to(torch.int32)
+            return torch.where(x < self.threshold(params), fine, coarse + self.levels)
+        fine = torch.round(x / params.fine_scale).clamp(-self.levels, 0).to(torch.int32)
+        return torch.where(fine < 0, fine + 2 * self.levels, coarse)
+
+    def decode(self, codes: Tensor, params: TwinParams) -> Tensor:
+        """Return the float32 values of int32 codes."""
+        flagged = codes >= self.levels
+        if self.form == "softmax":
+            scale = torch.where(flagged, params.coarse_scale, params.fine_scale)
+            return torch.where(flagged, codes - self.levels, codes).to(scale.dtype) * scale
+        scale = torch.where(flagged, params.fine_scale, params.coarse_scale)
+        return torch.where(flagged, codes - 2 * self.levels, codes).to(scale.dtype) * scale
+
+    def fake_quantize(self, x: Tensor, params: TwinParams) -> Tensor:
+        """Return decode(codes(x)) without the integer detour (bit-equal)."""
+        top = self.levels - 1
+        coarse = (x / params.coarse_scale).round_().clamp_(0, top).mul_(params.coarse_scale)
+        fine = (x / params.fine_scale).round_()
+        if self.form == "softmax":
+            fine = fine.clamp_(0, top).mul_(params.fine_scale)
+            return torch.where(x < self.threshold(params), fine, coarse)
+        return fine.clamp_(-self.levels, 0).mul_(params.fine_scale).add_(coarse)
+
+
+Quantizer = Uniform | TwinUniform
+
+
+def fake_quantize(quantizer: Quantizer, x: Tensor, params: QParams) -> Tensor:
+    """Return x quantized and decoded: float32, the shape of x.
+
+    Raises PTQError if the parameters belong to another kind of quantizer.
+    """
+    if isinstance(quantizer, Uniform) and isinstance(params, UniformParams):
+        return quantizer.fake_quantize(x, params.broadcast(x.ndim))
+    if isinstance(quantizer, TwinUniform) and isinstance(params, TwinParams):
+        return quantizer.fake_quantize(x, params)
+    raise failure(
+        "fake_quantize",
+        type(quantizer).__name__,
+        expected="parameters of its own kind",
+        got=type(params).__name__,
+        do="calibrate with the plan that these parameters are meant for",
+    )
+
+
+def check_bits(what: str, bits: int) -> None:
+    """Raise PTQError unless bits is an integer from 2 to 8."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise failure(what, "bits", expected="an integer from 2 to 8", got=repr(bits), do="choose 8, 6 or 4")
+
+
+def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
+    """Return a JSON-ready dictionary that `quantizer_from_dict` reads back."""
+    return {"kind": type(quantizer).__name__, **asdict(quantizer)}
+
+
+def quantizer_from_dict(record: dict[str, Any]) -> Quantizer:
+    """Return the quantizer of a dictionary; raises PTQError on an unknown kind."""
+    kinds: dict[str, type[Uniform] | type[TwinUniform]] = {"Uniform": Uniform, "TwinUniform": TwinUniform}
+    fields = dict(record)
+    kind = fields.pop("kind", None)
+    if kind not in kinds:
+        raise failure(
+            "quantizer_from_dict",
+            "kind",
+            expected=" or ".join(kinds),
+            got=repr(kind),
+            do="save the plan again with this version",
+        )
+    return kinds[kind](**fields)
+
+
+def describe_quantizer(quantizer: Quantizer) -> str:
+    """Return a short name such as `uniform8/head` or `twin4/softmax`, for tables."""
+    if isinstance(quantizer, TwinUniform):
+        return f"twin{quantizer.bits}/{quantizer.form}"
+    groups = f"[{quantizer.groups}]" if quantizer.granularity == "group" else ""
+    sign = "" if quantizer.signed else " unsigned"
+    return f"uniform{quantizer.bits}{sign}/{quantizer.granularity}{groups}"

@@ -1,0 +1,42 @@
+"""Ready-made QConfigMappings."""
+
+from __future__ import annotations
+
+from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
+
+
+def base_ptq(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
+    """Plain post-training quantization, the paper's baseline ("Base PTQ", section 4.1).
+
+    Symmetric uniform quantizers everywhere, one scale per tensor, cosine distance, candidates from 0.5 to 1.2
+    times the range, one round. Bits from 2 to 8, else PTQError.
+    """
+    check_bits("recipes.base_ptq", w_bits)
+    check_bits("recipes.base_ptq", a_bits)
+    qconfig = QConfig(
+        activation=Uniform(a_bits),
+        weight=Uniform(w_bits),
+        matmul=Uniform(a_bits),
+        search=SearchSettings(metric="cosine", alpha=0.5, rounds=1),
+    )
+    return QConfigMapping().set_global(qconfig)
+
+
+def ptq4vit(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
+    """Twin uniform quantization and the Hessian-guided metric (PTQ4ViT, sections 3.2 and 3.3).
+
+    Twin quantizers after softmax and GELU; separate scales for the q, k and v rows of a fused projection and for
+    each head's attention operands; candidates from 0 to 1.2 times the range, three alternating rounds. Bits from
+    2 to 8, else PTQError.
+    """
+    check_bits("recipes.ptq4vit", w_bits)
+    check_bits("recipes.ptq4vit", a_bits)
+    qconfig = QConfig(
+        activation=Uniform(a_bits),
+        weight=Uniform(w_bits, granularity="group"),
+        matmul=Uniform(a_bits, granularity="head"),
+        softmax=TwinUniform(a_bits, form="softmax"),
+        gelu=TwinUniform(a_bits, form="gelu"),
+    )
+    return QConfigMapping().set_global(qconfig)
