@@ -40,7 +40,7 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
     with graph_module.graph.inserting_before(quantized):
         attributes = hold(graph_module, site, tensors, like=quantized)
         folded = graph_module.graph.call_function(DEQUANTIZE, (*attributes, axis))
-    adopt_meta(folded, quantized).meta["ptq4vit_site"] = site
+    adopt_meta(folded, quantized, site).meta["ptq4vit_site"] = site
     quantized.replace_all_uses_with(folded)
     graph_module.graph.erase_node(quantized)
     graph_module.delete_submodule(str(quantized.target))

@@ -108,10 +108,11 @@ def _write_sum(
     with graph.inserting_before(node):
         terms = []
         for lhs, rhs in pairs:
-            term = adopt_meta(graph.node_copy(node), node)
+            term = graph.node_copy(node)
             term.args = (lhs, rhs, *node.args[2:])
             if len(node.args) > 2 and len(terms) < len(pairs) - 1:
                 term.update_arg(2, None)
+            term.meta = dict(node.meta)
             terms.append(term)
         result = terms[0]
         for term in terms[1:]:

@@ -50,12 +50,32 @@ def _ndim(graph_module: GraphModule, scale: Node) -> int:
 def _write(graph_module: GraphModule, node: Node, weight: Node) -> None:
     graph = graph_module.graph
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    flat = len(node.meta["tensor_meta"].shape) == 2
     with graph.inserting_before(node):
         result = product = adopt_meta(graph.call_function(torch.matmul, (node.args[0], weight)), node)
         if bias is not None:
             result = adopt_meta(graph.call_function(torch.add, (product, bias)), node)
+        if flat:
+            result = adopt_meta(graph.call_function(torch.squeeze, (result, 0)), node)
+    if flat:
+        _add_dimension(graph_module, product)
     product.meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
     name = node.name
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     product._rename(name)
+
+
+def _add_dimension(graph_module: GraphModule, product: Node) -> None:
+    """Make the lhs of a product of matrices three-dimensional, in front of its quantizer.
+
+    ONNX Runtime turns a two-dimensional MatMul and Add into Gemm, for which it has no integer kernel with float
+    output (onnxruntime/core/optimizer/matmul_add_fusion.cc); with three dimensions the product stays MatMul.
+    """
+    dequantize = product.args[0]
+    assert isinstance(dequantize, Node)
+    quantize = dequantize.args[0]
+    assert isinstance(quantize, Node)
+    with graph_module.graph.inserting_before(quantize):
+        deeper = graph_module.graph.call_function(torch.unsqueeze, (quantize.args[0], 0))
+    quantize.update_arg(0, adopt_meta(deeper, quantize))

@@ -1,0 +1,196 @@
+"""`export_onnx`: the converted graph as a QDQ ONNX file of standard operators."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.export.naming import name_nodes, own_parameters
+from ptq4vit_fx.export.targets import TARGETS, Target
+from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.passes.contract import stage_of
+from ptq4vit_fx.passes.stages import Stage
+
+#: Metadata keys of the ONNX file.
+PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY = (
+    f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target")
+)
+#: A protobuf file cannot be larger than this; bigger models keep their weights beside it.
+PROTOBUF_LIMIT = 2**31 - 2**20
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: path, size in bytes, size of the float weights, node counts by operator, sites."""
+
+    path: Path
+    bytes: int
+    float_bytes: int
+    operators: dict[str, int]
+    sites: int
+    opset: int
+    target: str
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items()))
+        return (
+            f"{self.path}: {self.bytes / 1e6:.2f} MB ({self.bytes / self.float_bytes:.0%} of the float weights), "
+            f"opset {self.opset}, target {self.target}, {self.sites} quantized operands; {counts}"
+        )
+
+
+def export_onnx(
+    converted: GraphModule,
+    path: str | os.PathLike[str],
+    example_inputs: Tensor | tuple[Tensor],
+    *,
+    target: str = "onnxruntime",
+    opset: int = 20,
+) -> ExportReport:
+    """Write a converted model to an ONNX file with a dynamic batch and int8 weights; return what was written.
+
+    example_inputs: an image batch of the size that the model accepts, any batch size. target: a name in
+    `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that it comes
+    from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan, the library version and the calibration's
+    fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or opset is not
+    supported, or the path is not writable; nothing is left behind then.
+    """
+    rules = _check(converted, target, opset)
+    x = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+    with atomic_path(path, "export_onnx") as temporary:
+        model = _to_onnx(converted, x, opset)
+        name_nodes(model)
+        own_parameters(model)
+        model = rules.rewrite(model)
+        rules.check(model)
+        _add_metadata(model, converted, target)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, temporary)
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return ExportReport(
+        Path(path),
+        os.path.getsize(path),
+        _float_bytes(model),
+        counts,
+        len(converted.plan.quantizers),
+        opset,
+        target,
+    )
+
+
+def _check(converted: GraphModule, target: str, opset: int) -> Target:
+    stage = stage_of(converted) if isinstance(converted, GraphModule) else None
+    if stage is not Stage.CONVERTED:
+        raise failure(
+            "export_onnx",
+            type(converted).__name__,
+            expected="a model from convert_fx or quantize",
+            got=f"stage {stage.value!r}" if stage else "a model that this package did not convert",
+            do="call convert_fx(prepared) first",
+        )
+    if target not in TARGETS:
+        raise failure(
+            "export_onnx",
+            "target",
+            expected=f"one of {', '.join(TARGETS)}",
+            got=repr(target),
+            do=f"did you mean {near_names(target, TARGETS, 1)}?",
+        )
+    newest = onnx.defs.onnx_opset_version()
+    if not 18 <= opset <= newest:
+        raise failure(
+            "export_onnx", "opset", expected=f"18 to {newest}", got=str(opset), do="use 20, the default"
+        )
+    return TARGETS[target]
+
+
+def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
+    operators: Any = getattr(onnxscript, f"opset{min(opset, 20)}")
+
+    def quantize(x, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
+        return operators.QuantizeLinear(x, scale, zero_point, axis=axis)
+
+    def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
+        return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    device = next((b.device for b in converted.buffers()), x.device)
+    batch = x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device)  # 2: export treats a batch of 1 as a constant
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                converted,
+                (batch,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                custom_translation_table={QUANTIZE: quantize, DEQUANTIZE: dequantize},
+                verbose=False,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever the exporter says becomes one sentence
+            raise failure(
+                "export_onnx",
+                "torch.onnx.export",
+                expected="a graph that it can translate with a dynamic batch",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                do="check that the model's forward does not depend on the batch size",
+            ) from error
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger = logging.getLogger("torch.onnx")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -> None:
+    calibration = converted.calibration
+    values = {
+        PLAN_KEY: converted.plan.to_json(),
+        VERSION_KEY: version("ptq4vit-fx"),
+        CALIBRATION_KEY: calibration.fingerprint(),
+        PROVENANCE_KEY: json.dumps(calibration.provenance),
+        TARGET_KEY: target,
+    }
+    onnx.helper.set_model_props(model, values)
+    model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
+
+
+def _float_bytes(model: onnx.ModelProto) -> int:
+    """Return what the same initializers would take as float32."""
+    total = 0
+    for initializer in model.graph.initializer:
+        count = 1
+        for dimension in initializer.dims:
+            count *= dimension
+        total += 4 * count
+    return total

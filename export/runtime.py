@@ -1,0 +1,144 @@
+"""ONNX Runtime sessions: what the runtime makes of a file, and whether its integer kernels are exact on this CPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from ptq4vit_fx.errors import failure
+
+#: Operators that multiply matrices, by the type that they compute in (ONNX Runtime's contrib operators included).
+INTEGER_PRODUCTS = frozenset(
+    "MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QLinearMatMul QGemm QLinearConv ConvInteger "
+    "QAttention MatMulNBits".split()
+)
+FLOAT_PRODUCTS = frozenset("MatMul Gemm Conv FusedMatMul FusedGemm FusedConv Attention MultiHeadAttention".split())
+
+
+@dataclass(frozen=True)
+class RuntimeGraph:
+    """What ONNX Runtime will run: operator counts of the file and of the optimized graph, products by name.
+
+    float_products: name of the node -> why it runs in float.
+    """
+
+    before: dict[str, int]
+    after: dict[str, int]
+    integer_products: tuple[str, ...]
+    float_products: dict[str, str]
+
+
+def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read an ONNX file; raises PTQError if it is missing or no ONNX file."""
+    try:
+        return onnx.load(os.fspath(path))
+    except Exception as error:  # noqa: BLE001 - protobuf and the file system fail in many ways, all mean the same
+        raise failure(
+            "read ONNX file",
+            str(path),
+            expected="an ONNX model",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            do="check the path",
+        ) from error
+
+
+def open_session(
+    path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0
+) -> onnxruntime.InferenceSession:
+    """Open a file in ONNX Runtime's CPU provider.
+
+    exact: on a CPU whose u8 x s8 kernels saturate, constant int8 weights are rewritten to uint8 in memory, which
+    takes the slower kernels that do not; elsewhere, and with exact=False, the file runs as it is.
+    threads: 0 lets the runtime choose.
+    """
+    model = load_file(path)
+    if exact and products_saturate():
+        model = with_unsigned_weights(model)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), _options(threads), providers=["CPUExecutionProvider"]
+    )
+
+
+def _options(threads: int = 0) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
+
+
+def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
+    """Let ONNX Runtime optimize the file for this machine and read the result back."""
+    model = load_file(path)
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options()
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath)
+    makers = {output: node for node in optimized.graph.node for output in node.output}
+    return RuntimeGraph(
+        dict(Counter(node.op_type for node in model.graph.node)),
+        dict(Counter(node.op_type for node in optimized.graph.node)),
+        tuple(node.name for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS),
+        {node.name: _why_float(node, makers) for node in optimized.graph.node if node.op_type in FLOAT_PRODUCTS},
+    )
+
+
+def _why_float(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
+    sources = [makers[name].op_type if name in makers else "a constant" for name in node.input[:2]]
+    if all(source == "DequantizeLinear" for source in sources):
+        return f"ONNX Runtime has no integer kernel for {node.op_type} with float output: quantized, computed in float"
+    return f"not quantized: its operands come from {' and '.join(sources)}"
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Return whether this CPU's u8 x s8 kernels saturate: multiply 255 by 127 in ONNX Runtime and look.
+
+    x86 CPUs without VNNI add pairs of products in 16 bits (vpmaddubsw); 2 * 255 * 127 does not fit. See
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "reduce_range".
+    """
+    inner = 64
+    weight = numpy_helper.from_array(np.full((inner, 32), 127, np.int8), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [16, inner])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [16, 32])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), _options(), providers=["CPUExecutionProvider"]
+    )
+    (result,) = session.run(None, {"x": np.full((16, inner), 255, np.uint8)})
+    return bool((result != 255 * 127 * inner).any())
+
+
+def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy whose constant int8 weights are uint8 with the zero point raised by 128: the same values.
+
+    u8 x u8 kernels are exact on every x86 CPU; those with VNNI run u8 x s8 faster.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    initializers = {initializer.name: initializer for initializer in copy.graph.initializer}
+    shifted: set[str] = set()
+    for node in copy.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in initializers:
+            continue
+        for name in (node.input[0], node.input[2]):
+            tensor = initializers[name]
+            if tensor.data_type == TensorProto.INT8 and name not in shifted:
+                values = numpy_helper.to_array(tensor).astype(np.int16) + 128
+                tensor.CopyFrom(numpy_helper.from_array(values.astype(np.uint8), name))
+                shifted.add(name)
+    return copy

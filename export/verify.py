@@ -1,0 +1,135 @@
+"""`verify_onnx`: ONNX Runtime beside the PyTorch simulation on real images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4vit_fx.calibrator import image_batches
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.runtime import RuntimeGraph, open_session, products_saturate, runtime_graph
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image on which the top-1 classes differ.
+
+    margin: how far the simulation's first class leads over the runtime's class, in logits. difference: the largest
+    logit difference on that image. A margin below twice the difference is a tie that rounding decides.
+    """
+
+    image: int
+    margin: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How the file behaves in ONNX Runtime against the simulation in PyTorch.
+
+    max_absolute_difference: in logits. max_relative_difference: that, over the largest logit of the same image.
+    agreement: share of images with the same top-1. cosine: the smallest over the images. saturating: this CPU's default
+    u8 x s8 kernels are inexact (no VNNI); the figures above are then of an exact session and `default_agreement`
+    tells what a plain session does.
+    """
+
+    images: int
+    max_absolute_difference: float
+    max_relative_difference: float
+    agreement: float
+    cosine: float
+    graph: RuntimeGraph
+    saturating: bool
+    default_agreement: float
+    disagreements: tuple[Disagreement, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [
+            f"ONNX Runtime against the simulation, {self.images} images: top-1 agreement {self.agreement:.2%}, "
+            f"largest logit difference {self.max_absolute_difference:.3g} "
+            f"({self.max_relative_difference:.2%} of the largest logit), smallest cosine {self.cosine:.6f}"
+        ]
+        for item in self.disagreements[:5]:
+            why = "a tie that rounding decides" if item.margin <= 2 * item.difference else "not a tie: look into it"
+            lines.append(
+                f"  image {item.image}: margin {item.margin:.3g}, logit difference {item.difference:.3g}: {why}"
+            )
+        if self.saturating:
+            lines.append(
+                f"  this CPU has no VNNI: the default u8 x s8 kernels saturate, agreement {self.default_agreement:.2%}; "
+                'for such CPUs export with target="onnxruntime-avx2", or quantize with w_bits=7'
+            )
+        lines.append("operators, in the file and after ONNX Runtime's own optimization:")
+        for name in sorted({*self.graph.before, *self.graph.after}):
+            lines.append(f"  {name:24}{self.graph.before.get(name, 0):6}{self.graph.after.get(name, 0):6}")
+        lines.append(
+            f"{len(self.graph.integer_products)} products run as integers, {len(self.graph.float_products)} in float"
+        )
+        lines += [f"  float: {name}: {reason}" for name, reason in self.graph.float_products.items()]
+        return "\n".join(lines)
+
+
+def verify_onnx(
+    path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any]
+) -> VerifyReport:
+    """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
+
+    data: as for `calibrate`: image batches, labels ignored. Raises PTQError if the file cannot be read or the
+    images do not fit.
+    """
+    batches = image_batches(data)
+    saturating = products_saturate()
+    simulated = np.concatenate([_simulate(converted, batch) for batch in batches])
+    actual = _run(path, batches, exact=True)
+    default = _run(path, batches, exact=False) if saturating else actual
+    difference = np.abs(actual - simulated).max(1)
+    scale = np.abs(simulated).max(1)
+    norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(simulated, axis=1)
+    cosine = (actual * simulated).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny)
+    top, mine = actual.argmax(1), simulated.argmax(1)
+    rows = np.arange(len(top))
+    margin = simulated[rows, mine] - simulated[rows, top]
+    return VerifyReport(
+        images=len(top),
+        max_absolute_difference=float(difference.max()),
+        max_relative_difference=float((difference / np.maximum(scale, np.finfo(np.float32).tiny)).max()),
+        agreement=float((top == mine).mean()),
+        cosine=float(cosine.min()),
+        graph=runtime_graph(path),
+        saturating=saturating,
+        default_agreement=float((default.argmax(1) == mine).mean()),
+        disagreements=tuple(
+            Disagreement(int(i), float(margin[i]), float(difference[i])) for i in np.flatnonzero(top != mine)
+        ),
+    )
+
+
+def _simulate(converted: GraphModule, batch: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    device = next((buffer.device for buffer in converted.buffers()), batch.device)
+    with torch.inference_mode():
+        output: Tensor = converted(batch.to(device))
+    return output.float().cpu().numpy()
+
+
+def _run(
+    path: str | os.PathLike[str], batches: list[Tensor], *, exact: bool
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    session = open_session(path, exact=exact)
+    name = session.get_inputs()[0].name
+    try:
+        return np.concatenate([session.run(None, {name: batch.cpu().numpy()})[0] for batch in batches])
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own types, none public
+        raise failure(
+            "verify_onnx",
+            str(path),
+            expected=f"images of shape {session.get_inputs()[0].shape}",
+            got=f"{tuple(batches[0].shape)} ({error})".splitlines()[0],
+            do="pass images of the size that was exported",
+        ) from error
