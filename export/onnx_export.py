@@ -132,7 +132,9 @@ def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
         return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
     device = next((b.device for b in converted.buffers()), x.device)
-    batch = x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device)  # 2: export treats a batch of 1 as a constant
+    batch = (
+        x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device)
+    )  # 2: export treats a batch of 1 as a constant
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -146,7 +148,7 @@ def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
                 custom_translation_table={QUANTIZE: quantize, DEQUANTIZE: dequantize},
                 verbose=False,
             )
-        except Exception as error:  # noqa: BLE001 - whatever the exporter says becomes one sentence
+        except Exception as error:
             raise failure(
                 "export_onnx",
                 "torch.onnx.export",

@@ -18,10 +18,11 @@ from ptq4vit_fx.errors import failure
 
 #: Operators that multiply matrices, by the type that they compute in (ONNX Runtime's contrib operators included).
 INTEGER_PRODUCTS = frozenset(
-    "MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QLinearMatMul QGemm QLinearConv ConvInteger "
-    "QAttention MatMulNBits".split()
+    ["MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger", "QAttention", "MatMulNBits"]
 )
-FLOAT_PRODUCTS = frozenset("MatMul Gemm Conv FusedMatMul FusedGemm FusedConv Attention MultiHeadAttention".split())
+FLOAT_PRODUCTS = frozenset(
+    ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read an ONNX file; raises PTQError if it is missing or no ONNX file."""
     try:
         return onnx.load(os.fspath(path))
-    except Exception as error:  # noqa: BLE001 - protobuf and the file system fail in many ways, all mean the same
+    except Exception as error:
         raise failure(
             "read ONNX file",
             str(path),
@@ -88,7 +89,11 @@ def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
         dict(Counter(node.op_type for node in model.graph.node)),
         dict(Counter(node.op_type for node in optimized.graph.node)),
         tuple(node.name for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS),
-        {node.name: _why_float(node, makers) for node in optimized.graph.node if node.op_type in FLOAT_PRODUCTS},
+        {
+            node.name: _why_float(node, makers)
+            for node in optimized.graph.node
+            if node.op_type in FLOAT_PRODUCTS
+        },
     )
 
 

@@ -57,7 +57,11 @@ class VerifyReport:
             f"({self.max_relative_difference:.2%} of the largest logit), smallest cosine {self.cosine:.6f}"
         ]
         for item in self.disagreements[:5]:
-            why = "a tie that rounding decides" if item.margin <= 2 * item.difference else "not a tie: look into it"
+            why = (
+                "a tie that rounding decides"
+                if item.margin <= 2 * item.difference
+                else "not a tie: look into it"
+            )
             lines.append(
                 f"  image {item.image}: margin {item.margin:.3g}, logit difference {item.difference:.3g}: {why}"
             )
@@ -125,7 +129,7 @@ def _run(
     name = session.get_inputs()[0].name
     try:
         return np.concatenate([session.run(None, {name: batch.cpu().numpy()})[0] for batch in batches])
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own types, none public
+    except Exception as error:
         raise failure(
             "verify_onnx",
             str(path),

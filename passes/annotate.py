@@ -16,13 +16,27 @@ from ptq4vit_fx.errors import PTQWarning, failure, near_names
 from ptq4vit_fx.passes.contract import attach, graph_pass
 from ptq4vit_fx.passes.dataflow import adopt_meta, downstream, module_path, origin
 from ptq4vit_fx.passes.stages import PRODUCT_TARGETS, Stage
-from ptq4vit_fx.plan import OPERANDS, FloatOp, Operand, ProductKind, QuantOp, QuantPlan, SourceActivation, site
+from ptq4vit_fx.plan import (
+    OPERANDS,
+    FloatOp,
+    Operand,
+    ProductKind,
+    QuantOp,
+    QuantPlan,
+    SourceActivation,
+    site,
+)
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping
 from ptq4vit_fx.quantizers import GELU_TANH_MINIMUM, Quantizer, TwinUniform, Uniform
 
 #: Products that this version does not rewrite: they stay float and are reported.
 UNSUPPORTED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d, nn.Bilinear, nn.MultiheadAttention)
-UNSUPPORTED_FUNCTIONS = {torch.einsum: "einsum", F.conv1d: "conv1d", torch.baddbmm: "baddbmm", torch.addmm: "addmm"}
+UNSUPPORTED_FUNCTIONS = {
+    torch.einsum: "einsum",
+    F.conv1d: "conv1d",
+    torch.baddbmm: "baddbmm",
+    torch.addmm: "addmm",
+}
 
 
 @graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
@@ -196,7 +210,11 @@ def _quantizer(
 
 def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> None:
     for method, key in mapping.unmatched(products):
-        names = [name for name, _ in products] if method != "set_object_type" else sorted({k for _, k in products})
+        names = (
+            [name for name, _ in products]
+            if method != "set_object_type"
+            else sorted({k for _, k in products})
+        )
         raise failure(
             f"QConfigMapping.{method}",
             repr(key),
@@ -214,7 +232,9 @@ def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, UNSUPPORTED):
                 found.append(FloatOp(str(node.target), f"{type(module).__name__} is not supported"))
-            elif inside := [name for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]:
+            elif inside := [
+                name for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+            ]:
                 reason = f"{type(module).__name__} is not traced into; inside: {', '.join(filter(None, inside)) or 'itself'}"
                 found.append(FloatOp(str(node.target), reason))
         elif node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:

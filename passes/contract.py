@@ -25,7 +25,9 @@ class Rewrite:
 
 def graph_pass(
     *, before: Stage, after: Stage
-) -> Callable[[Callable[Concatenate[GraphModule, P], int]], Callable[Concatenate[GraphModule, P], GraphModule]]:
+) -> Callable[
+    [Callable[Concatenate[GraphModule, P], int]], Callable[Concatenate[GraphModule, P], GraphModule]
+]:
     """Make a pass of a function that rewrites a GraphModule in place and returns the number of rewrites.
 
     The pass checks that the graph is at the stage `before`, runs the function, removes dead code, lints,

@@ -36,7 +36,11 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
     codes = module.quantizer.codes(weight, module.params.broadcast(weight.ndim)).to(torch.int8)
     axis = 0 if module.axis is None else module.axis % weight.ndim
     site = quantized.meta["ptq4vit_site"]
-    tensors = {"codes": codes, "scale": module.scale, "zero_point": torch.zeros_like(module.scale, dtype=torch.int8)}
+    tensors = {
+        "codes": codes,
+        "scale": module.scale,
+        "zero_point": torch.zeros_like(module.scale, dtype=torch.int8),
+    }
     with graph_module.graph.inserting_before(quantized):
         attributes = hold(graph_module, site, tensors, like=quantized)
         folded = graph_module.graph.call_function(DEQUANTIZE, (*attributes, axis))

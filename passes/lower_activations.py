@@ -86,7 +86,9 @@ def _lower_product(graph_module: GraphModule, node: Node) -> int:
     return lowered
 
 
-def _uniform(graph_module: GraphModule, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]) -> Node:
+def _uniform(
+    graph_module: GraphModule, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]
+) -> Node:
     """Return the dequantized operand; scales per head are divided out in front and appended to `head_scales`."""
     x, scale, quantizer = quantized.args[0], module.scale, module.quantizer
     assert isinstance(x, Node)

@@ -58,7 +58,8 @@ def _canonical(node: Node, modules: dict[str, nn.Module]) -> str | None:
 
 def _observed(node: Node, modules: dict[str, nn.Module]) -> str | None:
     if "ptq4vit_op" in node.meta and not any(
-        user.op == "call_module" and type(modules[str(user.target)]).__name__ == "ProductObserver" for user in node.users
+        user.op == "call_module" and type(modules[str(user.target)]).__name__ == "ProductObserver"
+        for user in node.users
     ):
         return f"product {node.meta['ptq4vit_op']} without an observer"
     return None

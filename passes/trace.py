@@ -27,7 +27,7 @@ def trace(model: nn.Module) -> GraphModule:
     tracer = _ViTTracer()
     try:
         graph = tracer.trace(root)
-    except Exception as error:  # noqa: BLE001 - any error of the user's forward becomes one readable sentence
+    except Exception as error:
         raise failure(
             "trace",
             f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
@@ -47,7 +47,9 @@ def _image_only(model: nn.Module) -> nn.Module:
     def forward(self: nn.Module, x: torch.Tensor) -> Any:
         return original.forward(self, x)
 
-    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    model.__class__ = type(
+        original.__name__, (original,), {"forward": forward, "__module__": original.__module__}
+    )
     return model
 
 

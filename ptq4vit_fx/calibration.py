@@ -90,7 +90,9 @@ class Calibration:
         for key in sorted(self.params):
             params = self.params[key]
             tensors = (
-                [params.scale] if isinstance(params, UniformParams) else [params.fine_scale, params.coarse_scale]
+                [params.scale]
+                if isinstance(params, UniformParams)
+                else [params.fine_scale, params.coarse_scale]
             )
             digest.update(key.encode())
             for tensor in tensors:
@@ -107,7 +109,9 @@ class Calibration:
             threshold = ""
             if isinstance(quantizer, TwinUniform) and isinstance(params, TwinParams):
                 threshold = f"{float(quantizer.threshold(params)):.4g}"
-            lines.append(f"{key:44}{describe_params(params):>24}  {threshold:>10}  {before:15.4g}  {after:10.4g}")
+            lines.append(
+                f"{key:44}{describe_params(params):>24}  {threshold:>10}  {before:15.4g}  {after:10.4g}"
+            )
         return "\n".join(lines)
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibration import Calibration, fingerprint_images
-from ptq4vit_fx.capture import Loss, capture, captured_bytes, captured_product, groups_of_ops, pseudo_label_loss
+from ptq4vit_fx.capture import (
+    Loss,
+    capture,
+    captured_bytes,
+    captured_product,
+    groups_of_ops,
+    pseudo_label_loss,
+)
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.plan import QuantOp, QuantPlan, Site, site

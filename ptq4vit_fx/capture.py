@@ -49,7 +49,12 @@ def pseudo_label_loss(logits: Any) -> Tensor:
 
 
 def capture(
-    prepared: GraphModule, ops: Sequence[QuantOp], batches: Iterable[Tensor], *, loss: Loss, with_gradient: bool
+    prepared: GraphModule,
+    ops: Sequence[QuantOp],
+    batches: Iterable[Tensor],
+    *,
+    loss: Loss,
+    with_gradient: bool,
 ) -> dict[str, Captured]:
     """Run the observed model on every batch and return what the observers of `ops` saw, float32.
 
@@ -60,7 +65,9 @@ def capture(
 
     def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         seen = captured[name]
-        if name not in weights and out.ndim > 2:  # broadcast operands are stored once per image, like the others
+        if (
+            name not in weights and out.ndim > 2
+        ):  # broadcast operands are stored once per image, like the others
             lhs = lhs.expand(*out.shape[:-2], *lhs.shape[-2:])
             rhs = rhs.expand(*out.shape[:-2], *rhs.shape[-2:])
         seen.lhs.append(lhs.detach())
@@ -125,7 +132,9 @@ def captured_bytes(prepared: GraphModule) -> dict[str, int]:
     return sizes
 
 
-def groups_of_ops(ops: Sequence[QuantOp], sizes: dict[str, int], images: int, limit: int) -> list[list[QuantOp]]:
+def groups_of_ops(
+    ops: Sequence[QuantOp], sizes: dict[str, int], images: int, limit: int
+) -> list[list[QuantOp]]:
     """Split the ops, in order, into groups whose captured tensors fit into `limit` bytes; at least one op each."""
     groups: list[list[QuantOp]] = [[]]
     used = 0

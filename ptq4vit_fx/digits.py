@@ -75,7 +75,11 @@ def load_digits_images(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]
     """
     if split not in ("train", "test"):
         raise failure(
-            "load_digits_images", "split", expected="'train' or 'test'", got=repr(split), do="pass one of the two"
+            "load_digits_images",
+            "split",
+            expected="'train' or 'test'",
+            got=repr(split),
+            do="pass one of the two",
         )
     # Both take seconds to import, and only this function needs them.
     from sklearn.datasets import load_digits

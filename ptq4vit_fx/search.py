@@ -64,7 +64,9 @@ class _UniformCandidates:
         self.is_weight = operand == "rhs" and op.rhs_is_weight
         x = product.lhs if operand == "lhs" else product.rhs
         self.quantizer, self.op, self.product = quantizer, op, product
-        self.groups = scale_groups(quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight)
+        self.groups = scale_groups(
+            quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight
+        )
         self.initial = quantizer.initial_scale(self.groups.absmax(x))
         self.factors = torch.tensor([*settings.factors, 1.0], dtype=torch.float32, device=x.device)
         self.count = len(settings.factors)
@@ -89,7 +91,9 @@ class _TwinCandidates:
         self.quantizer = quantizer
         self.ordered = quantizer.form == "gelu"
         if quantizer.form == "softmax":
-            self.choices = [quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)]
+            self.choices = [
+                quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)
+            ]
         else:
             initial = Uniform(quantizer.bits).initial_scale(x.amax().clamp_min(0))
             self.choices = [quantizer.gelu_params(initial * factor) for factor in (*settings.factors, 1.0)]
@@ -208,7 +212,9 @@ class _Evaluation:
         statistics = self.metric.statistics(target, estimate)
         weight = part.element_weight
         if self.searched.groups == ScaleGroups() and (weight is None or weight.shape == target.shape):
-            totals = [s.sum() if weight is None else torch.dot(s.flatten(), weight.flatten()) for s in statistics]
+            totals = [
+                s.sum() if weight is None else torch.dot(s.flatten(), weight.flatten()) for s in statistics
+            ]
             return torch.stack(totals).double()[:, None, None]
         weighted = [s if weight is None else s * weight for s in statistics]
         return self.searched.groups.reduce(torch.stack([w.sum((0, 2)) for w in weighted]).double())
@@ -234,7 +240,9 @@ def _best(
     if settings.screen_rows is None or not candidates.ordered or candidates.count <= 4 * COARSE_STRIDE:
         table = _evaluate(screening, _every(candidates, range(candidates.count)))
     elif round_number == 0:
-        table = _evaluate(screening, _every(candidates, range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE)))
+        table = _evaluate(
+            screening, _every(candidates, range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE))
+        )
         table = _around(screening, table, _argmin(table), COARSE_STRIDE - 1)
     else:
         table = _evaluate(screening, [screening.last])
@@ -284,7 +292,9 @@ def _total(
     for (part, target), lhs, rhs in zip(parts, *operands, strict=True):
         weight = part.element_weight
         statistics = metric.statistics(target, part.output(lhs, rhs))
-        terms = torch.stack([(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics])
+        terms = torch.stack(
+            [(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics]
+        )
         sums = terms if sums is None else sums + terms
     assert sums is not None
     return float(metric.finish(sums))
