@@ -38,9 +38,7 @@ PIXEL = 2 / 8
 def augment(images: Tensor) -> Tensor:
     """Return the images (batch, 1, 8, 8), each turned, slanted, resized, shifted by at most a pixel, with noise."""
     # A strength per image: interpolation blurs, and the model must also see digits that are nearly sharp.
-    turn, slant, grow_x, grow_y, shift_x, shift_y = (torch.rand(6, len(images)) * 2 - 1) * torch.rand(
-        len(images)
-    )
+    turn, slant, grow_x, grow_y, shift_x, shift_y = (torch.rand(6, len(images)) * 2 - 1) * torch.rand(len(images))
     row_x = torch.stack([1 + 0.2 * grow_x, 0.2 * slant - 0.2 * turn, shift_x * PIXEL], 1)
     row_y = torch.stack([0.2 * turn, 1 + 0.2 * grow_y, shift_y * PIXEL], 1)
     grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(images.shape), align_corners=False)
@@ -61,9 +59,7 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
     model = build_model()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
     # Weight decay pulls matrices only: biases, norms and embeddings are not what overfits.
-    matrices = [
-        p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")
-    ]
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or name in ("pos_embed", "cls_token")]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
@@ -102,9 +98,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     """Train, report and write the checkpoint."""
     parser = argparse.ArgumentParser(description="Train the embedded digits model from scratch.")
-    parser.add_argument(
-        "--out", type=Path, default=CHECKPOINT, help="checkpoint to write (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint to write (default: %(default)s)")
     out = parser.parse_args().out
     torch.set_num_threads(2)
     torch.manual_seed(SEED)

@@ -24,7 +24,7 @@ from ptq4vit_fx.export.naming import name_nodes, own_parameters
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.files import atomic_path
 from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
-from ptq4vit_fx.passes.contract import stage_of
+from ptq4vit_fx.passes.contract import calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.stages import Stage
 
 #: Metadata keys of the ONNX file.
@@ -90,7 +90,7 @@ def export_onnx(
         os.path.getsize(path),
         _float_bytes(model),
         counts,
-        len(converted.plan.quantizers),
+        len(plan_of(converted).quantizers),
         opset,
         target,
     )
@@ -116,9 +116,7 @@ def _check(converted: GraphModule, target: str, opset: int) -> Target:
         )
     newest = onnx.defs.onnx_opset_version()
     if not 18 <= opset <= newest:
-        raise failure(
-            "export_onnx", "opset", expected=f"18 to {newest}", got=str(opset), do="use 20, the default"
-        )
+        raise failure("export_onnx", "opset", expected=f"18 to {newest}", got=str(opset), do="use 20, the default")
     return TARGETS[target]
 
 
@@ -175,9 +173,10 @@ def _quiet():  # type: ignore[no-untyped-def]
 
 
 def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -> None:
-    calibration = converted.calibration
+    calibration = calibration_of(converted)
+    assert calibration is not None  # convert_fx refuses a model without
     values = {
-        PLAN_KEY: converted.plan.to_json(),
+        PLAN_KEY: plan_of(converted).to_json(),
         VERSION_KEY: version("ptq4vit-fx"),
         CALIBRATION_KEY: calibration.fingerprint(),
         PROVENANCE_KEY: json.dumps(calibration.provenance),

@@ -18,7 +18,17 @@ from ptq4vit_fx.errors import failure
 
 #: Operators that multiply matrices, by the type that they compute in (ONNX Runtime's contrib operators included).
 INTEGER_PRODUCTS = frozenset(
-    ["MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger", "QAttention", "MatMulNBits"]
+    [
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "QLinearMatMul",
+        "QGemm",
+        "QLinearConv",
+        "ConvInteger",
+        "QAttention",
+        "MatMulNBits",
+    ]
 )
 FLOAT_PRODUCTS = frozenset(
     ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
@@ -52,9 +62,7 @@ def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ) from error
 
 
-def open_session(
-    path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0
-) -> onnxruntime.InferenceSession:
+def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
     exact: on a CPU whose u8 x s8 kernels saturate, constant int8 weights are rewritten to uint8 in memory, which
@@ -89,11 +97,7 @@ def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
         dict(Counter(node.op_type for node in model.graph.node)),
         dict(Counter(node.op_type for node in optimized.graph.node)),
         tuple(node.name for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS),
-        {
-            node.name: _why_float(node, makers)
-            for node in optimized.graph.node
-            if node.op_type in FLOAT_PRODUCTS
-        },
+        {node.name: _why_float(node, makers) for node in optimized.graph.node if node.op_type in FLOAT_PRODUCTS},
     )
 
 
@@ -121,9 +125,7 @@ def products_saturate() -> bool:
         [weight],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), _options(), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {"x": np.full((16, inner), 255, np.uint8)})
     return bool((result != 255 * 127 * inner).any())
 

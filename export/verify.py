@@ -57,17 +57,14 @@ class VerifyReport:
             f"({self.max_relative_difference:.2%} of the largest logit), smallest cosine {self.cosine:.6f}"
         ]
         for item in self.disagreements[:5]:
-            why = (
-                "a tie that rounding decides"
-                if item.margin <= 2 * item.difference
-                else "not a tie: look into it"
-            )
+            why = "a tie that rounding decides" if item.margin <= 2 * item.difference else "not a tie: look into it"
             lines.append(
                 f"  image {item.image}: margin {item.margin:.3g}, logit difference {item.difference:.3g}: {why}"
             )
         if self.saturating:
             lines.append(
-                f"  this CPU has no VNNI: the default u8 x s8 kernels saturate, agreement {self.default_agreement:.2%}; "
+                f"  this CPU has no VNNI: the default u8 x s8 kernels saturate, agreement "
+                f"{self.default_agreement:.2%}; "
                 'for such CPUs export with target="onnxruntime-avx2", or quantize with w_bits=7'
             )
         lines.append("operators, in the file and after ONNX Runtime's own optimization:")
@@ -80,9 +77,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify_onnx(
-    path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any]
-) -> VerifyReport:
+def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any]) -> VerifyReport:
     """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
 
     data: as for `calibrate`: image batches, labels ignored. Raises PTQError if the file cannot be read or the
@@ -122,9 +117,7 @@ def _simulate(converted: GraphModule, batch: Tensor) -> np.ndarray[Any, np.dtype
     return output.float().cpu().numpy()
 
 
-def _run(
-    path: str | os.PathLike[str], batches: list[Tensor], *, exact: bool
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _run(path: str | os.PathLike[str], batches: list[Tensor], *, exact: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
     session = open_session(path, exact=exact)
     name = session.get_inputs()[0].name
     try:

@@ -26,7 +26,7 @@ from ptq4vit_fx.plan import (
     SourceActivation,
     site,
 )
-from ptq4vit_fx.qconfig import QConfig, QConfigMapping
+from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import GELU_TANH_MINIMUM, Quantizer, TwinUniform, Uniform
 
 #: Products that this version does not rewrite: they stay float and are reported.
@@ -49,7 +49,9 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping) -> int:
     products = _name_products(graph_module)
     _check_rules(mapping, [(op.name, op.kind) for _, op in products])
     group_counts = _attention_operands_per_weight(products)
-    ops, quantizers, searches = [], {}, {}
+    ops: list[QuantOp] = []
+    quantizers: dict[str, Quantizer] = {}
+    searches: dict[str, SearchSettings] = {}
     float_ops = _hidden_products(graph_module)
     for node, op in products:
         qconfig, rule = mapping.resolve(op.name, op.kind)
@@ -210,11 +212,7 @@ def _quantizer(
 
 def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> None:
     for method, key in mapping.unmatched(products):
-        names = (
-            [name for name, _ in products]
-            if method != "set_object_type"
-            else sorted({k for _, k in products})
-        )
+        names = [name for name, _ in products] if method != "set_object_type" else sorted({k for _, k in products})
         raise failure(
             f"QConfigMapping.{method}",
             repr(key),
@@ -225,17 +223,17 @@ def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> No
 
 
 def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
-    """List what multiplies inside of the graph but is no QuantOp: unsupported layers, and leaves with products inside."""
+    """List what multiplies but is no QuantOp: unsupported layers, and leaves with products inside."""
     found = []
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             module = graph_module.get_submodule(str(node.target))
             if isinstance(module, UNSUPPORTED):
                 found.append(FloatOp(str(node.target), f"{type(module).__name__} is not supported"))
-            elif inside := [
-                name for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-            ]:
-                reason = f"{type(module).__name__} is not traced into; inside: {', '.join(filter(None, inside)) or 'itself'}"
+            elif inside := [name for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
+                reason = (
+                    f"{type(module).__name__} is not traced into; inside: {', '.join(filter(None, inside)) or 'itself'}"
+                )
                 found.append(FloatOp(str(node.target), reason))
         elif node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:
             found.append(FloatOp(node.name, f"{UNSUPPORTED_FUNCTIONS[node.target]} is not supported"))

@@ -57,9 +57,7 @@ def _canonical_call(graph_module: GraphModule, node: Node, modules: dict[str, nn
         if node.target in MATMUL_FUNCTIONS:
             return torch.matmul, (node.args[0], node.args[1]), {}
         if node.target in SOFTMAX_FUNCTIONS:
-            return _softmax(
-                node.args[0] if node.args else node.kwargs["input"], *node.args[1:], **node.kwargs
-            )
+            return _softmax(node.args[0] if node.args else node.kwargs["input"], *node.args[1:], **node.kwargs)
         if node.target is torch.conv2d:
             return F.conv2d, node.args, dict(node.kwargs)
     return None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, cast
 
 from torch.fx import GraphModule
 
+from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.stages import Stage, check_stage
+from ptq4vit_fx.plan import QuantPlan
 
 P = ParamSpec("P")
 
@@ -25,9 +27,7 @@ class Rewrite:
 
 def graph_pass(
     *, before: Stage, after: Stage
-) -> Callable[
-    [Callable[Concatenate[GraphModule, P], int]], Callable[Concatenate[GraphModule, P], GraphModule]
-]:
+) -> Callable[[Callable[Concatenate[GraphModule, P], int]], Callable[Concatenate[GraphModule, P], GraphModule]]:
     """Make a pass of a function that rewrites a GraphModule in place and returns the number of rewrites.
 
     The pass checks that the graph is at the stage `before`, runs the function, removes dead code, lints,
@@ -58,7 +58,7 @@ def graph_pass(
             enter(graph_module, after, Rewrite(name, count))
             return graph_module
 
-        return run
+        return cast("Callable[Concatenate[GraphModule, P], GraphModule]", run)
 
     return decorate
 
@@ -78,6 +78,16 @@ def attach(graph_module: GraphModule, **values: Any) -> GraphModule:
     return graph_module
 
 
+def plan_of(graph_module: GraphModule) -> QuantPlan:
+    """Return the plan that annotate attached."""
+    return cast("QuantPlan", graph_module.plan)
+
+
+def calibration_of(graph_module: GraphModule) -> Calibration | None:
+    """Return the calibration of a prepared or converted model, None before it is calibrated."""
+    return cast("Calibration | None", graph_module.calibration)
+
+
 def stage_of(graph_module: GraphModule) -> Stage | None:
     """Return the stage of a graph, None if no pass of this package has touched it."""
     return graph_module.meta.get("ptq4vit_stage")
@@ -85,4 +95,4 @@ def stage_of(graph_module: GraphModule) -> Stage | None:
 
 def history(graph_module: GraphModule) -> tuple[Rewrite, ...]:
     """Return the passes that ran on this graph, oldest first."""
-    return graph_module.meta.get("ptq4vit_history", ())
+    return tuple(graph_module.meta.get("ptq4vit_history", ()))

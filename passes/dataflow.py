@@ -12,7 +12,31 @@ from torch.fx import GraphModule, Node
 
 #: Methods and functions that only move or select values: quantizing before or after them is the same.
 MOVING_METHODS = frozenset(
-    ["reshape", "view", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze", "contiguous", "clone", "expand", "expand_as", "repeat", "unbind", "chunk", "split", "narrow", "select", "roll", "type_as", "t"]
+    [
+        "reshape",
+        "view",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "movedim",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "clone",
+        "expand",
+        "expand_as",
+        "repeat",
+        "unbind",
+        "chunk",
+        "split",
+        "narrow",
+        "select",
+        "roll",
+        "type_as",
+        "t",
+    ]
 )
 MOVING_FUNCTIONS = frozenset(
     {

@@ -50,9 +50,7 @@ class TwinQuantizer(nn.Module):
 
 
 @graph_pass(before=Stage.OBSERVED, after=Stage.SIMULATED)
-def insert_quantizers(
-    graph_module: GraphModule, quantizers: dict[Site, Quantizer], params: dict[Site, QParams]
-) -> int:
+def insert_quantizers(graph_module: GraphModule, quantizers: dict[Site, Quantizer], params: dict[Site, QParams]) -> int:
     """Put a uniform or twin quantizer on every operand of every observed product, and take the observers away."""
     count = 0
     for node in list(graph_module.graph.nodes):

@@ -86,9 +86,7 @@ def _lower_product(graph_module: GraphModule, node: Node) -> int:
     return lowered
 
 
-def _uniform(
-    graph_module: GraphModule, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]
-) -> Node:
+def _uniform(graph_module: GraphModule, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]) -> Node:
     """Return the dequantized operand; scales per head are divided out in front and appended to `head_scales`."""
     x, scale, quantizer = quantized.args[0], module.scale, module.quantizer
     assert isinstance(x, Node)
@@ -108,7 +106,7 @@ def _write_sum(
     """Replace product(lhs, rhs) by the sum over the pairs of branches; the last term carries the bias."""
     graph = graph_module.graph
     with graph.inserting_before(node):
-        terms = []
+        terms: list[Node] = []
         for lhs, rhs in pairs:
             term = graph.node_copy(node)
             term.args = (lhs, rhs, *node.args[2:])

@@ -43,7 +43,8 @@ def _transpose(graph_module: GraphModule, weight: Node) -> Node:
         return adopt_meta(graph_module.graph.call_function(torch.transpose, (weight, -2, -1)), weight)
 
 
-def _ndim(graph_module: GraphModule, scale: Node) -> int:
+def _ndim(graph_module: GraphModule, scale: object) -> int:
+    assert isinstance(scale, Node)
     return int(get_attribute(graph_module, str(scale.target)).ndim)
 
 

@@ -40,7 +40,8 @@ def _is_patch_embedding(node: Node) -> bool:
     height, width = _image(node).meta["tensor_meta"].shape[2:]
     unpadded = padding in ((0, 0), 0, "valid")
     divides = height % kernel[0] == 0 and width % kernel[1] == 0
-    return tuple(stride) == tuple(kernel) and unpadded and dilation == (1, 1) and groups == 1 and divides  # type: ignore[arg-type]
+    stride_is_kernel = tuple(stride) == tuple(kernel)  # type: ignore[arg-type]
+    return bool(stride_is_kernel and unpadded and dilation == (1, 1) and groups == 1 and divides)
 
 
 def _image(node: Node) -> Node:
@@ -70,9 +71,7 @@ def _lower(graph_module: GraphModule, node: Node) -> None:
     graph_module.get_submodule(owner).register_buffer(leaf, value)
     with graph.inserting_before(quantized):
         split = call(torch.reshape, image, (-1, channels, rows, patch_height, cols, patch_width))
-        patches = call(
-            torch.reshape, call(torch.permute, split, (0, 2, 4, 1, 3, 5)), (-1, rows * cols, value.shape[1])
-        )
+        patches = call(torch.reshape, call(torch.permute, split, (0, 2, 4, 1, 3, 5)), (-1, rows * cols, value.shape[1]))
     quantized.update_arg(0, patches)
     with graph.inserting_before(weight):
         weight.update_arg(0, adopt_meta(graph.get_attr(matrix), kernel))
@@ -80,8 +79,6 @@ def _lower(graph_module: GraphModule, node: Node) -> None:
         tokens = call(F.linear, quantized, weight, bias)
         maps = call(torch.reshape, call(torch.transpose, tokens, 1, 2), (-1, columns, rows, cols))
     tokens.meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
-    tokens.meta["tensor_meta"] = node.meta[
-        "tensor_meta"
-    ]  # four dimensions or three: only two are treated apart
+    tokens.meta["tensor_meta"] = node.meta["tensor_meta"]  # four dimensions or three: only two are treated apart
     node.replace_all_uses_with(maps)
     graph.erase_node(node)

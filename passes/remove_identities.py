@@ -33,5 +33,5 @@ def _is_identity(node: Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        return training is False or probability == 0.0
+        return training is False or bool(probability == 0.0)
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.plan import ProductKind
 
-PRODUCT_TARGETS = {F.linear: "linear", F.conv2d: "conv2d", torch.matmul: "matmul"}
+PRODUCT_TARGETS: dict[Any, ProductKind] = {F.linear: "linear", F.conv2d: "conv2d", torch.matmul: "matmul"}
 
 
 class Stage(enum.Enum):

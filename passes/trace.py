@@ -47,9 +47,7 @@ def _image_only(model: nn.Module) -> nn.Module:
     def forward(self: nn.Module, x: torch.Tensor) -> Any:
         return original.forward(self, x)
 
-    model.__class__ = type(
-        original.__name__, (original,), {"forward": forward, "__module__": original.__module__}
-    )
+    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
     return model
 
 
@@ -57,9 +55,7 @@ class _ViTTracer(Tracer):
     """A tracer that knows timm's own registries of untraceable modules and functions."""
 
     def __init__(self) -> None:
-        super().__init__(
-            autowrap_functions=tuple(timm.models.get_notrace_functions()), param_shapes_constant=True
-        )
+        super().__init__(autowrap_functions=tuple(timm.models.get_notrace_functions()), param_shapes_constant=True)
         self._leaves = tuple(timm.models.get_notrace_modules())
         self.failed_at: str | None = None
 

@@ -17,7 +17,7 @@ from ptq4vit_fx.capture import Loss
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.passes.annotate import annotate
 from ptq4vit_fx.passes.canonicalize import canonicalize
-from ptq4vit_fx.passes.contract import attach, stage_of
+from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
 from ptq4vit_fx.passes.fold_weights import fold_weights
 from ptq4vit_fx.passes.insert_observers import insert_observers
@@ -86,7 +86,7 @@ def calibrate(
 def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
     """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
     _require(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
-    plan = prepared.plan
+    plan = plan_of(prepared)
     if calibration.plan.quantizers != plan.quantizers:
         mine, theirs = plan.quantizers, calibration.plan.quantizers
         first = next(key for key in (*mine, *theirs) if mine.get(key) != theirs.get(key))
@@ -107,7 +107,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     changed. Raises PTQError if the model was not calibrated.
     """
     _require(prepared, "convert_fx", {Stage.OBSERVED}, "call prepare_fx and calibrate first")
-    calibration = prepared.calibration
+    calibration = calibration_of(prepared)
     if calibration is None:
         raise failure(
             "convert_fx",

@@ -89,18 +89,14 @@ class Calibration:
         digest = hashlib.sha256()
         for key in sorted(self.params):
             params = self.params[key]
-            tensors = (
-                [params.scale]
-                if isinstance(params, UniformParams)
-                else [params.fine_scale, params.coarse_scale]
-            )
+            tensors = [params.scale] if isinstance(params, UniformParams) else [params.fine_scale, params.coarse_scale]
             digest.update(key.encode())
             for tensor in tensors:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
-        """Return a text table per site: scale or scales, twin threshold, and the product's distance before and after."""
+        """Return a text table per site: scales, twin threshold, the product's distance before and after."""
         lines = [f"{'site':44}{'scale':>24}  {'threshold':>10}  {'distance before':>15}  {'after':>10}"]
         for key, params in self.params.items():
             op_name = key.rsplit(":", 1)[0]
@@ -109,9 +105,7 @@ class Calibration:
             threshold = ""
             if isinstance(quantizer, TwinUniform) and isinstance(params, TwinParams):
                 threshold = f"{float(quantizer.threshold(params)):.4g}"
-            lines.append(
-                f"{key:44}{describe_params(params):>24}  {threshold:>10}  {before:15.4g}  {after:10.4g}"
-            )
+            lines.append(f"{key:44}{describe_params(params):>24}  {threshold:>10}  {before:15.4g}  {after:10.4g}")
         return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from ptq4vit_fx.capture import (
 )
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.metrics import get_metric
+from ptq4vit_fx.passes.contract import plan_of
 from ptq4vit_fx.plan import QuantOp, QuantPlan, Site, site
 from ptq4vit_fx.quantizers import QParams
 from ptq4vit_fx.search import SearchResult, search_op
@@ -43,7 +44,7 @@ def run_calibration(
     memory_limit: int | None,
 ) -> Calibration:
     """Do the work of `ptq4vit_fx.calibrate`, which documents the arguments; the graph does not change."""
-    plan: QuantPlan = prepared.plan
+    plan = plan_of(prepared)
     home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     target = torch.device(device) if device is not None else home
     batches = image_batches(data)
@@ -121,7 +122,7 @@ def image_batches(data: Tensor | Iterable[Any]) -> list[Tensor]:
     Raises PTQError if there is no image, if an item is neither, or if an image holds NaN or infinity.
     """
     if isinstance(data, Tensor):
-        batches = list(data.split(BATCH_SIZE)) if data.ndim else [data]
+        batches = list(torch.split(data, BATCH_SIZE)) if data.ndim else [data]
     else:
         batches = [_images_of(item) for item in data]
     batches = [batch.detach().float() for batch in batches if batch.ndim == 0 or len(batch)]

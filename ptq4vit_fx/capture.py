@@ -65,9 +65,7 @@ def capture(
 
     def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         seen = captured[name]
-        if (
-            name not in weights and out.ndim > 2
-        ):  # broadcast operands are stored once per image, like the others
+        if name not in weights and out.ndim > 2:  # broadcast operands are stored once per image, like the others
             lhs = lhs.expand(*out.shape[:-2], *lhs.shape[-2:])
             rhs = rhs.expand(*out.shape[:-2], *rhs.shape[-2:])
         seen.lhs.append(lhs.detach())
@@ -77,7 +75,7 @@ def capture(
         if with_gradient:
             if not out.requires_grad:  # nothing before this product is differentiated: start here
                 out = out.detach().requires_grad_(True)
-            out.register_hook(lambda gradient: seen.gradient.append(gradient))
+            out.register_hook(seen.gradient.append)  # type: ignore[no-untyped-call]
         return out
 
     with recording(prepared, captured, record):
@@ -85,7 +83,7 @@ def capture(
             with torch.set_grad_enabled(with_gradient):
                 output = prepared(batch)
             if with_gradient:
-                loss(output).backward()
+                loss(output).backward()  # type: ignore[no-untyped-call]
     return captured
 
 
@@ -132,9 +130,7 @@ def captured_bytes(prepared: GraphModule) -> dict[str, int]:
     return sizes
 
 
-def groups_of_ops(
-    ops: Sequence[QuantOp], sizes: dict[str, int], images: int, limit: int
-) -> list[list[QuantOp]]:
+def groups_of_ops(ops: Sequence[QuantOp], sizes: dict[str, int], images: int, limit: int) -> list[list[QuantOp]]:
     """Split the ops, in order, into groups whose captured tensors fit into `limit` bytes; at least one op each."""
     groups: list[list[QuantOp]] = [[]]
     used = 0

@@ -84,14 +84,10 @@ def to_product(
     return Product(split(lhs), split(rhs), None, None if weight is None else split(weight))
 
 
-def _conv_product(
-    op: QuantOp, x: Tensor, kernel: Tensor, bias: Tensor | None, weight: Tensor | None
-) -> Product:
+def _conv_product(op: QuantOp, x: Tensor, kernel: Tensor, bias: Tensor | None, weight: Tensor | None) -> Product:
     size = kernel.shape[-2:]
     x = F.pad(x, _explicit_padding(op, size))
-    patches = F.unfold(
-        x, size, dilation=op.dilation, stride=op.stride
-    )  # (batch, channels * kernel, positions)
+    patches = F.unfold(x, size, dilation=op.dilation, stride=op.stride)  # (batch, channels * kernel, positions)
     groups, columns = op.groups, kernel.shape[0] // op.groups
 
     def rows(t: Tensor) -> Tensor:  # (batch, groups * k, positions) -> (1, groups, batch * positions, k)
@@ -123,7 +119,7 @@ def sample_rows(product: Product, rows: int, generator: torch.Generator) -> Prod
     Importance sampling: a row drawn with probability p among r draws counts 1 / (r p). A product that has no more
     rows than that is returned as it is. Draws are made on the CPU, so that every device samples the same rows.
     """
-    batch, heads, length, _ = product.lhs.shape
+    batch, _, length, _ = product.lhs.shape
     if batch * length <= rows:
         return product
     if batch > 1:
@@ -166,9 +162,7 @@ def _take_batch(product: Product, chosen: Tensor, factor: Tensor) -> Product:
         product,
         lhs=product.lhs[chosen],
         rhs=product.rhs if product.rhs.shape[0] == 1 else product.rhs[chosen],
-        element_weight=factor.expand(-1, *product.lhs.shape[1:3], 1)
-        if weight is None
-        else weight[chosen] * factor,
+        element_weight=factor.expand(-1, *product.lhs.shape[1:3], 1) if weight is None else weight[chosen] * factor,
     )
 
 
@@ -206,14 +200,10 @@ class ScaleGroups:
 
     def _grouped(self, x: Tensor) -> Tensor:
         heads, columns = x.shape[-2:]
-        return x.reshape(
-            *x.shape[:-2], self.heads, heads // self.heads, self.columns, columns // self.columns
-        )
+        return x.reshape(*x.shape[:-2], self.heads, heads // self.heads, self.columns, columns // self.columns)
 
 
-def scale_groups(
-    granularity: str, groups: int, product: Product, op: QuantOp, *, is_weight: bool
-) -> ScaleGroups:
+def scale_groups(granularity: str, groups: int, product: Product, op: QuantOp, *, is_weight: bool) -> ScaleGroups:
     """Return the scale groups of an operand with this granularity."""
     heads, columns = product.rhs.shape[1], product.rhs.shape[3]
     if granularity == "head":
@@ -225,9 +215,7 @@ def scale_groups(
     return ScaleGroups()
 
 
-def site_params(
-    op: QuantOp, groups: ScaleGroups, scale: Tensor, product: Product, *, is_weight: bool
-) -> UniformParams:
+def site_params(op: QuantOp, groups: ScaleGroups, scale: Tensor, product: Product, *, is_weight: bool) -> UniformParams:
     """Return scales (groups.heads, groups.columns) in the layout of the operand in the graph."""
     if groups == ScaleGroups():
         return UniformParams(scale.reshape(()).clone())

@@ -57,9 +57,7 @@ class SearchSettings:
             ("confirm", self.confirm >= 1, "at least 1"),
         ):
             if not valid:
-                raise failure(
-                    "SearchSettings", name, expected=expected, got=repr(self), do="change that value"
-                )
+                raise failure("SearchSettings", name, expected=expected, got=repr(self), do="change that value")
 
     @property
     def factors(self) -> list[float]:

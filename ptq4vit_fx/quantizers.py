@@ -78,11 +78,11 @@ class Uniform:
 
     @property
     def quant_min(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -int(2 ** (self.bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return int(2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
 
     def initial_scale(self, absmax: Tensor) -> Tensor:
         """Return absmax / 2^(k-1) (2^k if unsigned): the scale that candidates multiply. Same shape as absmax.
@@ -130,7 +130,7 @@ class TwinUniform:
     @property
     def levels(self) -> int:
         """Codes per range, 2^(k-1)."""
-        return int(2 ** (self.bits - 1))
+        return 1 << (self.bits - 1)
 
     def softmax_params(self, shift: int, like: Tensor) -> TwinParams:
         """Return the parameters with threshold t = 2^-shift (form "softmax"), on the device of `like`."""

@@ -64,9 +64,7 @@ class _UniformCandidates:
         self.is_weight = operand == "rhs" and op.rhs_is_weight
         x = product.lhs if operand == "lhs" else product.rhs
         self.quantizer, self.op, self.product = quantizer, op, product
-        self.groups = scale_groups(
-            quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight
-        )
+        self.groups = scale_groups(quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight)
         self.initial = quantizer.initial_scale(self.groups.absmax(x))
         self.factors = torch.tensor([*settings.factors, 1.0], dtype=torch.float32, device=x.device)
         self.count = len(settings.factors)
@@ -91,9 +89,7 @@ class _TwinCandidates:
         self.quantizer = quantizer
         self.ordered = quantizer.form == "gelu"
         if quantizer.form == "softmax":
-            self.choices = [
-                quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)
-            ]
+            self.choices = [quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)]
         else:
             initial = Uniform(quantizer.bits).initial_scale(x.amax().clamp_min(0))
             self.choices = [quantizer.gelu_params(initial * factor) for factor in (*settings.factors, 1.0)]
@@ -139,9 +135,7 @@ def search_op(
     after = _total(everything, metric, candidates, choice)
     if after > before:
         choice, after = start, before
-    return SearchResult(
-        candidates["lhs"].params(choice["lhs"]), candidates["rhs"].params(choice["rhs"]), before, after
-    )
+    return SearchResult(candidates["lhs"].params(choice["lhs"]), candidates["rhs"].params(choice["rhs"]), before, after)
 
 
 def _with_usable_weights(op: QuantOp, product: Product, metric: Metric) -> tuple[Product, Metric]:
@@ -212,9 +206,7 @@ class _Evaluation:
         statistics = self.metric.statistics(target, estimate)
         weight = part.element_weight
         if self.searched.groups == ScaleGroups() and (weight is None or weight.shape == target.shape):
-            totals = [
-                s.sum() if weight is None else torch.dot(s.flatten(), weight.flatten()) for s in statistics
-            ]
+            totals = [s.sum() if weight is None else torch.dot(s.flatten(), weight.flatten()) for s in statistics]
             return torch.stack(totals).double()[:, None, None]
         weighted = [s if weight is None else s * weight for s in statistics]
         return self.searched.groups.reduce(torch.stack([w.sum((0, 2)) for w in weighted]).double())
@@ -232,17 +224,13 @@ def _quantized(parts: Parts, candidates: Candidates, indices: Tensor, operand: O
             yield candidates.fake_quantize(x, indices)
 
 
-def _best(
-    screening: _Evaluation, confirm: _Evaluation | None, settings: SearchSettings, round_number: int
-) -> Tensor:
+def _best(screening: _Evaluation, confirm: _Evaluation | None, settings: SearchSettings, round_number: int) -> Tensor:
     """Return the best candidate per scale."""
     candidates = screening.searched
     if settings.screen_rows is None or not candidates.ordered or candidates.count <= 4 * COARSE_STRIDE:
         table = _evaluate(screening, _every(candidates, range(candidates.count)))
     elif round_number == 0:
-        table = _evaluate(
-            screening, _every(candidates, range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE))
-        )
+        table = _evaluate(screening, _every(candidates, range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE)))
         table = _around(screening, table, _argmin(table), COARSE_STRIDE - 1)
     else:
         table = _evaluate(screening, [screening.last])
@@ -283,18 +271,14 @@ def _leaders(table: Table, count: int) -> list[Tensor]:
     return list(indices.gather(0, order[:count]).unbind(0))
 
 
-def _total(
-    parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: dict[Operand, Tensor]
-) -> float:
+def _total(parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: dict[Operand, Tensor]) -> float:
     """Return the distance of the whole product, all scales together."""
     sums: Tensor | None = None
     operands = (_quantized(parts, candidates[operand], choice[operand], operand) for operand in OPERANDS)
     for (part, target), lhs, rhs in zip(parts, *operands, strict=True):
         weight = part.element_weight
         statistics = metric.statistics(target, part.output(lhs, rhs))
-        terms = torch.stack(
-            [(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics]
-        )
+        terms = torch.stack([(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics])
         sums = terms if sums is None else sums + terms
     assert sums is not None
     return float(metric.finish(sums))

@@ -1,0 +1,129 @@
+"""The command line: quantize, eval, inspect, demo."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ptq4vit_fx.errors import PTQError, PTQWarning, failure
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console(soft_wrap=True)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Print warnings of this package as lines and its errors as one sentence; leave with exit code 1, or 130."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=PTQWarning)
+        warnings.showwarning = lambda message, *_, **__: console.print(f"warning: {message}", markup=False)
+        try:
+            yield
+        except PTQError as error:
+            console.print(f"error: {error}", markup=False)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            console.print("interrupted: nothing was written")
+            raise typer.Exit(130) from interrupt
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="timm model name")],
+    data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
+    out: Annotated[Path, typer.Option(help="ONNX file to write")],
+    weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
+    recipe: Annotated[str, typer.Option(help="ptq4vit or base")] = "ptq4vit",
+    w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
+    a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
+    images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per forward and backward")] = 8,
+    target: Annotated[str, typer.Option(help="onnxruntime, or onnxruntime-avx2 for CPUs without VNNI")] = "onnxruntime",
+    seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
+) -> None:
+    """Quantize a timm vision transformer, write it to ONNX, and verify it in ONNX Runtime."""
+    with _readable_errors():
+        import ptq4vit_fx
+        from ptq4vit_fx.models import create_model, load_folder, model_transform
+
+        recipes = {"ptq4vit": ptq4vit_fx.recipes.ptq4vit, "base": ptq4vit_fx.recipes.base_ptq}
+        if recipe not in recipes:
+            raise failure("quantize", "--recipe", expected="ptq4vit or base", got=repr(recipe), do="choose one")
+        if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):  # before the minutes, not after
+            do = "create the folder or choose another path"
+            raise failure("quantize", f"--out {out}", expected="a writable folder", got="none there", do=do)
+        mapping = recipes[recipe](w_bits, a_bits)
+        network = create_model(model, weights, model_arg or [])
+        folder = load_folder(data, model_transform(network), images)
+        for name in folder.skipped:
+            console.print(f"skipped {name}", markup=False)
+        prepared = ptq4vit_fx.prepare_fx(network, mapping, folder.images[:1])
+        calibration = ptq4vit_fx.calibrate(prepared, list(folder.images.split(batch_size)), seed=seed)
+        converted = ptq4vit_fx.convert_fx(prepared)
+        with console.status("export to ONNX"):
+            exported = ptq4vit_fx.export_onnx(converted, out, folder.images[:1], target=target)
+        with console.status("verify in ONNX Runtime"):
+            verified = ptq4vit_fx.verify_onnx(out, converted, folder.images)
+        console.print(
+            f"{model}: {len(prepared.plan.ops)} products, {len(prepared.plan.quantizers)} sites, W{w_bits}A{a_bits}, "
+            f"{len(folder.images)} images ({len(folder.skipped)} skipped), "
+            f"calibrated in {calibration.provenance['seconds']:.1f} s",
+            markup=False,
+        )
+        console.print(f"{exported}\n{verified}", markup=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
+    data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
+    model: Annotated[str, typer.Option(help="timm model whose preprocessing to use")] = "vit_small_patch16_224",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Print the top-1 accuracy of an ONNX file in ONNX Runtime."""
+    with _readable_errors():
+        import timm
+        from rich.progress import track
+
+        from ptq4vit_fx.export.runtime import open_session
+        from ptq4vit_fx.models import data_config, load_folder
+
+        session = open_session(file)
+        name, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape
+        config = data_config(timm.create_model(model, pretrained=False)) | {"input_size": tuple(shape[1:])}
+        folder = load_folder(data, timm.data.create_transform(**config), None, labelled=True)
+        hits = 0
+        for start in track(range(0, len(folder.images), batch_size), "eval", console=console):
+            part = slice(start, start + batch_size)
+            logits = session.run(None, {name: folder.images[part].numpy()})[0]
+            hits += int((logits.argmax(1) == folder.labels[part].numpy()).sum())
+        console.print(
+            f"top-1 {hits / len(folder.images):.2%} of {len(folder.images)} images, {len(folder.skipped)} skipped"
+        )
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")]) -> None:
+    """Print sites, bits, scales, twin thresholds, and what ONNX Runtime runs as integers or in float."""
+    with _readable_errors():
+        from ptq4vit_fx.export.inspection import describe_file
+
+        console.print(describe_file(file), markup=False)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for the ONNX files and the picture")] = Path("out")) -> None:
+    """Quantize the embedded digits ViT at 8, 6 and 4 bits with both recipes; needs no network."""
+    with _readable_errors():
+        from ptq4vit_fx.demo import run_demo
+
+        run_demo(out, console)
