@@ -1,0 +1,34 @@
+"""A small ViT for tests in seconds, the digits model, and the trained fixtures beside the checkout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def small_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5).eval()
+
+
+@pytest.fixture(scope="session")
+def small_images() -> torch.Tensor:
+    return torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def trained():
+    if not FIXTURES.is_dir():
+        pytest.skip(f"no trained models at {FIXTURES}")
+    sys.path.insert(0, str(FIXTURES))
+    import fixtures
+
+    return fixtures

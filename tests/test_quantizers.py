@@ -1,0 +1,70 @@
+"""Quantizers against NumPy oracles of the formulas, and properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptq4vit_fx import PTQError, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import GELU_MINIMUM
+
+BITS = st.integers(2, 8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(BITS, st.floats(0.01, 2.0), st.integers(0, 2**31))
+def test_uniform_is_the_formula(bits, scale, seed):
+    x = np.random.default_rng(seed).normal(0, 3, 500).astype(np.float32)
+    s = np.float32(scale)
+    expected = s * np.clip(np.rint(x / s), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    quantizer, params = Uniform(bits), torch.tensor(s)
+    actual = quantizer.fake_quantize(torch.from_numpy(x), params)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+    codes = quantizer.codes(torch.from_numpy(x), params)
+    assert torch.equal(quantizer.decode(codes, params), actual)
+    assert torch.equal(quantizer.fake_quantize(actual.clone(), params), actual)
+
+
+@settings(deadline=None, max_examples=60)
+@given(BITS, st.integers(0, 10), st.integers(0, 2**31))
+def test_softmax_twin_is_the_formula(bits, shift, seed):
+    x = np.random.default_rng(seed).beta(0.2, 4, 500).astype(np.float32)
+    half = 2 ** (bits - 1)
+    coarse = np.float32(1 / half)
+    fine = np.float32(coarse / 2**shift)
+    low = fine * np.clip(np.rint(x / fine), 0, half - 1)
+    high = coarse * np.clip(np.rint(x / coarse), 0, half - 1)
+    twin = TwinUniform(bits, "softmax")
+    params = twin.softmax_params(shift, torch.tensor(0.0))
+    actual = twin.fake_quantize(torch.from_numpy(x), params)
+    np.testing.assert_array_equal(actual.numpy(), np.where(x < half * fine, low, high))
+    codes = twin.codes(torch.from_numpy(x), params)
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < 2**bits
+    assert torch.equal(codes >= half, torch.from_numpy(x >= half * fine))
+    assert torch.equal(twin.decode(codes, params), actual)
+
+
+@settings(deadline=None, max_examples=60)
+@given(BITS, st.floats(0.001, 1.0), st.integers(0, 2**31))
+def test_gelu_twin_covers_the_negatives_and_decodes_bit_for_bit(bits, scale, seed):
+    x = torch.nn.functional.gelu(torch.from_numpy(np.random.default_rng(seed).normal(0, 2, 500).astype(np.float32)))
+    twin = TwinUniform(bits, "gelu")
+    params = twin.gelu_params(torch.tensor(scale))
+    half = 2 ** (bits - 1)
+    assert float(params.fine_scale) * half >= GELU_MINIMUM * (1 - 1e-6)
+    assert float(params.fine_scale) * 2**params.shift == pytest.approx(float(params.coarse_scale), rel=0)
+    actual = twin.fake_quantize(x.clone(), params)
+    codes = twin.codes(x, params)
+    assert torch.equal(twin.decode(codes, params), actual)
+    negative = x < 0
+    assert (actual[negative] - x[negative]).abs().max() <= params.fine_scale / 2 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True])
+def test_bits_out_of_range_are_refused(bits):
+    with pytest.raises(PTQError, match="expected an integer from 2 to 8"):
+        Uniform(bits)
