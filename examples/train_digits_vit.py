@@ -23,7 +23,7 @@ from ptq4vit_fx.digits import CHECKPOINT, build_model, load_digits_images
 from ptq4vit_fx.files import atomic_path
 
 SEED = 0
-EPOCHS = 60
+EPOCHS = 90
 WARM_UP_EPOCHS = 3
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3

@@ -148,4 +148,7 @@ def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
                 values = numpy_helper.to_array(tensor).astype(np.int16) + 128
                 tensor.CopyFrom(numpy_helper.from_array(values.astype(np.uint8), name))
                 shifted.add(name)
+    kept = [value for value in copy.graph.value_info if value.name not in shifted]  # they still say int8
+    del copy.graph.value_info[:]
+    copy.graph.value_info.extend(kept)
     return copy
