@@ -52,8 +52,11 @@ def quantize(
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and verify it in ONNX Runtime."""
     with _readable_errors():
+        import torch
+
         import ptq4vit_fx
         from ptq4vit_fx.models import create_model, load_folder, model_transform
+        from ptq4vit_fx.passes.contract import plan_of
 
         recipes = {"ptq4vit": ptq4vit_fx.recipes.ptq4vit, "base": ptq4vit_fx.recipes.base_ptq}
         if recipe not in recipes:
@@ -67,14 +70,14 @@ def quantize(
         for name in folder.skipped:
             console.print(f"skipped {name}", markup=False)
         prepared = ptq4vit_fx.prepare_fx(network, mapping, folder.images[:1])
-        calibration = ptq4vit_fx.calibrate(prepared, list(folder.images.split(batch_size)), seed=seed)
+        calibration = ptq4vit_fx.calibrate(prepared, list(torch.split(folder.images, batch_size)), seed=seed)
         converted = ptq4vit_fx.convert_fx(prepared)
         with console.status("export to ONNX"):
             exported = ptq4vit_fx.export_onnx(converted, out, folder.images[:1], target=target)
         with console.status("verify in ONNX Runtime"):
             verified = ptq4vit_fx.verify_onnx(out, converted, folder.images)
         console.print(
-            f"{model}: {len(prepared.plan.ops)} products, {len(prepared.plan.quantizers)} sites, W{w_bits}A{a_bits}, "
+            f"{model}: {len(plan_of(prepared).ops)} products, {len(plan_of(prepared).quantizers)} sites, W{w_bits}A{a_bits}, "
             f"{len(folder.images)} images ({len(folder.skipped)} skipped), "
             f"calibrated in {calibration.provenance['seconds']:.1f} s",
             markup=False,

@@ -81,8 +81,8 @@ def draw_grids(prepared: GraphModule, images: Tensor, path: str | os.PathLike[st
         assert isinstance(params, TwinParams)
         uniform = Uniform(twin.bits)
         levels = {
-            "uniform": uniform.fake_quantize(values.clone(), uniform.initial_scale(values.abs().max())).unique(),
-            "twin": twin.fake_quantize(values.clone(), params).unique(),
+            "uniform": torch.unique(uniform.fake_quantize(values.clone(), uniform.initial_scale(values.abs().max()))),
+            "twin": torch.unique(twin.fake_quantize(values.clone(), params)),
         }
         for column, (name, grid) in enumerate(levels.items()):
             axes = figure.add_subplot(2, 2, 2 * row + column + 1)

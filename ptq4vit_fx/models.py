@@ -59,7 +59,7 @@ def _load(model: nn.Module, path: Path) -> None:
     do = "pass the checkpoint of this model, and --model-arg for its size and classes"
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state: dict[str, Any] = dict(load_file(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model"):

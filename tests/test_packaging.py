@@ -1,0 +1,32 @@
+"""The wheel holds what git holds, under one import name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_wheel_claims_one_name_and_holds_every_file(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-2000:]
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    files = {name for name in names if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in files} == {"ptq4vit_fx"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    expected = {name for name in tracked if name.startswith("ptq4vit_fx/") and (ROOT / name).is_file()}
+    expected |= {f"ptq4vit_fx/{name}" for name in tracked if name.startswith(("passes/", "export/"))}
+    assert files == expected
+
+
+@pytest.mark.parametrize("folder", ["passes", "export"])
+def test_folders_refuse_another_import_name(folder):
+    command = [sys.executable, "-c", f"import {folder}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"import this package as ptq4vit_fx.{folder}" in result.stderr
