@@ -76,8 +76,9 @@ def quantize(
             exported = ptq4vit_fx.export_onnx(converted, out, folder.images[:1], target=target)
         with console.status("verify in ONNX Runtime"):
             verified = ptq4vit_fx.verify_onnx(out, converted, folder.images)
+        plan = plan_of(prepared)
         console.print(
-            f"{model}: {len(plan_of(prepared).ops)} products, {len(plan_of(prepared).quantizers)} sites, W{w_bits}A{a_bits}, "
+            f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "
             f"{len(folder.images)} images ({len(folder.skipped)} skipped), "
             f"calibrated in {calibration.provenance['seconds']:.1f} s",
             markup=False,
