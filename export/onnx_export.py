@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -26,6 +27,7 @@ from ptq4vit_fx.files import atomic_path
 from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
 from ptq4vit_fx.passes.contract import calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.write_qdq import write_qdq
 
 #: Metadata keys of the ONNX file.
 PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY = (
@@ -74,7 +76,7 @@ def export_onnx(
     rules = _check(converted, target, opset)
     x = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
     with atomic_path(path, "export_onnx") as temporary:
-        model = _to_onnx(converted, x, opset)
+        model = _to_onnx(write_qdq(copy.deepcopy(converted)), x, opset)
         name_nodes(model)
         own_parameters(model)
         model = rules.rewrite(model)

@@ -73,11 +73,11 @@ def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: i
     if exact and products_saturate():
         model = with_unsigned_weights(model)
     return onnxruntime.InferenceSession(
-        model.SerializeToString(), _options(threads), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), quiet_options(threads), providers=["CPUExecutionProvider"]
     )
 
 
-def _options(threads: int = 0) -> onnxruntime.SessionOptions:
+def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -88,7 +88,7 @@ def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
     """Let ONNX Runtime optimize the file for this machine and read the result back."""
     model = load_file(path)
     with tempfile.TemporaryDirectory() as folder:
-        options = _options()
+        options = quiet_options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
@@ -125,7 +125,9 @@ def products_saturate() -> bool:
         [weight],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), quiet_options(), providers=["CPUExecutionProvider"]
+    )
     (result,) = session.run(None, {"x": np.full((16, inner), 255, np.uint8)})
     return bool((result != 255 * 127 * inner).any())
 

@@ -80,6 +80,9 @@ def _from_module(graph_module: GraphModule, node: Node, module: nn.Module) -> Ca
     if type(module) is nn.Conv2d and module.padding_mode == "zeros":
         geometry = (module.stride, module.padding, module.dilation, module.groups)
         return F.conv2d, (x, parameter("weight"), parameter("bias"), *geometry), {}
+    if type(module) is nn.LayerNorm:
+        norm = {"weight": parameter("weight"), "bias": parameter("bias"), "eps": module.eps}
+        return F.layer_norm, (x, module.normalized_shape), norm
     if isinstance(module, nn.Softmax):
         return F.softmax, (x,), {"dim": module.dim}
     if isinstance(module, nn.GELU):

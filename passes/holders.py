@@ -24,4 +24,4 @@ def hold(graph_module: GraphModule, path: str, tensors: dict[str, Tensor], *, li
     """
     target = path.replace(":", ".")
     graph_module.add_submodule(target, SiteTensors(tensors))
-    return [adopt_meta(graph_module.graph.get_attr(f"{target}.{name}"), like) for name in tensors]
+    return [adopt_meta(graph_module.graph.get_attr(f"{target}.{name}"), like, path) for name in tensors]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.operators import INTEGER_MATMUL
 from ptq4vit_fx.plan import ProductKind
 
 PRODUCT_TARGETS: dict[Any, ProductKind] = {F.linear: "linear", F.conv2d: "conv2d", torch.matmul: "matmul"}
@@ -25,6 +26,7 @@ class Stage(enum.Enum):
     OBSERVED = "observed"
     SIMULATED = "simulated"
     CONVERTED = "converted"
+    QDQ = "qdq"
 
 
 def check_stage(graph_module: GraphModule, stage: Stage, *, pass_name: str) -> None:
@@ -48,7 +50,7 @@ def check_stage(graph_module: GraphModule, stage: Stage, *, pass_name: str) -> N
 def _canonical(node: Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        for kind in (nn.Softmax, nn.GELU, nn.Dropout, nn.Identity):
+        for kind in (nn.Softmax, nn.GELU, nn.LayerNorm, nn.Dropout, nn.Identity):
             if isinstance(module, kind):
                 return f"a module call of {type(module).__name__}"
         if type(module) is nn.Linear:
@@ -77,8 +79,13 @@ def _simulated(node: Node, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
+def _qdq(node: Node, modules: dict[str, nn.Module]) -> str | None:
+    return "a product on integer codes" if node.target is INTEGER_MATMUL else None
+
+
 _CHECKS: dict[Stage, Callable[[Node, dict[str, nn.Module]], str | None]] = {
     Stage.CANONICAL: _canonical,
     Stage.OBSERVED: _observed,
     Stage.SIMULATED: _simulated,
+    Stage.QDQ: _qdq,
 }

@@ -25,6 +25,7 @@ from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
 from ptq4vit_fx.passes.lower_activations import lower_activations
 from ptq4vit_fx.passes.lower_linears import lower_linears
 from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
+from ptq4vit_fx.passes.lower_products import lower_products
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.trace import trace
@@ -122,6 +123,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     fold_weights(graph_module)
     lower_activations(graph_module)
     lower_linears(graph_module)
+    lower_products(graph_module)
     return graph_module
 
 

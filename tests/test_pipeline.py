@@ -70,7 +70,10 @@ def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, converted, 
     assert any(node.name == "blocks.1.attn.matmul_qk/MatMul" for node in model.graph.node)
     for batch in (1, 4, 7):
         report = ptq.verify_onnx(path, converted, small_images[:batch])
-        assert report.cosine > 0.999
+        assert report.images == batch
+        assert report.simulation.cosine > 0.999
+        assert report.same_functions.bit_equal == 1.0
+    assert "to the last bit" in str(report)
     assert not report.graph.float_products
     assert len(list(tmp_path.iterdir())) == 1
 
