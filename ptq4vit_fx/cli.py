@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from ptq4vit_fx.errors import PTQError, PTQWarning, failure
+from ptq4vit_fx.files import check_writable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
@@ -52,34 +53,39 @@ def quantize(
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and verify it in ONNX Runtime."""
     with _readable_errors():
+        import timm.data
         import torch
 
         import ptq4vit_fx
-        from ptq4vit_fx.models import create_model, load_folder, model_transform
+        from ptq4vit_fx.models import create_model, data_config, load_images
         from ptq4vit_fx.passes.contract import plan_of
 
         recipes = {"ptq4vit": ptq4vit_fx.recipes.ptq4vit, "base": ptq4vit_fx.recipes.base_ptq}
         if recipe not in recipes:
             raise failure("quantize", "--recipe", expected="ptq4vit or base", got=repr(recipe), do="choose one")
-        if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):  # before the minutes, not after
-            do = "create the folder or choose another path"
-            raise failure("quantize", f"--out {out}", expected="a writable folder", got="none there", do=do)
+        check_writable(out, "quantize --out")  # before the minutes, not after
         mapping = recipes[recipe](w_bits, a_bits)
         network = create_model(model, weights, model_arg or [])
-        folder = load_folder(data, model_transform(network), images)
-        for name in folder.skipped:
+        preprocessing = data_config(network)
+        skipped: list[str] = []
+        with console.status("read images"):
+            pixels = load_images(data, timm.data.create_transform(**preprocessing), images, skipped)
+        for name in skipped:
             console.print(f"skipped {name}", markup=False)
-        prepared = ptq4vit_fx.prepare_fx(network, mapping, folder.images[:1])
-        calibration = ptq4vit_fx.calibrate(prepared, list(torch.split(folder.images, batch_size)), seed=seed)
+        prepared = ptq4vit_fx.prepare_fx(network, mapping, pixels[:1])
+        calibration = ptq4vit_fx.calibrate(prepared, list(torch.split(pixels, batch_size)), seed=seed)
+        origin = {"model": model, "recipe": recipe, "preprocessing": preprocessing}
+        calibration = replace(calibration, provenance=calibration.provenance | origin)
+        ptq4vit_fx.load_calibration(prepared, calibration)
         converted = ptq4vit_fx.convert_fx(prepared)
         with console.status("export to ONNX"):
-            exported = ptq4vit_fx.export_onnx(converted, out, folder.images[:1], target=target)
+            exported = ptq4vit_fx.export_onnx(converted, out, pixels[:1], target=target)
         with console.status("verify in ONNX Runtime"):
-            verified = ptq4vit_fx.verify_onnx(out, converted, folder.images)
+            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(pixels, batch_size)))
         plan = plan_of(prepared)
         console.print(
             f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "
-            f"{len(folder.images)} images ({len(folder.skipped)} skipped), "
+            f"{len(pixels)} images ({len(skipped)} skipped), "
             f"calibrated in {calibration.provenance['seconds']:.1f} s",
             markup=False,
         )
@@ -90,29 +96,16 @@ def quantize(
 def evaluate(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
     data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
-    model: Annotated[str, typer.Option(help="timm model whose preprocessing to use")] = "vit_small_patch16_224",
+    model: Annotated[
+        str | None, typer.Option(help="timm model whose preprocessing to use (default: the file's)")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
 ) -> None:
     """Print the top-1 accuracy of an ONNX file in ONNX Runtime."""
     with _readable_errors():
-        import timm
-        from rich.progress import track
+        from ptq4vit_fx.evaluation import evaluate_file
 
-        from ptq4vit_fx.export.runtime import open_session
-        from ptq4vit_fx.models import data_config, load_folder
-
-        session = open_session(file)
-        name, shape = session.get_inputs()[0].name, session.get_inputs()[0].shape
-        config = data_config(timm.create_model(model, pretrained=False)) | {"input_size": tuple(shape[1:])}
-        folder = load_folder(data, timm.data.create_transform(**config), None, labelled=True)
-        hits = 0
-        for start in track(range(0, len(folder.images), batch_size), "eval", console=console):
-            part = slice(start, start + batch_size)
-            logits = session.run(None, {name: folder.images[part].numpy()})[0]
-            hits += int((logits.argmax(1) == folder.labels[part].numpy()).sum())
-        console.print(
-            f"top-1 {hits / len(folder.images):.2%} of {len(folder.images)} images, {len(folder.skipped)} skipped"
-        )
+        console.print(str(evaluate_file(file, data, model, batch_size, console)), markup=False)
 
 
 @app.command()

@@ -17,15 +17,7 @@ def atomic_path(path: str | os.PathLike[str], operation: str) -> Iterator[str]:
 
     Raises PTQError if the folder does not exist or is not writable.
     """
-    target = Path(path)
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK) or target.is_dir():
-        raise failure(
-            operation,
-            str(target),
-            expected="a file in an existing, writable folder",
-            got="a folder" if target.is_dir() else "no such folder, or no permission to write there",
-            do="create the folder or choose another path",
-        )
+    target = check_writable(path, operation)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
     os.close(handle)
     umask = os.umask(0)
@@ -37,3 +29,17 @@ def atomic_path(path: str | os.PathLike[str], operation: str) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def check_writable(path: str | os.PathLike[str], operation: str) -> Path:
+    """Return the path of a file to be written; raises PTQError if its folder is missing or not writable."""
+    target = Path(path)
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK) or target.is_dir():
+        raise failure(
+            operation,
+            str(target),
+            expected="a file in an existing, writable folder",
+            got="a folder" if target.is_dir() else "no such folder, or no permission to write there",
+            do="create the folder or choose another path",
+        )
+    return target

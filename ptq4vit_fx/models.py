@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,25 +67,9 @@ def _load(model: nn.Module, path: Path) -> None:
             state = state.get(key, state) if isinstance(state.get(key), dict) else state
         state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         model.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError, AttributeError, ValueError) as error:
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, ValueError) as error:
         got = " ".join(str(error).split())[:300]
         raise failure("load weights", str(path), expected="a state dict of this model", got=got, do=do) from error
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Readable images of a folder, preprocessed: tensors, labels (index of the sub-folder), and what was skipped."""
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    skipped: tuple[str, ...]
-
-
-def model_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """Return timm's own evaluation preprocessing of this model."""
-    transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**data_config(model))
-    return transform
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -96,33 +81,64 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def load_folder(
-    folder: Path, transform: Callable[[Image.Image], Tensor], limit: int | None, *, labelled: bool = False
-) -> ImageFolder:
-    """Read up to `limit` images of a folder, nested or flat, evenly spread over it in the order of their paths.
+@dataclass(frozen=True)
+class ImageFolder:
+    """Paths of a folder's images, and, if it is labelled, the class of each: the number of its sub-folder."""
 
-    labelled: only images in class sub-folders count, each with the index of its sub-folder. Unreadable files are
-    skipped by name. Raises PTQError if the folder is missing or holds no readable image.
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+
+def list_images(folder: Path, *, limit: int | None = None, labelled: bool = False) -> ImageFolder:
+    """List up to `limit` images of a folder, nested or flat, evenly spread over it in the order of their paths.
+
+    labelled: only images in sub-folders count. The sub-folders are the classes, in the order of their names, or, if
+    all names are numbers, the numbers themselves. Raises PTQError if the folder is missing or holds no image.
     """
     do = "pass a folder that holds .jpg or .png files" + (" in one sub-folder per class" if labelled else "")
     if not folder.is_dir():
         raise failure("read images", str(folder), expected="a folder of images", got="no such folder", do=do)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    classes = tuple(sorted({p.relative_to(folder).parts[0] for p in paths if p.parent != folder}))
     if labelled:
         paths = [p for p in paths if p.parent != folder]
+    if not paths:
+        raise failure("read images", str(folder), expected="one image or more", got="an empty folder", do=do)
     if limit is not None and len(paths) > limit:
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
-    images, labels, skipped = [], [], []
-    for path in paths:
+    names = [p.relative_to(folder).parts[0] for p in paths] if labelled else []
+    classes = tuple(sorted(set(names)))
+    numbered = all(name.isdigit() for name in classes)
+    labels = tuple(int(name) if numbered else classes.index(name) for name in names)
+    return ImageFolder(tuple(paths), labels, classes)
+
+
+def read_images(
+    paths: Iterable[Path], transform: Callable[[Image.Image], Tensor], skipped: list[str]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number of the path, preprocessed image); unreadable files go to `skipped`, `path: reason`, instead."""
+    for number, path in enumerate(paths):
         try:
             with Image.open(path) as image:
-                images.append(transform(image.convert("RGB")))
+                tensor = transform(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, ValueError) as error:
             skipped.append(f"{path}: {error}")
             continue
-        labels.append(classes.index(path.relative_to(folder).parts[0]) if path.parent != folder else -1)
+        yield number, tensor
+
+
+def load_images(folder: Path, transform: Callable[[Image.Image], Tensor], limit: int, skipped: list[str]) -> Tensor:
+    """Return up to `limit` readable images of a folder as one tensor (images, channels, height, width).
+
+    Raises PTQError if none is readable.
+    """
+    images = [image for _, image in read_images(list_images(folder, limit=limit).paths, transform, skipped)]
     if not images:
-        got = f"none readable of {len(skipped)}" if skipped else "an empty folder"
-        raise failure("read images", str(folder), expected="one image or more", got=got, do=do)
-    return ImageFolder(torch.stack(images), torch.tensor(labels), classes, tuple(skipped))
+        raise failure(
+            "read images",
+            str(folder),
+            expected="one readable image or more",
+            got=f"none of {len(skipped)}, the first: {skipped[0]}",
+            do="check the files",
+        )
+    return torch.stack(images)

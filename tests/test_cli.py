@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import ptq4vit_fx as ptq
 from ptq4vit_fx.cli import app
+from ptq4vit_fx.search import search_op
 
 ARGS = ["--model-arg", "img_size=32", "--model-arg", "depth=1", "--model-arg", "num_classes=3"]
 
@@ -41,23 +46,95 @@ def test_quantize_eval_inspect(workspace):
     scored = run("eval", out, "--data", images)
     assert scored.exit_code == 0, scored.output
     assert "of 6 images, 1 skipped" in scored.output
+    assert "broken.png" in scored.output
     shown = run("inspect", out)
     assert "blocks.0.attn.matmul_av:lhs" in shown.output
     assert "twin8/softmax" in shown.output
 
 
-def test_bad_input_is_one_sentence_and_leaves_nothing(workspace):
-    out = workspace / "model.onnx"
-    cases = [
-        (["deit_tinny_patch16_224", "--data", workspace / "images"], "did you mean deit_tiny_patch16_224"),
-        (["deit_tiny_patch16_224", "--data", workspace / "none", "--weights", workspace / "weights.safetensors", *ARGS],
-         "no such folder"),
-        (["deit_tiny_patch16_224", "--data", workspace / "images", "--weights", workspace / "weights.safetensors"],
-         "expected a state dict of this model"),
-        (["deit_tiny_patch16_224", "--data", workspace / "images", "--w-bits", "9"], "from 2 to 8"),
-    ]  # fmt: skip
-    for arguments, sentence in cases:
-        result = run("quantize", *arguments, "--out", out)
-        assert result.exit_code == 1
-        assert sentence in result.output
-        assert not out.exists()
+def test_eval_wants_every_class_or_numbers(workspace):
+    out, images = workspace / "model.onnx", workspace / "images"
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3).eval()
+    converted = ptq.quantize(model, torch.randn(2, 3, 32, 32), progress=False)
+    ptq.export_onnx(converted, out, torch.randn(1, 3, 32, 32))
+    shutil.rmtree(images / "b")
+    without = run("eval", out, "--data", images)
+    assert without.exit_code == 1
+    assert "pass --model with the timm model" in without.output
+    few = run("eval", out, "--data", images, "--model", "deit_tiny_patch16_224")
+    assert few.exit_code == 1
+    assert "expected 3 sub-folders, one per class of the model, got 2" in few.output
+    for name, number in (("a", "0"), ("c", "2")):
+        (images / name).rename(images / number)
+    numbered = run("eval", out, "--data", images, "--model", "deit_tiny_patch16_224")
+    assert numbered.exit_code == 0, numbered.output
+    assert "of 4 images, 1 skipped" in numbered.output
+
+
+W, D = "deit_tiny_patch16_224", "{w}/images"
+GOOD = [W, "--data", D, "--weights", "{w}/weights.safetensors", *ARGS]
+BAD = {
+    "unknown model": (["deit_tinny_patch16_224", "--data", D], "did you mean deit_tiny_patch16_224"),
+    "no hub": ([W, "--data", D], "pass --weights FILE with a local checkpoint"),
+    "missing folder": ([W, "--data", "{w}/none", *GOOD[3:]], "expected a folder of images, got no such folder"),
+    "empty folder": ([W, "--data", "{w}/empty", *GOOD[3:]], "expected one image or more, got an empty folder"),
+    "nothing readable": (
+        [W, "--data", "{w}/unreadable", *GOOD[3:]],
+        "expected one readable image or more, got none of",
+    ),
+    "wrong state dict": (GOOD[:5], "expected a state dict of this model"),
+    "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
+    "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),
+    "bits": ([*GOOD, "--w-bits", "9"], "expected an integer from 2 to 8, got 9"),
+    "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit or base, got 'best'"),
+    "model argument": ([*GOOD, "--model-arg", "depth"], "expected key=value"),
+    "NaN weights": ([*GOOD[:4], "{w}/nan.safetensors", *ARGS], "parameter norm.weight: expected finite values"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(workspace, monkeypatch, case):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (workspace / "empty").mkdir()
+    (workspace / "unreadable").mkdir()
+    (workspace / "unreadable" / "a.jpg").write_text("no")
+    torch.save({"x": NotATensor()}, workspace / "evil.pth")
+    state = load_file(workspace / "weights.safetensors")
+    save_file(state | {"norm.weight": state["norm.weight"] * float("nan")}, workspace / "nan.safetensors")
+    arguments, sentence = BAD[case]
+    before = sorted(workspace.rglob("*"))
+    result = run("quantize", *(a.format(w=workspace) for a in arguments), "--out", workspace / "model.onnx")
+    assert result.exit_code == 1, result.output
+    assert sentence in result.output
+    assert "Traceback" not in result.output
+    assert sorted(workspace.rglob("*")) == before
+
+
+class NotATensor:
+    pass
+
+
+@pytest.mark.parametrize("out", ["{w}/none/model.onnx", "{w}/images"])
+def test_out_is_checked_before_the_work(workspace, out):
+    result = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", out.format(w=workspace))
+    assert result.exit_code == 1
+    assert "expected a file in an existing, writable folder" in result.output
+    assert "calibrate" not in result.output
+
+
+def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
+    searched = []
+
+    def interrupted(op, *args, **kwargs):  # Ctrl-C in the fourth search
+        searched.append(op.name)
+        if len(searched) == 4:
+            raise KeyboardInterrupt
+        return search_op(op, *args, **kwargs)
+
+    monkeypatch.setattr("ptq4vit_fx.calibrator.search_op", interrupted)
+    before = sorted(workspace.rglob("*"))
+    result = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx")
+    assert result.exit_code == 130
+    assert len(searched) == 4
+    assert "interrupted: nothing was written" in result.output
+    assert sorted(workspace.rglob("*")) == before
