@@ -1,4 +1,4 @@
-"""The embedded default model: a small ViT that reads 8x8 handwritten digits, one token per pixel.
+"""The embedded default model: a small ViT that reads handwritten digits of 8x8 pixels, drawn at 16x16, 64 tokens.
 
 Images, model and checkpoint come with the installation, so everything in this package can be tried offline.
 """
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import failure
 
-#: Arguments of timm's VisionTransformer: 64 pixels and a class token, 206,218 parameters.
+#: Arguments of timm's VisionTransformer: 64 patches and a class token, 205,258 parameters.
 ARCHITECTURE: dict[str, object] = {
-    "img_size": 8,
-    "patch_size": 1,
+    "img_size": 16,
+    "patch_size": 2,
     "in_chans": 1,
     "num_classes": 10,
     "embed_dim": 64,
@@ -37,7 +38,7 @@ SPLIT_SEED = 0
 def build_model() -> nn.Module:
     """Return the model in training mode with random weights, drawn from torch's global generator.
 
-    It maps images (batch, 1, 8, 8), float32, to logits (batch, 10), float32.
+    It maps images (batch, 1, 16, 16), float32, to logits (batch, 10), float32.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -70,7 +71,8 @@ def load_digits_images(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]
     """Return the images and labels of one part of scikit-learn's 1,797 handwritten digits.
 
     split: "train" (1,297 images) or "test" (500); always the same images, each digit with the same share in both.
-    Images: (count, 1, 8, 8), float32, from -1 (background) to 1 (ink). Labels: (count,), int64, 0 to 9.
+    Images: (count, 1, 16, 16), float32, from -1 (background) to 1 (ink), enlarged with bicubic interpolation.
+    Labels: (count,), int64, 0 to 9.
     Raises PTQError (a ValueError) for any other split.
     """
     if split not in ("train", "test"):
@@ -91,4 +93,5 @@ def load_digits_images(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]
     )
     chosen = (train_images, train_labels) if split == "train" else (test_images, test_labels)
     ink = torch.as_tensor(chosen[0], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    return (ink - 0.5) / 0.5, torch.as_tensor(chosen[1], dtype=torch.int64)
+    large = F.interpolate(ink, scale_factor=2, mode="bicubic", align_corners=False).clamp(0, 1)
+    return (large - 0.5) / 0.5, torch.as_tensor(chosen[1], dtype=torch.int64)

@@ -2,44 +2,79 @@
 
 from __future__ import annotations
 
+import math
+
+import onnx
 import pytest
 import torch
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.capture import capture, pseudo_label_loss
 
 pytestmark = pytest.mark.fixtures
+
+#: Validation images per model: what two cores do in a few minutes. examples/accuracy.py runs all 5,000.
+IMAGES = {"deit_tiny_p8_64": 1000, "swin_micro_64": 1000, "vit_s14": 100}
+PARITY_IMAGES = {"deit_tiny_p8_64": 500, "swin_micro_64": 500, "vit_s14": 40}
+
+
+@pytest.fixture(scope="module", params=IMAGES)
+def quantized(request, trained):
+    model, size = trained.load_model(request.param)
+    converted = ptq.quantize(model, trained.load_images("calib", 32, size)[0], progress=False)
+    return request.param, model, size, converted
 
 
 def top1(model, images):
     with torch.inference_mode():
-        return torch.cat([model(batch) for batch in images.split(50)]).argmax(1)
+        return torch.cat([model(batch) for batch in images.split(25)]).argmax(1)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_p8_64", "swin_micro_64"])
-def test_w8a8_is_nearly_lossless(trained, name):
+def test_w8a8_is_nearly_lossless(trained, quantized):
+    name, model, size, converted = quantized
+    images, labels = trained.load_images("val", IMAGES[name], size)
+    mine, theirs = top1(converted, images), top1(model, images)
+    # The standard error of the difference is half a point on 1,000 images, one and a half on 100.
+    allowed = 0.01 if len(images) == 1000 else 0.03
+    assert float((theirs == labels).float().mean() - (mine == labels).float().mean()) < allowed
+    assert float((theirs == mine).float().mean()) > 0.92
+
+
+def test_the_file_is_standard_and_computes_what_was_simulated(tmp_path, trained, quantized):
+    name, _, size, converted = quantized
+    path = tmp_path / "model.onnx"
+    images = trained.load_images("val", PARITY_IMAGES[name], size)[0]
+    ptq.export_onnx(converted, path, images[:1])
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
+    assert {node.domain for node in model.graph.node} == {""}
+    report = ptq.verify_onnx(path, converted, [images[:1], images[1:5], images[5:12], *images[12:].split(25)])
+    assert report.same_functions.agreement >= 0.995
+    assert report.same_functions.max_relative_difference < 1e-3
+    assert report.simulation.agreement >= 0.95  # PyTorch's own functions: see the limits in README
+    assert not report.graph.float_products
+    assert len(report.graph.integer_products) == len(converted.plan.ops) + sum(
+        isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values()
+    )
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("deit_tiny_p8_64", 65), ("swin_micro_64", 16), ("vit_s14", 257)])
+def test_softmax_twin_has_no_offset_and_a_fifth_of_the_uniform_error(trained, name, tokens):
+    """At 4 bits, with a fine step of a quarter of the average attention weight or less, in every layer."""
     model, size = trained.load_model(name)
-    converted = ptq.quantize(model, trained.load_images("calib", 32, size)[0], progress=False)
-    images, labels = trained.load_images("val", 1000, size)
-    loss = (top1(model, images) == labels).float().mean() - (top1(converted, images) == labels).float().mean()
-    assert loss < 0.01  # one point: the standard error of the difference on 1,000 images is half a point
-
-
-# Below a fifth of the uniform error from m = 7 on; at m = 4 the fine step is still twice a typical attention weight.
-@pytest.mark.parametrize(("shift", "share"), [(4, 0.4), (7, 0.2), (8, 0.2)])
-def test_softmax_twin_has_no_offset_and_less_error_than_uniform(trained, shift, share):
-    model, size = trained.load_model("vit_s14")
-    images = trained.load_images("calib", 4, size)[0]
+    images = trained.load_images("calib", 8, size)[0]
     prepared = ptq.prepare_fx(model, ptq.recipes.ptq4vit(4, 4), images[:1])
-    from ptq4vit_fx.capture import capture, pseudo_label_loss
-
-    op = prepared.plan.op("blocks.5.attn.matmul_av")
-    seen = capture(prepared, [op], [images], loss=pseudo_label_loss, with_gradient=False)
-    attention = torch.cat(seen[op.name].lhs).flatten()
-    twin = ptq.TwinUniform(4, "softmax")
-    params = twin.softmax_params(shift, attention)
-    small = attention[attention < float(twin.threshold(params))]
-    error = twin.fake_quantize(small.clone(), params) - small
-    uniform = ptq.Uniform(4)
-    uniform_error = uniform.fake_quantize(small.clone(), uniform.initial_scale(attention.max())) - small
-    assert error.abs().mean() < uniform_error.abs().mean() * share
-    assert error.mean().abs() < 0.02 * twin.threshold(params)
+    attention = [op for op in prepared.plan.ops if op.lhs_source == "softmax"]
+    seen = capture(prepared, attention, images.split(4), loss=pseudo_label_loss, with_gradient=False)
+    twin, uniform = ptq.TwinUniform(4, "softmax"), ptq.Uniform(4)
+    shift = math.ceil(math.log2(4 * tokens / twin.levels))
+    for op in attention:
+        weights = torch.cat(seen[op.name].lhs).flatten()
+        params = twin.softmax_params(shift, weights)
+        threshold = twin.threshold(params)
+        small = weights[weights < threshold]
+        error = twin.fake_quantize(small.clone(), params) - small
+        uniform_error = uniform.fake_quantize(small.clone(), uniform.initial_scale(weights.max())) - small
+        assert error.abs().mean() < uniform_error.abs().mean() / 5, op.name
+        assert error.mean().abs() < 0.02 * threshold, op.name
