@@ -39,8 +39,8 @@ class Comparison:
     """Logits of ONNX Runtime against logits of the simulation, over all images.
 
     max_absolute_difference: in logits. median_difference: of the largest one per image. max_relative_difference: the
-    largest one over the largest logit of the same image. agreement: share of images with the same top-1. bit_equal: share of
-    images whose logits are all equal, bit for bit.
+    largest one over the largest logit of the same image. agreement: share of images with the same top-1.
+    bit_equal: share of images whose logits are all equal, bit for bit.
     cosine: the smallest over the images.
     """
 

@@ -27,10 +27,9 @@ def lower_products(graph_module: GraphModule) -> int:
             with graph_module.graph.inserting_before(node):
                 product = graph_module.graph.call_function(INTEGER_MATMUL, (*lhs, *rhs))
             adopt_meta(product, node).meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
-            name = node.name
             node.replace_all_uses_with(product)
             graph_module.graph.erase_node(node)
-            product._rename(name)
+            product._rename(str(product.meta["ptq4vit_op"]).replace(".", "_"))
             count += 1
     return count
 

@@ -31,8 +31,8 @@ def write_qdq(graph_module: GraphModule) -> int:
             operands.append(dequantized[codes])
         with graph.inserting_before(node):
             product = adopt_meta(graph.call_function(torch.matmul, tuple(operands)), node)
-        name = node.name
+        product.meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
         node.replace_all_uses_with(product)
         graph.erase_node(node)
-        product._rename(name)
+        product._rename(str(product.meta["ptq4vit_op"]).replace(".", "_"))
     return len(products)

@@ -1,0 +1,164 @@
+"""Each pass: it fires, it leaves the near miss alone, and the numbers stay what they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.operators import DEQUANTIZE, INTEGER_MATMUL
+from ptq4vit_fx.passes.canonicalize import canonicalize
+from ptq4vit_fx.passes.contract import history, stage_of
+from ptq4vit_fx.passes.decompose_attention import decompose_attention
+from ptq4vit_fx.passes.remove_identities import remove_identities
+from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.trace import trace
+from ptq4vit_fx.passes.write_qdq import write_qdq
+
+
+class Call(nn.Module):
+    """A function of the input, and modules that it may use."""
+
+    def __init__(self, function, **modules) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def traced(function, **modules):
+    torch.manual_seed(0)
+    return trace(Call(function, **modules).eval())
+
+
+def count(graph_module):
+    return history(graph_module)[-1].count
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("function", "modules", "rewrites"),
+    [
+        (lambda m, x: m.a(x), {"a": nn.Dropout(0.5)}, 1),
+        (lambda m, x: m.a(m.b(x)), {"a": nn.Identity(), "b": nn.Dropout2d(0.5)}, 2),
+        (lambda m, x: F.dropout(x, 0.5, training=False), {}, 1),
+        (lambda m, x: F.dropout(x, 0.0, training=True), {}, 1),
+        (lambda m, x: F.dropout(x, 0.5, training=True), {}, 0),  # active: not an identity
+        (lambda m, x: m.a(x), {"a": nn.ReLU()}, 0),
+    ],
+)
+def test_remove_identities(function, modules, rewrites):
+    graph = traced(function, **modules)
+    torch.manual_seed(1)
+    before = graph(X)
+    remove_identities(graph)
+    assert count(graph) == rewrites
+    torch.manual_seed(1)
+    assert torch.equal(graph(X), before)
+
+
+CANONICAL = {
+    "linear": (lambda m, x: m.a(x), {"a": nn.Linear(8, 4)}, F.linear),
+    "conv": (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding=1)}, F.conv2d),
+    "layer norm": (lambda m, x: m.a(x), {"a": nn.LayerNorm(8)}, F.layer_norm),
+    "softmax": (lambda m, x: x.softmax(-1), {}, F.softmax),
+    "gelu": (lambda m, x: m.a(x), {"a": nn.GELU("tanh")}, F.gelu),
+    "operator": (lambda m, x: x @ x, {}, torch.matmul),
+    "method": (lambda m, x: x.matmul(x), {}, torch.matmul),
+    "bmm": (lambda m, x: torch.bmm(x[0], x[0]), {}, torch.matmul),
+}
+
+
+@pytest.mark.parametrize("case", CANONICAL)
+def test_canonicalize(case):
+    function, modules, target = CANONICAL[case]
+    graph = traced(function, **modules)
+    before = graph(X)
+    canonicalize(graph)
+    assert target in [node.target for node in graph.graph.nodes]
+    assert count(graph) == 1
+    assert torch.equal(graph(X), before)
+
+
+@pytest.mark.parametrize(
+    ("function", "modules"),
+    [
+        (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")}),
+        (lambda m, x: F.log_softmax(x, -1), {}),
+        (lambda m, x: x * x, {}),
+    ],
+)
+def test_canonicalize_leaves_near_misses_alone(function, modules):
+    graph = traced(function, **modules)
+    before = graph(X)
+    canonicalize(graph)
+    assert count(graph) == 0
+    assert torch.equal(graph(X), before)
+
+
+@pytest.mark.parametrize("mask", [None, torch.randn(8, 8), torch.randn(8, 8) > 0], ids=["none", "float", "boolean"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_decompose_attention(mask, scale):
+    graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=mask, scale=scale))
+    before = graph(X)
+    for node in graph.graph.nodes:
+        node.meta["tensor_meta"] = X  # what decomposition reads is its shape
+    decompose_attention(graph)
+    assert count(graph) == 1
+    assert F.softmax in [node.target for node in graph.graph.nodes]
+    torch.testing.assert_close(graph(X), before)
+
+
+def test_decompose_attention_refuses_what_it_cannot_open():
+    graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True))
+    with pytest.raises(ptq.PTQError, match=r"expected no is_causal, got is_causal=True; write this attention out"):
+        decompose_attention(graph)
+
+
+def test_passes_refuse_the_wrong_order():
+    graph = traced(lambda m, x: m.a(x), a=nn.Linear(8, 4))
+    canonicalize(graph)
+    with pytest.raises(ptq.PTQError, match=r"pass remove_identities: graph after trace, canonicalize"):
+        remove_identities(graph)
+
+
+def test_write_qdq_is_the_same_product_in_float(small_vit, small_images):
+    converted = ptq.quantize(small_vit, small_images, progress=False)
+    products = [node.meta["ptq4vit_op"] for node in converted.graph.nodes if node.target is INTEGER_MATMUL]
+    twins = sum(isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values())
+    assert len(products) == len(converted.plan.ops) + twins
+    assert DEQUANTIZE not in [node.target for node in converted.graph.nodes]
+    qdq = write_qdq(copy.deepcopy(converted))
+    assert stage_of(qdq) is Stage.QDQ
+    assert [node.meta["ptq4vit_op"] for node in qdq.graph.nodes if node.target is torch.matmul] == products
+    assert torch.cosine_similarity(qdq(small_images), converted(small_images)).min() > 0.999
+
+
+class Overlapping(nn.Module):
+    """A stem convolution that overlaps, a patch embedding, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.patches, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 4, 4), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.patches(F.gelu(self.stem(x))).flatten(2).mean(-1))
+
+
+def test_patch_convolution_becomes_a_product_and_an_overlapping_one_does_not():
+    torch.manual_seed(0)
+    model = Overlapping().eval()
+    converted = ptq.quantize(model, X, progress=False)
+    assert sum(node.target is INTEGER_MATMUL for node in converted.graph.nodes) == 3  # patches: two branches; head
+    assert sum(node.target is F.conv2d for node in converted.graph.nodes) == 1
+    error = (converted(X) - model(X)).norm() / model(X).norm()
+    assert error < 0.05
