@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -19,55 +24,106 @@ from ptq4vit_fx.capture import capture, pseudo_label_loss
 from ptq4vit_fx.digits import load_digits_images, load_digits_model
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.runtime import open_session
-from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.files import atomic_path, check_writable
 from ptq4vit_fx.passes.contract import calibration_of, plan_of
 from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform
 
 CALIBRATION_IMAGES = 32
+PICTURE = "twin_grids.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the demo's table: what to do, and after `_quantize` what came out of it."""
+
+    recipe: str
+    bits: int
+    simulated: float = 0.0
+    deployed: float = 0.0
+    file_bytes: int = 0
+    seconds: float = 0.0
+
+
+RUNS = tuple(Run(recipe, bits) for bits in (8, 6, 4) for recipe in ("base_ptq", "ptq4vit"))
 
 
 def run_demo(folder: Path, console: Console) -> None:
-    """Quantize at W8A8, W6A6 and W4A4 with both recipes, export, run, print the table, save twin_grids.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = load_digits_model()
-    images = load_digits_images("train")[0][:CALIBRATION_IMAGES]
+    """Quantize at W8A8, W6A6 and W4A4 with both recipes, export, run, print the table, save twin_grids.png.
+
+    Export is single-threaded Python, so the runs are spread over processes, one thread each.
+    """
+    if not folder.is_dir():
+        check_writable(folder, "demo --out")
+        folder.mkdir()
     test, labels = load_digits_images("test")
-    with torch.inference_mode():
-        float_top1 = float((model(test).argmax(1) == labels).float().mean())
-    table = Table(title=f"digits ViT, {len(test)} test images, {len(images)} calibration images")
-    for column in ("recipe", "bits", "float top-1", "simulated", "ONNX Runtime", "file", "calibration"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
-    runs = [(bits, name) for bits in (8, 6, 4) for name in ("base_ptq", "ptq4vit")]
-    for bits, name in track(runs, "demo", console=console):
-        prepared = prepare_fx(model, getattr(recipes, name)(bits, bits), images[:1])
-        calibration = calibrate(prepared, images, progress=False)
-        converted = convert_fx(prepared)
-        path = folder / f"digits_{name}_w{bits}a{bits}.onnx"
-        exported = export_onnx(converted, path, images[:1])
-        session = open_session(path)
-        logits = session.run(None, {session.get_inputs()[0].name: test.numpy()})[0]
-        with torch.inference_mode():
-            simulated = float((converted(test).argmax(1) == labels).float().mean())
-        table.add_row(
-            name,
-            f"W{bits}A{bits}",
-            f"{float_top1:.2%}",
-            f"{simulated:.2%}",
-            f"{float((logits.argmax(1) == labels.numpy()).mean()):.2%}",
-            f"{exported.bytes / 1e3:.0f} kB",
-            f"{calibration.provenance['seconds']:.1f} s",
-        )
+    table = Table(title=f"digits ViT, {len(test)} test images, {CALIBRATION_IMAGES} calibration images")
+    for column in ("recipe", "bits", "float", "simulated", "ONNX Runtime", "file", "calibrated in"):
+        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
+    float_top1 = _top1(load_digits_model()(test), labels)
+    workers = min(len(RUNS) + 1, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+        picture = pool.submit(draw_grids, folder / PICTURE)
+        for run in track(pool.map(_quantize, RUNS, repeat(folder)), "demo", total=len(RUNS), console=console):
+            table.add_row(
+                run.recipe,
+                f"W{run.bits}A{run.bits}",
+                f"{float_top1:.2%}",
+                f"{run.simulated:.2%}",
+                f"{run.deployed:.2%}",
+                f"{run.file_bytes / 1e3:.0f} kB",
+                f"{run.seconds:.1f} s",
+            )
+        picture.result()
     console.print(table)
-    picture = folder / "twin_grids.png"
-    draw_grids(prepared, images, picture)
-    console.print(f"picture: {picture}", markup=False)
+    console.print(f"picture: {folder / PICTURE}", markup=False)
 
 
-def draw_grids(prepared: GraphModule, images: Tensor, path: str | os.PathLike[str]) -> None:
-    """Draw a softmax and a GELU histogram with the uniform and the calibrated twin grid over each."""
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the demo, which ends its workers
+    torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def _calibrated(recipe: str, bits: int) -> GraphModule:
+    images = load_digits_images("train")[0][:CALIBRATION_IMAGES]
+    prepared = prepare_fx(load_digits_model(), getattr(recipes, recipe)(bits, bits), images[:1])
+    calibrate(prepared, images, progress=False)
+    return prepared
+
+
+def _quantize(run: Run, folder: Path) -> Run:
+    """Return the run with its results; write its ONNX file to the folder."""
+    prepared = _calibrated(run.recipe, run.bits)
+    converted = convert_fx(prepared)
+    test, labels = load_digits_images("test")
+    path = folder / f"digits_{run.recipe}_w{run.bits}a{run.bits}.onnx"
+    exported = export_onnx(converted, path, test[:1])
+    session = open_session(path, threads=1)
+    logits = session.run(None, {session.get_inputs()[0].name: test.numpy()})[0]
+    calibration = calibration_of(prepared)
+    assert calibration is not None
+    with torch.inference_mode():
+        simulated = _top1(converted(test), labels)
+    return replace(
+        run,
+        simulated=simulated,
+        deployed=_top1(torch.from_numpy(logits), labels),
+        file_bytes=exported.bytes,
+        seconds=calibration.provenance["seconds"],
+    )
+
+
+def draw_grids(path: Path) -> None:
+    """Draw a softmax and a GELU histogram of the W4A4 model with the uniform and the twin grid over each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    prepared = _calibrated("ptq4vit", 4)
+    images = load_digits_images("train")[0][:CALIBRATION_IMAGES]
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
     figure = Figure(figsize=(12, 8), layout="constrained")
