@@ -62,18 +62,22 @@ def run_demo(folder: Path, console: Console) -> None:
     float_top1 = _top1(load_digits_model()(test), labels)
     workers = min(len(RUNS) + 1, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
-        picture = pool.submit(draw_grids, folder / PICTURE)
-        for run in track(pool.map(_quantize, RUNS, repeat(folder)), "demo", total=len(RUNS), console=console):
-            table.add_row(
-                run.recipe,
-                f"W{run.bits}A{run.bits}",
-                f"{float_top1:.2%}",
-                f"{run.simulated:.2%}",
-                f"{run.deployed:.2%}",
-                f"{run.file_bytes / 1e3:.0f} kB",
-                f"{run.seconds:.1f} s",
-            )
-        picture.result()
+        try:
+            picture = pool.submit(draw_grids, folder / PICTURE)
+            runs = list(track(pool.map(_quantize, RUNS, repeat(folder)), "demo", total=len(RUNS), console=console))
+            picture.result()
+        finally:  # an error or Ctrl-C does not wait for what has not started
+            pool.shutdown(cancel_futures=True)
+    for run in runs:
+        table.add_row(
+            run.recipe,
+            f"W{run.bits}A{run.bits}",
+            f"{float_top1:.2%}",
+            f"{run.simulated:.2%}",
+            f"{run.deployed:.2%}",
+            f"{run.file_bytes / 1e3:.0f} kB",
+            f"{run.seconds:.1f} s",
+        )
     console.print(table)
     console.print(f"picture: {folder / PICTURE}", markup=False)
 
@@ -145,7 +149,7 @@ def draw_grids(path: Path) -> None:
             axes.hist(values.numpy(), bins=200, log=True, color="0.7")
             for level in np.asarray(grid):
                 axes.axvline(level, color="tab:red" if name == "uniform" else "tab:blue", linewidth=0.8)
-            axes.set_title(f"{op.name}, after {source}: {name} grid, {twin.bits} bits, {len(grid)} levels in use")
+            axes.set_title(f"{op.name}, after {source}\n{name} grid, {twin.bits} bits, {len(grid)} levels in use")
             axes.set_xlabel("value")
             axes.set_ylabel("count (log)")
     with atomic_path(path, "save picture") as temporary:

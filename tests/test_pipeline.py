@@ -78,6 +78,19 @@ def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, converted, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_other_opsets_compute_the_same(tmp_path, small_images, converted, opset):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ptq.PTQError, match="expected 18 to"):
+        ptq.export_onnx(converted, path, small_images[:1], opset=17)
+    assert not path.exists()
+    ptq.export_onnx(converted, path, small_images[:1], opset=opset)
+    assert {entry.version for entry in onnx.load(path).opset_import} == {opset}
+    report = ptq.verify_onnx(path, converted, small_images)
+    assert report.simulation.cosine > 0.999
+    assert report.graph.integer_products
+
+
 def test_errors_are_sentences(tmp_path, small_vit, small_images):
     prepared = ptq.prepare_fx(small_vit, ptq.recipes.ptq4vit(), small_images[:1])
     with pytest.raises(ptq.PTQError, match="call calibrate"):

@@ -1,0 +1,39 @@
+"""The demo, whole: every row, every file, the picture."""
+
+from __future__ import annotations
+
+import re
+
+import onnx
+from PIL import Image
+from rich.console import Console
+
+from ptq4vit_fx.demo import RUNS, run_demo
+
+
+def test_demo_fills_its_table_and_saves_its_files(tmp_path):
+    console = Console(record=True, width=120)
+    run_demo(tmp_path / "out", console)
+    text = console.export_text()
+    rows = {
+        (recipe, int(bits)): [float(value) for value in re.findall(r"([\d.]+)%", line)]
+        for line in text.splitlines()
+        if (cells := re.search(r"(base_ptq|ptq4vit) .*W(\d)A", line))
+        for recipe, bits in [cells.groups()]
+    }
+    assert set(rows) == {(run.recipe, run.bits) for run in RUNS}
+    for (recipe, bits), (reference, simulated, deployed) in rows.items():
+        assert reference > 98
+        assert abs(simulated - deployed) <= 1.0  # rounding may move images that are tied
+        if bits == 8:
+            assert simulated > reference - 0.6
+        if recipe == "ptq4vit":
+            assert simulated > reference - 2.0
+    assert rows["ptq4vit", 4][1] > rows["base_ptq", 4][1]
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".onnx", ".png"}
+    for path in (tmp_path / "out").glob("*.onnx"):
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert len(list((tmp_path / "out").glob("*.onnx"))) == len(RUNS)
+    with Image.open(tmp_path / "out" / "twin_grids.png") as picture:
+        assert picture.format == "PNG"
+        assert len(set(picture.convert("RGB").resize((60, 40)).getdata())) > 20
