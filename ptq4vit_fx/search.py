@@ -21,8 +21,8 @@ from ptq4vit_fx.products import Product, ScaleGroups, sample_rows, scale_groups,
 from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform
 
-#: Screening looks at every COARSE_STRIDE-th candidate, then at the gaps beside the best; later rounds look only
-#: LATER_REACH candidates to each side of the last choice.
+#: Screening looks at every COARSE_STRIDE-th candidate, then at the gaps beside the best; later rounds look
+#: LATER_REACH candidates to each side of the last choice, and follow it from there.
 COARSE_STRIDE = 4
 LATER_REACH = 5
 
@@ -233,8 +233,7 @@ def _best(screening: _Evaluation, confirm: _Evaluation | None, settings: SearchS
         table = _evaluate(screening, _every(candidates, range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE)))
         table = _around(screening, table, _argmin(table), COARSE_STRIDE - 1)
     else:
-        table = _evaluate(screening, [screening.last])
-        table = _around(screening, table, screening.last, LATER_REACH)
+        table = _follow(screening, screening.last)
     if confirm is None:
         return _argmin(table)
     return _argmin(_evaluate(confirm, _leaders(table, settings.confirm)))
@@ -256,6 +255,21 @@ def _around(evaluation: _Evaluation, table: Table, centre: Tensor, reach: int) -
     last = evaluation.searched.count - 1
     offsets = [offset for distance in range(1, reach + 1) for offset in (-distance, distance)]
     return table + _evaluate(evaluation, [(centre + offset).clamp(0, last) for offset in offsets])
+
+
+def _follow(evaluation: _Evaluation, centre: Tensor) -> Table:
+    """Look around `centre`, and further on where the best of some scale lies at the edge of what was looked at.
+
+    The other operand has moved since the last round, and this one may have far to go: from 0.5 to 0.8 of the range
+    is usual at 4 bits.
+    """
+    table = _evaluate(evaluation, [centre])
+    while True:
+        table = _around(evaluation, table, centre, LATER_REACH)
+        best = _argmin(table)
+        if int((best - centre).abs().max()) < LATER_REACH:
+            return table
+        centre = best
 
 
 def _argmin(table: Table) -> Tensor:

@@ -1,0 +1,99 @@
+"""The search against brute force in NumPy float64 over the same candidates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
+from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.products import to_product
+from ptq4vit_fx.search import search_op
+
+BITS = 4
+SETTINGS = SearchSettings(n=24, rounds=1, max_shift=6, screen_rows=None)
+
+
+def uniform(x, scale):
+    return scale * np.clip(np.rint(x / scale), -(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
+
+
+def softmax_twin(x, shift):
+    half = 2 ** (BITS - 1)
+    coarse, fine = 1 / half, 1 / half / 2**shift
+    low, high = (s * np.clip(np.rint(x / s), 0, half - 1) for s in (fine, coarse))
+    return np.where(x < 2.0**-shift, low, high)
+
+
+def operands(seed, *, softmax):
+    random = np.random.default_rng(seed)
+    x = random.normal(0, 1, (2, 3, 6, 10))
+    if softmax:
+        x = np.exp(3 * x) / np.exp(3 * x).sum(-1, keepdims=True)
+    gradient = random.normal(0, 1, (2, 3, 6, 5)) * random.exponential(1, (2, 3, 6, 1))
+    return x.astype(np.float32), random.normal(0, 0.3, (2, 3, 10, 5)).astype(np.float32), gradient.astype(np.float32)
+
+
+def brute_force(candidates, quantize, product, gradient, target):
+    """Return the candidate with the smallest Hessian-guided distance."""
+    distances = [float((gradient**2 * (product(quantize(c)) - target) ** 2).sum()) for c in candidates]
+    return candidates[int(np.argmin(distances))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("softmax", [False, True])
+def test_matmul_search_is_brute_force(seed, softmax):
+    lhs, rhs, gradient = operands(seed, softmax=softmax)
+    op = QuantOp("matmul", "matmul", lhs_source="softmax" if softmax else None)
+    product = to_product(op, *(torch.from_numpy(t) for t in (lhs, rhs)), None, torch.from_numpy(gradient))
+    quantizer = TwinUniform(BITS, "softmax") if softmax else Uniform(BITS)
+    result = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
+
+    x, y, g = (t.astype(np.float64) for t in (lhs, rhs, gradient))
+    target = x @ y
+    start = np.abs(y).max() / 2 ** (BITS - 1)
+    initial = softmax_twin(x, 0) if softmax else uniform(x, np.abs(x).max() / 2 ** (BITS - 1))
+    scales = [np.float64(factor) * start for factor in SETTINGS.factors]
+    right = brute_force(scales, lambda s: uniform(y, s), lambda q: initial @ q, g, target)
+    assert float(result.rhs.scale) == pytest.approx(right, rel=1e-6)
+    fixed = uniform(y, right)
+    if softmax:
+        left = brute_force(list(range(7)), lambda m: softmax_twin(x, m), lambda q: q @ fixed, g, target)
+        assert result.lhs.shift == left
+    else:
+        scales = [np.float64(factor) * np.abs(x).max() / 2 ** (BITS - 1) for factor in SETTINGS.factors]
+        left = brute_force(scales, lambda s: uniform(x, s), lambda q: q @ fixed, g, target)
+        assert float(result.lhs.scale) == pytest.approx(left, rel=1e-6)
+    assert result.distance_after <= result.distance_before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_separate_scales_for_the_rows_of_q_k_and_v(seed):
+    random = np.random.default_rng(seed)
+    x = random.normal(0, 1, (40, 6)).astype(np.float32)
+    weight = (random.normal(0, 1, (12, 6)) * np.repeat([1.0, 0.1, 3.0], 4)[:, None]).astype(np.float32)
+    gradient = random.normal(0, 1, (40, 12)).astype(np.float32)
+    op = QuantOp("qkv", "linear", rhs_is_weight=True)
+    product = to_product(op, torch.from_numpy(x), torch.from_numpy(weight), None, torch.from_numpy(gradient))
+    result = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity="group", groups=3), SETTINGS)
+    initial = uniform(x.astype(np.float64), np.abs(x).max() / 2 ** (BITS - 1))
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        part, g = weight[rows].astype(np.float64), gradient[:, rows].astype(np.float64)
+        scales = [np.float64(f) * np.abs(part).max() / 2 ** (BITS - 1) for f in SETTINGS.factors]
+        target = x.astype(np.float64) @ part.T
+        best = brute_force(scales, lambda s, w=part: uniform(w, s), lambda q: initial @ q.T, g, target)
+        np.testing.assert_allclose(result.rhs.scale[rows].numpy(), best, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_default_screening_ends_near_the_exhaustive_search(seed):
+    random = np.random.default_rng(seed)
+    x = random.standard_t(4, (3000, 32)).astype(np.float32)
+    weight = random.normal(0, 0.3, (24, 32)).astype(np.float32)
+    gradient = (random.normal(0, 1, (3000, 24)) * random.exponential(1, (3000, 1))).astype(np.float32)
+    op = QuantOp("fc", "linear", rhs_is_weight=True)
+    product = to_product(op, *(torch.from_numpy(t) for t in (x, weight)), None, torch.from_numpy(gradient))
+    screened = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(), seed=seed)
+    exhaustive = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(screen_rows=None))
+    assert screened.distance_after <= exhaustive.distance_after * 1.02
