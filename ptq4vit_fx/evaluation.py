@@ -82,12 +82,12 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
-    numbered = max(folder.labels) < classes and all(name.isdigit() for name in folder.classes)
-    if len(folder.classes) != classes and not numbered:
+    numbered = all(name.isdigit() for name in folder.classes)
+    if max(folder.labels) >= classes or (len(folder.classes) != classes and not numbered):
         raise failure(
             "eval",
             str(data),
             expected=f"{classes} sub-folders, one per class of the model",
-            got=str(len(folder.classes)),
+            got=f"{len(folder.classes)}" + (f", numbered up to {max(folder.labels)}" if numbered else ""),
             do="name the sub-folders by class number (0, 1, ...) if some classes have no images",
         )
