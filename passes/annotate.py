@@ -191,6 +191,8 @@ def _quantizer(
         return None
     if operand == "rhs" and op.rhs_is_weight:
         weight = qconfig.weight
+        if op.kind == "conv2d" and weight is not None:
+            weight = qconfig.kernel or weight
         if weight is None or weight.granularity != "group":
             return weight
         groups = group_counts.get(node, 1)

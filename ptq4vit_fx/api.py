@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
+from ptq4vit_fx.batches import image_batches
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.calibrator import image_batches, run_calibration
-from ptq4vit_fx.capture import Loss
+from ptq4vit_fx.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.losses import Loss
 from ptq4vit_fx.passes.annotate import annotate
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of, stage_of
@@ -64,22 +66,28 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
-    loss: Loss | None = None,
+    loss: str | Loss = "pseudo_label",
     memory_limit: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    sequential: bool = False,
 ) -> Calibration:
     """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
 
     data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
-    labels are never used. seed: of the rows that screening samples; same seed, same scales, bit for bit.
-    device: where capture and search run (default: where the model is; it is brought back afterwards). loss: a function
-    from the model's output to a scalar (default: cross entropy with the model's own prediction). memory_limit: bytes
-    for captured tensors (default: half of what is free); a smaller limit costs more passes over the images.
-    Raises PTQError on a model that is not prepared, and on data without images or with NaN.
+    labels are never used. seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same
+    scales, bit for bit. device: where capture and search run (default: where the model is; it is brought back
+    afterwards). loss: "pseudo_label" (PTQ4ViT), "fisher" (labels drawn from the prediction), or a function from the
+    model's output to a scalar. memory_limit: bytes that calibration may take beside the model (default: half of what is
+    free); a smaller limit costs more passes over the images. checkpoint: a file that holds every finished
+    product; if it exists, the calibration goes on from there, with the result of an unbroken run. sequential: search
+    each product on the values that the quantized products before it give, at one forward and backward per
+    product; the default, parallel calibration on float values, is the paper's and is better on few images.
+    Raises PTQError on a model that is not prepared, on data without images or with NaN, and on a checkpoint of
+    another plan, other weights, images or arguments.
     """
     _require(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
-    calibration = run_calibration(
-        prepared, data, seed=seed, progress=progress, device=device, loss=loss, memory_limit=memory_limit
-    )
+    options = CalibrationOptions(seed, progress, device, loss, memory_limit, checkpoint, sequential)
+    calibration = run_calibration(prepared, data, options)
     load_calibration(prepared, calibration)
     return calibration
 
@@ -97,6 +105,15 @@ def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphMo
             expected=f"{mine.get(first, 'no such site in this model')}",
             got=f"{theirs.get(first, 'no such site in the calibration')}",
             do="prepare with the recipe and the model that were calibrated",
+        )
+    missing = [key for key in plan.quantizers if key not in calibration.params]
+    if missing:
+        raise failure(
+            "load_calibration",
+            f"site {missing[0]}",
+            expected="scales of every site",
+            got=f"a checkpoint that lacks {len(missing)} of {len(plan.quantizers)} sites",
+            do="finish it with calibrate(prepared, images, checkpoint=path)",
         )
     return attach(prepared, calibration=calibration)
 

@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.files import atomic_path
-from ptq4vit_fx.plan import QuantPlan, Site
-from ptq4vit_fx.quantizers import QParams, TwinParams, TwinUniform, UniformParams
+from ptq4vit_fx.plan import OPERANDS, QuantPlan, Site, site
+from ptq4vit_fx.quantizers import QParams, TwinParams, UniformParams, describe_quantizer, fake_quantize
+from ptq4vit_fx.search import SearchResult
 
 FORMAT = "ptq4vit_fx calibration 1"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Parameters per site, the plan that they belong to, distances per product, and where they come from.
+    """Parameters per site, the plan that they belong to, what they do, and where they come from.
 
-    distances: op name -> (at the initial scales, at the chosen scales), in the search's metric.
-    provenance: JSON-ready facts: images, seed, fingerprint of the images, seconds, versions.
+    distances: op name -> (at the initial scales, at the chosen scales), in the search's metric. snr: site, or op name
+    for its output -> signal-to-noise ratio in dB. seconds: op name -> seconds of its search. provenance: JSON-ready
+    facts: images, seed, fingerprints of images and weights, seconds, versions. A checkpoint is a calibration
+    that lacks some sites.
     """
 
     plan: QuantPlan
     params: dict[Site, QParams]
     distances: dict[str, tuple[float, float]] = field(default_factory=dict)
+    snr: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def with_result(self, op_name: str, result: SearchResult, seconds: float) -> Calibration:
+        """Return this calibration with the result of one more product."""
+        sites = {operand: site(op_name, operand) for operand in OPERANDS}
+        return replace(
+            self,
+            params=self.params | {sites["lhs"]: result.lhs, sites["rhs"]: result.rhs},
+            distances=self.distances | {op_name: (result.distance_before, result.distance_after)},
+            snr=self.snr | {sites[operand]: result.snr[operand] for operand in OPERANDS} | {op_name: result.snr["out"]},
+            seconds=self.seconds | {op_name: round(seconds, 4)},
+        )
+
+    def with_provenance(self, facts: dict[str, Any]) -> Calibration:
+        """Return this calibration with more facts about where it comes from."""
+        return replace(self, provenance=self.provenance | facts)
+
+    def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a product of float operands with both quantized; shapes as in the graph."""
+        operands = [
+            fake_quantize(self.plan.quantizers[key], x, self.params[key])
+            for key, x in ((site(op_name, "lhs"), lhs), (site(op_name, "rhs"), rhs))
+        ]
+        return self.plan.op(op_name).compute(operands[0], operands[1], bias)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to one safetensors file, its plan and provenance as JSON in the header.
@@ -47,7 +76,8 @@ class Calibration:
             else:
                 tensors[f"{key}/fine_scale"] = params.fine_scale.cpu()
                 tensors[f"{key}/coarse_scale"] = params.coarse_scale.cpu()
-        record = {"distances": self.distances, "provenance": self.provenance, "axes": axes}
+        names = ("distances", "snr", "seconds", "provenance")
+        record = {"axes": axes} | {name: getattr(self, name) for name in names}
         metadata = {"format": FORMAT, "plan": self.plan.to_json(), "record": json.dumps(record)}
         with atomic_path(path, "save calibration") as temporary:
             save_file(tensors, temporary, metadata)
@@ -79,8 +109,10 @@ class Calibration:
         plan = QuantPlan.from_json(metadata["plan"])
         return Calibration(
             plan=plan,
-            params={key: _params(tensors, key, record["axes"]) for key in plan.quantizers},
+            params=_params(tensors, record["axes"]),
             distances={key: (value[0], value[1]) for key, value in record["distances"].items()},
+            snr=record["snr"],
+            seconds=record["seconds"],
             provenance=record["provenance"],
         )
 
@@ -96,17 +128,34 @@ class Calibration:
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
-        """Return a text table per site: scales, twin threshold, the product's distance before and after."""
-        lines = [f"{'site':44}{'scale':>24}  {'threshold':>10}  {'distance before':>15}  {'after':>10}"]
-        for key, params in self.params.items():
-            op_name = key.rsplit(":", 1)[0]
-            before, after = self.distances.get(op_name, (float("nan"), float("nan")))
-            quantizer = self.plan.quantizers[key]
-            threshold = ""
-            if isinstance(quantizer, TwinUniform) and isinstance(params, TwinParams):
-                threshold = f"{float(quantizer.threshold(params)):.4g}"
-            lines.append(f"{key:44}{describe_params(params):>24}  {threshold:>10}  {before:15.4g}  {after:10.4g}")
+        """Return a text table per site: scales, threshold, distances of the product, signal-to-noise ratio in dB."""
+        lines = [f"{'site':44}{'scale':>24}{'threshold':>11}{'distance before':>17}{'after':>11}{'SNR':>8}"]
+        for row in self.records():
+            threshold = "" if row["threshold"] is None else f"{row['threshold']:.4g}"
+            before, after = row["distance_before"], row["distance_after"]
+            lines.append(
+                f"{row['site']:44}{row['scale']:>24}{threshold:>11}{before:17.4g}{after:11.4g}{row['snr']:8.1f}"
+            )
         return "\n".join(lines)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the rows of `report`, JSON-ready, a dictionary per site."""
+        rows = []
+        for key, params in self.params.items():
+            quantizer, twin = self.plan.quantizers[key], isinstance(params, TwinParams)
+            before, after = self.distances.get(key.rsplit(":", 1)[0], (math.nan, math.nan))
+            rows.append(
+                {
+                    "site": key,
+                    "quantizer": describe_quantizer(quantizer),
+                    "scale": describe_params(params),
+                    "threshold": float(quantizer.threshold(params)) if twin else None,  # type: ignore[union-attr, arg-type]
+                    "distance_before": before,
+                    "distance_after": after,
+                    "snr": self.snr.get(key, math.nan),
+                }
+            )
+        return rows
 
 
 def describe_params(params: QParams) -> str:
@@ -118,15 +167,20 @@ def describe_params(params: QParams) -> str:
     return f"{float(params.scale.min()):.4g} .. {float(params.scale.max()):.4g}"
 
 
-def _params(tensors: dict[str, Tensor], key: Site, axes: dict[str, int | None]) -> QParams:
-    if key in axes:
-        return UniformParams(tensors[f"{key}/scale"], axes[key])
-    return TwinParams(tensors[f"{key}/fine_scale"], tensors[f"{key}/coarse_scale"])
+def _params(tensors: dict[str, Tensor], axes: dict[str, int | None]) -> dict[Site, QParams]:
+    params: dict[Site, QParams] = {}
+    for name in tensors:
+        key, kind = name.rsplit("/", 1)
+        if kind == "scale":
+            params[key] = UniformParams(tensors[name], axes[key])
+        elif kind == "fine_scale":
+            params[key] = TwinParams(tensors[name], tensors[f"{key}/coarse_scale"])
+    return params
 
 
-def fingerprint_images(batches: list[Tensor]) -> str:
-    """Return a short hash of the calibration images."""
+def fingerprint_tensors(tensors: Iterable[Tensor]) -> str:
+    """Return a short hash of the values of tensors, in order."""
     digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(batch.detach().cpu().contiguous().to(torch.float32).numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

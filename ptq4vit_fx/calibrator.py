@@ -2,167 +2,164 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.calibration import Calibration, fingerprint_images
-from ptq4vit_fx.capture import (
-    Loss,
-    capture,
-    captured_bytes,
-    captured_product,
-    groups_of_ops,
-    pseudo_label_loss,
-)
+from ptq4vit_fx.batches import image_batches
+from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
+from ptq4vit_fx.capture import Captured, capture, captured_product
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.losses import Loss, get_loss
+from ptq4vit_fx.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.passes.contract import plan_of
-from ptq4vit_fx.plan import QuantOp, QuantPlan, Site, site
-from ptq4vit_fx.quantizers import QParams
+from ptq4vit_fx.plan import QuantOp, QuantPlan, site
 from ptq4vit_fx.search import SearchResult, search_op
 
-#: Images per forward and backward when the data is one tensor.
-BATCH_SIZE = 8
+#: What a checkpoint must share with the calibration that resumes it.
+IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequential")
 
 
-def run_calibration(
-    prepared: GraphModule,
-    data: Tensor | Iterable[Any],
-    *,
-    seed: int,
-    progress: bool,
-    device: torch.device | str | None,
-    loss: Loss | None,
-    memory_limit: int | None,
-) -> Calibration:
-    """Do the work of `ptq4vit_fx.calibrate`, which documents the arguments; the graph does not change."""
-    plan = plan_of(prepared)
-    home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    target = torch.device(device) if device is not None else home
-    batches = image_batches(data)
-    images = sum(len(batch) for batch in batches)
-    limit = memory_limit if memory_limit is not None else psutil.virtual_memory().available // 2
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The arguments of `ptq4vit_fx.calibrate`, which documents them."""
+
+    seed: int = 0
+    progress: bool = True
+    device: torch.device | str | None = None
+    loss: str | Loss = "pseudo_label"
+    memory_limit: int | None = None
+    checkpoint: str | os.PathLike[str] | None = None
+    sequential: bool = False
+
+
+@dataclass
+class _Run:
+    """A calibration in progress."""
+
+    plan: QuantPlan
+    options: CalibrationOptions
+    provenance: dict[str, Any]
+    results: Calibration
+    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "search": 0.0})
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+    def add(self, op: QuantOp, result: SearchResult, seconds: float) -> None:
+        self.results = self.results.with_result(op.name, result, seconds)
+        if self.options.checkpoint is not None:
+            self.results.save(self.options.checkpoint)
+
+
+def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options: CalibrationOptions) -> Calibration:
+    """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
     started = time.perf_counter()
-    params: dict[Site, QParams] = {}
-    distances: dict[str, tuple[float, float]] = {}
+    home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    device = torch.device(options.device) if options.device is not None else home
+    batches = image_batches(data)
+    run = _start(prepared, batches, options, device)
+    left = [op for op in run.plan.ops if op.name not in run.results.distances]
+    budget = MemoryBudget.of(prepared, options.memory_limit or default_memory_limit(device))
+    images = sum(len(batch) for batch in batches)
+    groups = [[op] for op in left] if options.sequential else budget.groups(left, images)
+    batches = budget.split(batches)
     bar = Progress(
         TextColumn("calibrate {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("products,"),
         TimeRemainingColumn(),
-        disable=not progress,
+        disable=not options.progress,
     )
-    capture_seconds = 0.0
-    prepared.to(target)
+    prepared.to(device)
     try:
         with bar:
-            task = bar.add_task("capture", total=len(plan.ops))
-            for group in groups_of_ops(plan.ops, captured_bytes(prepared), images, limit):
+            task = bar.add_task("capture", total=len(run.plan.ops), completed=len(run.plan.ops) - len(left))
+            for group in groups:
                 bar.update(task, description="capture operands and gradients")
-                capture_started = time.perf_counter()
-                captured = capture(
-                    prepared,
-                    group,
-                    (batch.to(target) for batch in batches),
-                    loss=loss or pseudo_label_loss,
-                    with_gradient=any(_wants_gradient(plan, op) for op in group),
-                )
-                capture_seconds += time.perf_counter() - capture_started
+                with run.timed("capture"):
+                    captured = _capture(prepared, run, group, (batch.to(device) for batch in batches))
                 for op in group:
                     bar.update(task, description=op.name)
-                    result = _search(plan, op, captured_product(op, captured.pop(op.name)), seed)
-                    params |= {site(op.name, "lhs"): result.lhs, site(op.name, "rhs"): result.rhs}
-                    distances[op.name] = (result.distance_before, result.distance_after)
+                    _search(run, op, captured.pop(op.name))
                     bar.advance(task)
     finally:
         prepared.to(home)
+    seconds = {"seconds": round(time.perf_counter() - started, 3)}
+    seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
+    return run.results.with_provenance(seconds | {"capture_groups": len(groups)})
+
+
+def _start(prepared: GraphModule, batches: list[Tensor], options: CalibrationOptions, device: torch.device) -> _Run:
+    """Return an empty run, or the one that the checkpoint holds; raises PTQError if that is of something else."""
+    plan = plan_of(prepared)
+    loss = options.loss if isinstance(options.loss, str) else getattr(options.loss, "__qualname__", "custom")
     provenance = {
-        "images": images,
-        "images_fingerprint": fingerprint_images(batches),
-        "seed": seed,
-        "seconds": round(time.perf_counter() - started, 3),
-        "capture_seconds": round(capture_seconds, 3),
-        "device": str(target),
+        "images": sum(len(batch) for batch in batches),
+        "images_fingerprint": fingerprint_tensors(batches),
+        "weights_fingerprint": fingerprint_tensors(prepared.state_dict().values()),
+        "seed": options.seed,
+        "loss": loss,
+        "sequential": options.sequential,
+        "device": str(device),
         "torch": torch.__version__,
     }
-    return Calibration(plan, params, distances, provenance)
-
-
-def _wants_gradient(plan: QuantPlan, op: QuantOp) -> bool:
-    return get_metric(plan.searches[op.name].metric).weighted_by_gradient
-
-
-def _search(plan: QuantPlan, op: QuantOp, product: Any, seed: int) -> SearchResult:
-    for name, x in (("input", product.lhs), ("weight" if op.rhs_is_weight else "right operand", product.rhs)):
-        if not torch.isfinite(x).all():
+    run = _Run(plan, options, provenance, Calibration(plan, {}, provenance=provenance))
+    if options.checkpoint is None:
+        return run
+    path = check_writable(options.checkpoint, "calibrate checkpoint=")
+    if path.exists():
+        saved = Calibration.load(path)
+        mine, theirs = (_identity(calibration) for calibration in (run.results, saved))
+        other = [key for key in mine if mine[key] != theirs[key]]
+        if other:
             raise failure(
                 "calibrate",
-                f"{name} of {op.name}",
-                expected="finite values",
-                got="NaN or infinity",
-                do="check the weights, and run the float model on these images",
+                f"checkpoint {path}",
+                expected="a checkpoint of this plan, these weights, images and arguments",
+                got=f"another {' and '.join(other).replace('_fingerprint', '')}",
+                do="choose another path or delete the file",
             )
-    op_seed = (seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
-    lhs, rhs = plan.quantizers[site(op.name, "lhs")], plan.quantizers[site(op.name, "rhs")]
-    return search_op(op, product, lhs, rhs, plan.searches[op.name], seed=op_seed)
+        run.results = saved
+    return run
 
 
-def image_batches(data: Tensor | Iterable[Any]) -> list[Tensor]:
-    """Return the image batches of a tensor, or of an iterable of tensors or (tensor, anything) pairs.
-
-    Raises PTQError if there is no image, if an item is neither, or if an image holds NaN or infinity.
-    """
-    if isinstance(data, Tensor):
-        batches = list(torch.split(data, BATCH_SIZE)) if data.ndim else [data]
-    else:
-        batches = [_images_of(item) for item in data]
-    batches = [batch.detach().float() for batch in batches if batch.ndim == 0 or len(batch)]
-    if not batches:
-        raise failure(
-            "calibrate",
-            "data",
-            expected="one image or more",
-            got="none",
-            do="pass a tensor (images, channels, height, width) or an iterable of such batches",
-        )
-    for number, batch in enumerate(batches):
-        if batch.ndim != 4:
-            raise failure(
-                "calibrate",
-                f"batch {number}",
-                expected="shape (images, channels, height, width)",
-                got=str(tuple(batch.shape)),
-                do="add the batch dimension" if batch.ndim == 3 else "pass image batches",
-            )
-        finite = torch.isfinite(batch).flatten(1).all(1)
-        if not finite.all():
-            raise failure(
-                "calibrate",
-                f"batch {number}, image {int((~finite).nonzero()[0])}",
-                expected="finite pixels",
-                got="NaN or infinity",
-                do="check the preprocessing or leave that image out",
-            )
-    return batches
+def _identity(calibration: Calibration) -> dict[str, Any]:
+    return {"plan": calibration.plan} | {key: calibration.provenance.get(key) for key in IDENTITY}
 
 
-def _images_of(item: Any) -> Tensor:
-    images = item[0] if isinstance(item, (tuple, list)) and item else item
-    if isinstance(images, Tensor):
-        return images
-    raise failure(
-        "calibrate",
-        "an item of data",
-        expected="a tensor, or a tuple that starts with one",
-        got=type(images).__name__,
-        do="pass a tensor or a DataLoader of images",
+def _capture(prepared: GraphModule, run: _Run, group: list[QuantOp], batches: Iterable[Tensor]) -> dict[str, Captured]:
+    return capture(
+        prepared,
+        group,
+        batches,
+        loss=get_loss(run.options.loss, run.options.seed),
+        with_gradient=any(get_metric(run.plan.searches[op.name].metric).weighted_by_gradient for op in group),
+        quantized=run.results if run.options.sequential else None,
     )
+
+
+def _search(run: _Run, op: QuantOp, seen: Captured) -> None:
+    started = time.perf_counter()
+    product = captured_product(op, seen)
+    seen.clear()
+    op_seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
+    lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in ("lhs", "rhs"))
+    with run.timed("search"):
+        result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
+    run.add(op, result, time.perf_counter() - started)

@@ -20,11 +20,12 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx import recipes
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
-from ptq4vit_fx.capture import capture, pseudo_label_loss
+from ptq4vit_fx.capture import capture
 from ptq4vit_fx.digits import load_digits_images, load_digits_model
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.runtime import open_session
 from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.losses import pseudo_label
 from ptq4vit_fx.passes.contract import calibration_of, plan_of
 from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform
 
@@ -134,7 +135,7 @@ def draw_grids(path: Path) -> None:
     FigureCanvasAgg(figure)
     for row, source in enumerate(("softmax", "gelu")):
         op = next(op for op in plan.ops if op.lhs_source == source)
-        seen = capture(prepared, [op], [images], loss=pseudo_label_loss, with_gradient=False)[op.name]
+        seen = capture(prepared, [op], [images], loss=pseudo_label, with_gradient=False)[op.name]
         values = torch.cat(seen.lhs).flatten()
         twin, params = plan.quantizers[f"{op.name}:lhs"], calibration.params[f"{op.name}:lhs"]
         assert isinstance(twin, TwinUniform)

@@ -6,6 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_from_dict, quantizer_to_dict
 
@@ -43,6 +47,14 @@ class QuantOp:
     def source(self, operand: Operand) -> SourceActivation | None:
         """Return the activation function that this operand comes out of, if any."""
         return self.lhs_source if operand == "lhs" else self.rhs_source
+
+    def compute(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product of two operands, shaped as in the graph."""
+        if self.kind == "linear":
+            return F.linear(lhs, rhs, bias)
+        if self.kind == "conv2d":
+            return F.conv2d(lhs, rhs, bias, self.stride, self.padding, self.dilation, self.groups)
+        return torch.matmul(lhs, rhs)
 
 
 @dataclass(frozen=True)

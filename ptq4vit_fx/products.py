@@ -60,15 +60,14 @@ class Product:
 
 
 def to_product(
-    op: QuantOp, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, gradient: Tensor | None = None
+    op: QuantOp, lhs: Tensor, rhs: Tensor, bias: Tensor | None = None, weight: Tensor | None = None
 ) -> Product:
-    """Return the product of captured operands; gradient (the shape of the output) becomes weights gradient^2.
+    """Return the product of captured operands; weight (the shape of the output) is each output's in the distance.
 
     linear: lhs (..., inner), rhs (columns, inner). conv2d: lhs (batch, channels, height, width), rhs (columns,
     inner/groups, kernel height, kernel width). matmul: lhs (..., rows, inner), rhs (..., inner, columns), expanded
     to the same leading dimensions, or rhs (inner, columns) if it is a weight.
     """
-    weight = None if gradient is None else gradient.square()
     if op.kind == "conv2d":
         return _conv_product(op, lhs, rhs, bias, weight)
     if op.kind == "linear" or op.rhs_is_weight:

@@ -38,5 +38,6 @@ def ptq4vit(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
         matmul=Uniform(a_bits, granularity="head"),
         softmax=TwinUniform(a_bits, form="softmax"),
         gelu=TwinUniform(a_bits, form="gelu"),
+        kernel=Uniform(w_bits, granularity="channel"),
     )
     return QConfigMapping().set_global(qconfig)

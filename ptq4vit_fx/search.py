@@ -6,20 +6,21 @@ operand stays quantized with its last choice. Pure tensor code; nothing here kno
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ptq4vit_fx.candidates import Candidates, make_candidates, uniform_choice
 from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.plan import OPERANDS, Operand, QuantOp
-from ptq4vit_fx.products import Product, ScaleGroups, sample_rows, scale_groups, site_params
+from ptq4vit_fx.products import Product, ScaleGroups, sample_rows
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import QParams, Quantizer
 
 #: Screening looks at every COARSE_STRIDE-th candidate, then at the gaps beside the best; later rounds look
 #: LATER_REACH candidates to each side of the last choice, and follow it from there.
@@ -29,77 +30,17 @@ LATER_REACH = 5
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Parameters of both operands, and the distance before (initial scales) and after, on all rows."""
+    """Parameters of both operands, and what they do on all rows.
+
+    distance_before is at the initial scales. snr: signal-to-noise ratio in dB, 10 log10(sum x^2 / sum (x^ - x)^2), of
+    "lhs", "rhs" and "out"; infinite where quantization changes nothing.
+    """
 
     lhs: QParams
     rhs: QParams
     distance_before: float
     distance_after: float
-
-
-class Candidates(Protocol):
-    """The candidate parameters of one operand. Index `count` is the starting point, beside 0 .. count - 1."""
-
-    count: int
-    groups: ScaleGroups
-    ordered: bool
-
-    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Return x quantized with candidate indices[head, column] for each scale."""
-        ...
-
-    def params(self, indices: Tensor) -> QParams:
-        """Return the parameters of the chosen candidates."""
-        ...
-
-
-class _UniformCandidates:
-    """Scales factor[i] * initial scale, one choice per scale group."""
-
-    ordered = True
-
-    def __init__(
-        self, quantizer: Uniform, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
-    ) -> None:
-        self.is_weight = operand == "rhs" and op.rhs_is_weight
-        x = product.lhs if operand == "lhs" else product.rhs
-        self.quantizer, self.op, self.product = quantizer, op, product
-        self.groups = scale_groups(quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight)
-        self.initial = quantizer.initial_scale(self.groups.absmax(x))
-        self.factors = torch.tensor([*settings.factors, 1.0], dtype=torch.float32, device=x.device)
-        self.count = len(settings.factors)
-
-    def scales(self, indices: Tensor) -> Tensor:
-        return self.factors[indices] * self.initial
-
-    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
-        scale = self.groups.expand(self.scales(indices), x.shape[1], x.shape[3])
-        return self.quantizer.fake_quantize(x, scale)
-
-    def params(self, indices: Tensor) -> QParams:
-        return site_params(self.op, self.groups, self.scales(indices), self.product, is_weight=self.is_weight)
-
-
-class _TwinCandidates:
-    """Thresholds 2^-m (softmax) or coarse scales factor[i] * initial scale (GELU), one choice per tensor."""
-
-    groups = ScaleGroups()
-
-    def __init__(self, quantizer: TwinUniform, x: Tensor, settings: SearchSettings) -> None:
-        self.quantizer = quantizer
-        self.ordered = quantizer.form == "gelu"
-        if quantizer.form == "softmax":
-            self.choices = [quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)]
-        else:
-            initial = Uniform(quantizer.bits).initial_scale(x.amax().clamp_min(0))
-            self.choices = [quantizer.gelu_params(initial * factor) for factor in (*settings.factors, 1.0)]
-        self.count = len(self.choices) - 1
-
-    def params(self, indices: Tensor) -> TwinParams:
-        return self.choices[int(indices)]
-
-    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
-        return self.quantizer.fake_quantize(x, self.params(indices))
+    snr: dict[str, float]
 
 
 def search_op(
@@ -115,10 +56,10 @@ def search_op(
     metric = get_metric(settings.metric)
     product, metric = _with_usable_weights(op, product, metric)
     candidates: dict[Operand, Candidates] = {
-        "lhs": _candidates(lhs, op, product, "lhs", settings),
-        "rhs": _candidates(rhs, op, product, "rhs", settings),
+        "lhs": make_candidates(lhs, op, product, "lhs", settings),
+        "rhs": make_candidates(rhs, op, product, "rhs", settings),
     }
-    start = {key: _full(value, value.count) for key, value in candidates.items()}
+    start = {key: uniform_choice(value, value.count) for key, value in candidates.items()}
     choice = dict(start)
     everything = sample = _parts(product)
     if settings.screen_rows is not None:
@@ -131,11 +72,12 @@ def search_op(
             if sample is not everything and round_number == settings.rounds - 1:
                 confirm = _Evaluation(everything, metric, candidates, choice, operand)
             choice = choice | {operand: _best(screening, confirm, settings, round_number)}
-    before = _total(everything, metric, candidates, start)
-    after = _total(everything, metric, candidates, choice)
+    before, initial_snr = _total(everything, metric, candidates, start)
+    after, snr = _total(everything, metric, candidates, choice)
     if after > before:
-        choice, after = start, before
-    return SearchResult(candidates["lhs"].params(choice["lhs"]), candidates["rhs"].params(choice["rhs"]), before, after)
+        choice, after, snr = start, before, initial_snr
+    lhs_params, rhs_params = (candidates[operand].params(choice[operand]) for operand in OPERANDS)
+    return SearchResult(lhs_params, rhs_params, before, after, snr)
 
 
 def _with_usable_weights(op: QuantOp, product: Product, metric: Metric) -> tuple[Product, Metric]:
@@ -153,18 +95,6 @@ def _with_usable_weights(op: QuantOp, product: Product, metric: Metric) -> tuple
         )
         return replace(product, element_weight=None), MSE
     return replace(product, element_weight=weight / mean), metric
-
-
-def _candidates(
-    quantizer: Quantizer, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
-) -> Candidates:
-    if isinstance(quantizer, Uniform):
-        return _UniformCandidates(quantizer, op, product, operand, settings)
-    return _TwinCandidates(quantizer, product.lhs if operand == "lhs" else product.rhs, settings)
-
-
-def _full(candidates: Candidates, index: int) -> Tensor:
-    return torch.full((candidates.groups.heads, candidates.groups.columns), index, dtype=torch.long)
 
 
 #: The chunks of a product with their float outputs, computed once per product.
@@ -247,7 +177,7 @@ def _evaluate(evaluation: _Evaluation, indices: list[Tensor]) -> Table:
 
 
 def _every(candidates: Candidates, numbers: range) -> list[Tensor]:
-    return [_full(candidates, number) for number in numbers]
+    return [uniform_choice(candidates, number) for number in numbers]
 
 
 def _around(evaluation: _Evaluation, table: Table, centre: Tensor, reach: int) -> Table:
@@ -285,14 +215,27 @@ def _leaders(table: Table, count: int) -> list[Tensor]:
     return list(indices.gather(0, order[:count]).unbind(0))
 
 
-def _total(parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: dict[Operand, Tensor]) -> float:
-    """Return the distance of the whole product, all scales together."""
+def _total(
+    parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: dict[Operand, Tensor]
+) -> tuple[float, dict[str, float]]:
+    """Return the distance of the whole product, all scales together, and signal-to-noise ratios in dB."""
     sums: Tensor | None = None
+    energies = {name: [0.0, 0.0] for name in (*OPERANDS, "out")}
     operands = (_quantized(parts, candidates[operand], choice[operand], operand) for operand in OPERANDS)
     for (part, target), lhs, rhs in zip(parts, *operands, strict=True):
+        estimate = part.output(lhs, rhs)
+        for name, exact, quantized in (("lhs", part.lhs, lhs), ("rhs", part.rhs, rhs), ("out", target, estimate)):
+            energies[name][0] += float(torch.linalg.vector_norm(exact)) ** 2
+            energies[name][1] += float(torch.linalg.vector_norm(quantized - exact)) ** 2
         weight = part.element_weight
-        statistics = metric.statistics(target, part.output(lhs, rhs))
+        statistics = metric.statistics(target, estimate)
         terms = torch.stack([(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics])
         sums = terms if sums is None else sums + terms
     assert sums is not None
-    return float(metric.finish(sums))
+    return float(metric.finish(sums)), {name: _decibel(*energy) for name, energy in energies.items()}
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0.0 else -math.inf

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +74,11 @@ def test_eval_wants_every_class_or_numbers(workspace):
     numbered = run("eval", out, "--data", images, "--model", "deit_tiny_patch16_224")
     assert numbered.exit_code == 0, numbered.output
     assert "of 4 images, 1 skipped" in numbered.output
+    (images / "0").rename(images / "1")
+    (images / "2").rename(images / "3")
+    from_one = run("eval", out, "--data", images, "--model", "deit_tiny_patch16_224")
+    assert from_one.exit_code == 1
+    assert "got 2, numbered up to 3" in from_one.output
 
 
 W, D = "deit_tiny_patch16_224", "{w}/images"
@@ -137,4 +147,29 @@ def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
     assert result.exit_code == 130
     assert len(searched) == 4
     assert "interrupted: nothing was written" in result.output
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_control_c_during_calibration_leaves_nothing(workspace):
+    images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(workspace / "images" / "a" / f"more{number}.png")
+    model = timm.create_model(W, img_size=64, num_classes=3)
+    save_file(model.state_dict(), workspace / "weights.safetensors")
+    before = sorted(workspace.rglob("*"))
+    arguments = [W, "--data", workspace / "images", "--weights", workspace / "weights.safetensors"]
+    arguments += ["--model-arg", "img_size=64", "--model-arg", "num_classes=3", "--out", workspace / "model.onnx"]
+    command = [Path(sys.executable).parent / "ptq4vit", "quantize", *arguments]
+    environment = os.environ | {"FORCE_COLOR": "1"}  # the progress bar is drawn into a pipe, too
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+        shown = b""
+        while b"calibrate blocks." not in shown:
+            chunk = process.stdout.read1()
+            assert chunk, shown.decode()
+            shown += chunk
+        process.send_signal(signal.SIGINT)
+        shown += process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert b"interrupted: nothing was written" in shown
+    assert b"Traceback" not in shown
     assert sorted(workspace.rglob("*")) == before

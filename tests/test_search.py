@@ -46,7 +46,7 @@ def brute_force(candidates, quantize, product, gradient, target):
 def test_matmul_search_is_brute_force(seed, softmax):
     lhs, rhs, gradient = operands(seed, softmax=softmax)
     op = QuantOp("matmul", "matmul", lhs_source="softmax" if softmax else None)
-    product = to_product(op, *(torch.from_numpy(t) for t in (lhs, rhs)), None, torch.from_numpy(gradient))
+    product = to_product(op, *(torch.from_numpy(t) for t in (lhs, rhs)), None, torch.from_numpy(gradient**2))
     quantizer = TwinUniform(BITS, "softmax") if softmax else Uniform(BITS)
     result = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
 
@@ -75,7 +75,7 @@ def test_separate_scales_for_the_rows_of_q_k_and_v(seed):
     weight = (random.normal(0, 1, (12, 6)) * np.repeat([1.0, 0.1, 3.0], 4)[:, None]).astype(np.float32)
     gradient = random.normal(0, 1, (40, 12)).astype(np.float32)
     op = QuantOp("qkv", "linear", rhs_is_weight=True)
-    product = to_product(op, torch.from_numpy(x), torch.from_numpy(weight), None, torch.from_numpy(gradient))
+    product = to_product(op, torch.from_numpy(x), torch.from_numpy(weight), None, torch.from_numpy(gradient**2))
     result = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity="group", groups=3), SETTINGS)
     initial = uniform(x.astype(np.float64), np.abs(x).max() / 2 ** (BITS - 1))
     for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
@@ -93,7 +93,7 @@ def test_default_screening_ends_near_the_exhaustive_search(seed):
     weight = random.normal(0, 0.3, (24, 32)).astype(np.float32)
     gradient = (random.normal(0, 1, (3000, 24)) * random.exponential(1, (3000, 1))).astype(np.float32)
     op = QuantOp("fc", "linear", rhs_is_weight=True)
-    product = to_product(op, *(torch.from_numpy(t) for t in (x, weight)), None, torch.from_numpy(gradient))
+    product = to_product(op, *(torch.from_numpy(t) for t in (x, weight)), None, torch.from_numpy(gradient**2))
     screened = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(), seed=seed)
     exhaustive = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(screen_rows=None))
     assert screened.distance_after <= exhaustive.distance_after * 1.02

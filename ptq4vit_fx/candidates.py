@@ -1,0 +1,92 @@
+"""Candidate parameters of one operand: what the search chooses from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ptq4vit_fx.plan import Operand, QuantOp
+from ptq4vit_fx.products import Product, ScaleGroups, scale_groups, site_params
+from ptq4vit_fx.qconfig import SearchSettings
+from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform
+
+
+class Candidates(Protocol):
+    """The candidate parameters of one operand. Index `count` is the starting point, beside 0 .. count - 1."""
+
+    count: int
+    groups: ScaleGroups
+    ordered: bool
+
+    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
+        """Return x quantized with candidate indices[head, column] for each scale."""
+        ...
+
+    def params(self, indices: Tensor) -> QParams:
+        """Return the parameters of the chosen candidates."""
+        ...
+
+
+class _UniformCandidates:
+    """Scales factor[i] * initial scale, one choice per scale group."""
+
+    ordered = True
+
+    def __init__(
+        self, quantizer: Uniform, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
+    ) -> None:
+        self.is_weight = operand == "rhs" and op.rhs_is_weight
+        x = product.lhs if operand == "lhs" else product.rhs
+        self.quantizer, self.op, self.product = quantizer, op, product
+        self.groups = scale_groups(quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight)
+        self.initial = quantizer.initial_scale(self.groups.absmax(x))
+        self.factors = torch.tensor([*settings.factors, 1.0], dtype=torch.float32, device=x.device)
+        self.count = len(settings.factors)
+
+    def scales(self, indices: Tensor) -> Tensor:
+        return self.factors[indices] * self.initial
+
+    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
+        scale = self.groups.expand(self.scales(indices), x.shape[1], x.shape[3])
+        return self.quantizer.fake_quantize(x, scale)
+
+    def params(self, indices: Tensor) -> QParams:
+        return site_params(self.op, self.groups, self.scales(indices), self.product, is_weight=self.is_weight)
+
+
+class _TwinCandidates:
+    """Thresholds 2^-m (softmax) or coarse scales factor[i] * initial scale (GELU), one choice per tensor."""
+
+    groups = ScaleGroups()
+
+    def __init__(self, quantizer: TwinUniform, x: Tensor, settings: SearchSettings) -> None:
+        self.quantizer = quantizer
+        self.ordered = quantizer.form == "gelu"
+        if quantizer.form == "softmax":
+            self.choices = [quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)]
+        else:
+            initial = Uniform(quantizer.bits).initial_scale(x.amax().clamp_min(0))
+            self.choices = [quantizer.gelu_params(initial * factor) for factor in (*settings.factors, 1.0)]
+        self.count = len(self.choices) - 1
+
+    def params(self, indices: Tensor) -> TwinParams:
+        return self.choices[int(indices)]
+
+    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
+        return self.quantizer.fake_quantize(x, self.params(indices))
+
+
+def make_candidates(
+    quantizer: Quantizer, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
+) -> Candidates:
+    """Return the candidates of one operand under its quantizer."""
+    if isinstance(quantizer, Uniform):
+        return _UniformCandidates(quantizer, op, product, operand, settings)
+    return _TwinCandidates(quantizer, product.lhs if operand == "lhs" else product.rhs, settings)
+
+
+def uniform_choice(candidates: Candidates, index: int) -> Tensor:
+    """Return the indices (heads, columns) that take candidate `index` for every scale."""
+    return torch.full((candidates.groups.heads, candidates.groups.columns), index, dtype=torch.long)

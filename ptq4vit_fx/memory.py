@@ -1,0 +1,96 @@
+"""How much memory calibration takes, and how to stay under a limit: capture fewer ops or fewer images at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4vit_fx.errors import PTQWarning
+from ptq4vit_fx.plan import QuantOp
+
+#: Searching an op takes about this many times the bytes that were captured for it: the batches put together, the
+#: float output, the quantized operand that is held fixed, the distances of a chunk.
+SEARCH_FACTOR = 2.5
+
+#: Forward and backward of an image take about this many times the bytes of all values in the graph.
+BACKWARD_FACTOR = 1.5
+
+#: Share of the limit that forward and backward of one batch may take.
+BACKWARD_SHARE = 0.3
+
+
+def default_memory_limit(device: torch.device) -> int:
+    """Return half of the memory that is free on the device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return psutil.virtual_memory().available // 2
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes that calibration may take beside the model, and what an image costs.
+
+    captured: op name -> bytes per image of operands and gradient. backward: bytes per image of a forward and backward.
+    """
+
+    limit: int
+    captured: dict[str, int]
+    backward: int
+
+    @staticmethod
+    def of(prepared: GraphModule, limit: int) -> MemoryBudget:
+        """Return the budget of a prepared model, from the shapes recorded on its example."""
+        captured: dict[str, int] = {}
+        total = 0
+        images = max(1, int(prepared.meta["ptq4vit_example_batch"]))
+        for node in prepared.graph.nodes:
+            if "tensor_meta" not in node.meta or node.op == "get_attr":
+                continue
+            total += _bytes(node)
+            name = node.meta.get("ptq4vit_op")
+            if name is not None and node.op == "call_function":
+                tensors = [node, node.args[0]] + ([] if node.args[1].op == "get_attr" else [node.args[1]])
+                captured[name] = sum(_bytes(tensor) for tensor in tensors) // images
+        return MemoryBudget(limit, captured, round(BACKWARD_FACTOR * total / images))
+
+    def split(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Return the batches, cut so that forward and backward of one take their share of the limit at most."""
+        size = max(1, int(BACKWARD_SHARE * self.limit / max(1, self.backward)))
+        if self.backward > BACKWARD_SHARE * self.limit:
+            self._warn("forward and backward of one image", self.backward)
+        return [part for batch in batches for part in torch.split(batch, size)]
+
+    def groups(self, ops: Sequence[QuantOp], images: int) -> list[list[QuantOp]]:
+        """Split the ops, in order, into groups whose capture and search fit into the limit; at least one op each."""
+        groups: list[list[QuantOp]] = []
+        held = 0.0
+        for op in ops:
+            need = self.captured.get(op.name, 0) * images
+            room = self.limit - max(SEARCH_FACTOR * need, BACKWARD_SHARE * self.limit)
+            if need > room:
+                self._warn(op.name, round((1 + SEARCH_FACTOR) * need))
+            if not groups or held + need > room:
+                groups.append([])
+                held = 0.0
+            groups[-1].append(op)
+            held += need
+        return groups
+
+    def _warn(self, what: str, need: int) -> None:
+        warnings.warn(
+            f"calibrate: {what} takes about {need / 2**20:.0f} MiB, memory_limit is {self.limit / 2**20:.0f} MiB: "
+            "it will be exceeded; use fewer images or raise it",
+            PTQWarning,
+            stacklevel=3,
+        )
+
+
+def _bytes(node: torch.fx.Node) -> int:
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return 0 if shape is None else 4 * int(shape.numel())

@@ -1,0 +1,241 @@
+"""Calibration as a whole: checkpoints, memory, losses, sequential mode, reports, and input that breaks others."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx import calibrator
+from ptq4vit_fx.capture import capture, captured_product
+from ptq4vit_fx.losses import fisher, pseudo_label
+
+QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
+
+
+def prepared_for(model, images, mapping=QUICK):
+    return ptq.prepare_fx(model, mapping, images[:1])
+
+
+def calibrate(prepared, images, **arguments):
+    return ptq.calibrate(prepared, images, progress=False, **arguments)
+
+
+def vit(**arguments):
+    torch.manual_seed(0)
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**(settings | arguments)).eval()
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Names of the products that are searched; the search fails where `names.stop` is reached, like Ctrl-C."""
+
+    class Names(list):
+        stop = None
+
+    names, search_op = Names(), calibrator.search_op
+
+    def watched(op, *args, **kwargs):
+        if len(names) == names.stop:
+            raise KeyboardInterrupt
+        names.append(op.name)
+        return search_op(op, *args, **kwargs)
+
+    monkeypatch.setattr(calibrator, "search_op", watched)
+    return names
+
+
+@pytest.mark.parametrize("arguments", [{}, {"loss": "fisher"}, {"sequential": True}, {"memory_limit": 300_000}])
+@pytest.mark.filterwarnings("ignore:calibrate. .* takes about")
+def test_resumed_calibration_equals_an_unbroken_one(tmp_path, small_vit, small_images, searched, arguments):
+    path = tmp_path / "scales.safetensors"
+    unbroken = calibrate(prepared_for(small_vit, small_images), small_images, **arguments)
+    total = len(searched)
+    searched.clear()
+    searched.stop = 4
+    prepared = prepared_for(small_vit, small_images)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(prepared, small_images, checkpoint=path, **arguments)
+    with pytest.raises(ptq.PTQError, match="call calibrate"):
+        ptq.convert_fx(prepared)
+    with pytest.raises(ptq.PTQError, match=rf"lacks {2 * (total - 4)} of {2 * total} sites; finish it with calibrate"):
+        ptq.load_calibration(prepared, ptq.Calibration.load(path))
+    searched.stop = None
+    resumed = calibrate(prepared, small_images, checkpoint=path, **arguments)
+    assert len(searched) == total
+    assert resumed.fingerprint() == unbroken.fingerprint()
+    assert resumed.distances == unbroken.distances
+    calibrate(prepared, small_images, checkpoint=path, **arguments)
+    assert len(searched) == total
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path, small_vit, small_images):
+    path = tmp_path / "scales.safetensors"
+    calibrate(prepared_for(small_vit, small_images), small_images, checkpoint=path)
+    before = path.read_bytes()
+    other = prepared_for(small_vit, small_images, QUICK.with_search(rounds=2))
+    for prepared, images, arguments, what in (
+        (other, small_images, {}, "plan"),
+        (prepared_for(small_vit, small_images), small_images[:4], {}, "images"),
+        (prepared_for(vit(depth=2), small_images), small_images, {}, "weights"),
+        (prepared_for(small_vit, small_images), small_images, {"seed": 1}, "seed"),
+        (prepared_for(small_vit, small_images), small_images, {"loss": "fisher"}, "loss"),
+    ):
+        if what == "weights":
+            nn.init.ones_(prepared.get_parameter("head.bias"))
+        with pytest.raises(ptq.PTQError, match=f"got another {what}; choose another path or delete the file"):
+            calibrate(prepared, images, checkpoint=path, **arguments)
+    with pytest.raises(ptq.PTQError, match="expected a file in an existing, writable folder"):
+        calibrate(other, small_images, checkpoint=tmp_path / "none" / "scales.safetensors")
+    assert path.read_bytes() == before
+
+
+def test_less_memory_means_more_passes_and_the_same_scales(small_vit, small_images):
+    plenty = calibrate(prepared_for(small_vit, small_images), small_images)
+    with pytest.warns(ptq.PTQWarning, match=r"takes about .* MiB, memory_limit is 1 MiB: it will be exceeded"):
+        little = calibrate(prepared_for(small_vit, small_images), small_images, memory_limit=600_000)
+    assert plenty.provenance["capture_groups"] == 1
+    assert little.provenance["capture_groups"] > 1
+    assert little.fingerprint() == plenty.fingerprint()
+
+
+def weights_of(model, images, loss, name="head"):
+    prepared = prepared_for(model, images)
+    seen = capture(prepared, [prepared.plan.op(name)], [images], loss=loss, with_gradient=True)
+    return captured_product(prepared.plan.op(name), seen[name]).element_weight[0, 0].numpy()
+
+
+def test_fisher_weights_are_the_expectation_over_the_prediction(small_vit, small_images):
+    with torch.no_grad():
+        p = small_vit(3 * small_images).double().softmax(-1).numpy()
+    error = p[:, None, :] - np.eye(5)  # (image, label, class): dL/dlogit for each label
+    expected = np.einsum("bl,blc->bc", p, error**2)
+    drawn = weights_of(small_vit, 3 * small_images, fisher(seed=0, draws=1000))
+    np.testing.assert_allclose(drawn, expected, atol=1e-3)
+    few = [weights_of(small_vit, 3 * small_images, fisher(seed=s)) for s in range(200)]
+    np.testing.assert_allclose(np.mean(few, 0), expected, atol=0.035)  # four standard errors
+    label = p.argmax(1)
+    chosen = error[np.arange(12), label] ** 2
+    np.testing.assert_allclose(weights_of(small_vit, 3 * small_images, pseudo_label), chosen, rtol=1e-4)
+
+
+def test_fisher_draws_follow_the_seed(small_vit, small_images):
+    fingerprints = [
+        calibrate(prepared_for(small_vit, small_images), small_images, loss="fisher", seed=seed).fingerprint()
+        for seed in (3, 3, 4)
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_sequential_search_sees_what_the_quantized_products_give(small_vit, small_images, monkeypatch):
+    inputs = {}
+    search_op = calibrator.search_op
+
+    def watched(op, product, *args, **kwargs):
+        inputs[op.name] = product.lhs
+        return search_op(op, product, *args, **kwargs)
+
+    monkeypatch.setattr(calibrator, "search_op", watched)
+    mapping = ptq.recipes.base_ptq(4, 4).with_search(n=8)
+    prepared = prepared_for(small_vit, small_images, mapping)
+    calibrate(prepared, small_images, sequential=True)
+    simulated = ptq.convert_fx(prepared)
+    with torch.no_grad():
+        logits = simulated(small_images)
+    weight, bias = (small_vit.head.weight, small_vit.head.bias)
+    quantizer, params = prepared.plan.quantizers, prepared.calibration.params
+    x = quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"].scale)
+    w = quantizer["head:rhs"].fake_quantize(weight, params["head:rhs"].scale)
+    torch.testing.assert_close(x @ w.t() + bias, logits, rtol=0, atol=1e-4)
+    calibrate(prepared, small_images)
+    assert not torch.allclose(quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"].scale), x)
+
+
+def test_report_gives_scales_distances_and_signal_to_noise(small_vit, small_images):
+    prepared = prepared_for(small_vit, small_images)
+    calibration = calibrate(prepared, small_images)
+    weight = small_vit.head.weight.detach().double()
+    scale = calibration.params["head:rhs"].scale.double()
+    noise = scale * torch.clamp(torch.round(weight / scale), -128, 127) - weight
+    expected = 10 * torch.log10(weight.square().sum() / noise.square().sum())
+    rows = {row["site"]: row for row in json.loads(json.dumps(calibration.records()))}
+    assert rows["head:rhs"]["snr"] == pytest.approx(float(expected), abs=0.01)
+    assert (
+        rows["blocks.0.attn.matmul_av:lhs"]["threshold"]
+        == 2.0 ** -calibration.params["blocks.0.attn.matmul_av:lhs"].shift
+    )
+    assert len(rows) == len(prepared.plan.quantizers)
+    line = next(text for text in calibration.report().splitlines() if text.startswith("head:rhs "))
+    assert line.split()[-1] == f"{float(expected):.1f}"
+
+
+class Features(nn.Module):
+    """A model whose output is not logits."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.model, self.wrap = vit(num_classes=0), wrap
+
+    def forward(self, x: torch.Tensor):
+        return self.wrap(self.model(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "got", "loss"),
+    [
+        (lambda x: (x, x), "got tuple", lambda output: output[0].square().sum()),
+        (lambda x: {"features": x}, "got dict", lambda output: output["features"].square().sum()),
+        (lambda x: x[:, None], r"got \(8, 1, 32\)", lambda output: output.square().sum()),
+    ],
+)
+def test_output_without_classes_needs_a_loss(small_images, wrap, got, loss):
+    prepared = prepared_for(Features(wrap), small_images)
+    with pytest.raises(ptq.PTQError, match=f"expected logits.*{got}; pass loss="):
+        calibrate(prepared, small_images)
+    calibration = calibrate(prepared, small_images, loss=loss)
+    assert set(calibration.params) == set(prepared.plan.quantizers)
+    with pytest.raises(ptq.PTQError, match="expected one of pseudo_label, fisher"):
+        calibrate(prepared, small_images, loss="fischer")
+
+
+def works(model, images):
+    """Return the relative error of the quantized model, after checking that it is finite."""
+    converted = ptq.quantize(model, images, qconfig_mapping=QUICK, progress=False)
+    images = images if isinstance(images, torch.Tensor) else torch.cat(images)
+    with torch.no_grad():
+        exact, quantized = model(images), converted(images)
+    assert torch.isfinite(quantized).all()
+    return float((quantized - exact).norm() / exact.norm().clamp_min(1e-9))
+
+
+def test_constant_images_all_zero_weights_and_tiny_shapes(small_images):
+    assert works(vit(), torch.zeros(4, 3, 16, 16)) < 0.2  # range zero at the patches
+    assert works(vit(), small_images[:1]) < 0.2
+    assert works(vit(patch_size=16, class_token=False, global_pool="avg"), small_images) < 0.2  # one token
+    assert works(vit(embed_dim=8, num_heads=8), small_images) < 0.2  # head dimension 1
+    assert works(vit(), list(small_images.split([1, 4, 7]))) < 0.2
+    silent = vit()
+    nn.init.zeros_(silent.blocks[0].mlp.fc1.weight)
+    nn.init.zeros_(silent.blocks[0].attn.proj.weight)
+    assert works(silent, small_images) < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient of the loss is zero")
+def test_a_model_of_zeros_stays_zero(small_images):
+    model = vit()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert works(model, small_images) == 0.0
+
+
+def test_infinite_activations_are_named(small_images):
+    model = vit()
+    nn.init.constant_(model.blocks[0].mlp.fc1.weight, 1e38)
+    with pytest.raises(ptq.PTQError, match=r"input of blocks.0.mlp.fc2: expected finite values, got NaN or infinity"):
+        calibrate(prepared_for(model, small_images), small_images)
