@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,17 +197,19 @@ def _quantizer(
             return weight
         groups = group_counts.get(node, 1)
         return replace(weight, granularity="group" if groups > 1 else "tensor", groups=groups)
+    value = cast("Node", node.args[OPERANDS.index(operand)])
     quantizer = qconfig.activation if op.kind != "matmul" else qconfig.matmul
     source = op.source(operand)
-    if source == "softmax":
+    if origin(value).op == "placeholder":
+        quantizer = quantizer and (qconfig.image or quantizer)
+    elif source == "softmax":
         quantizer = qconfig.softmax or quantizer
     elif source is not None:
         quantizer = qconfig.gelu or quantizer
         if isinstance(quantizer, TwinUniform) and source == "gelu_tanh":
             quantizer = replace(quantizer, minimum=GELU_TANH_MINIMUM)
     if isinstance(quantizer, Uniform) and quantizer.granularity != "tensor":
-        value = node.args[OPERANDS.index(operand)]
-        heads = isinstance(value, Node) and op.kind == "matmul" and len(value.meta["tensor_meta"].shape) == 4
+        heads = op.kind == "matmul" and len(value.meta["tensor_meta"].shape) == 4
         quantizer = replace(quantizer, granularity="head" if heads else "tensor")
     return quantizer
 

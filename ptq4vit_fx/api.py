@@ -16,7 +16,7 @@ from ptq4vit_fx.batches import image_batches
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.losses import Loss
+from ptq4vit_fx.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.passes.annotate import annotate
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of, stage_of
@@ -66,7 +66,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
-    loss: str | Loss = "pseudo_label",
+    loss: str | Loss = DEFAULT_LOSS,
     memory_limit: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     sequential: bool = False,

@@ -20,7 +20,7 @@ from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
 from ptq4vit_fx.capture import Captured, capture, captured_product
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.files import check_writable
-from ptq4vit_fx.losses import Loss, get_loss
+from ptq4vit_fx.losses import DEFAULT_LOSS, Loss, get_loss
 from ptq4vit_fx.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.passes.contract import plan_of
@@ -38,7 +38,7 @@ class CalibrationOptions:
     seed: int = 0
     progress: bool = True
     device: torch.device | str | None = None
-    loss: str | Loss = "pseudo_label"
+    loss: str | Loss = DEFAULT_LOSS
     memory_limit: int | None = None
     checkpoint: str | os.PathLike[str] | None = None
     sequential: bool = False

@@ -14,13 +14,14 @@ from rich.console import Console
 
 from ptq4vit_fx.errors import PTQError, PTQWarning, failure
 from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.losses import DEFAULT_LOSS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
+def _readable_errors(checkpoint: Path | None = None) -> Iterator[None]:
     """Print warnings of this package as lines and its errors as one sentence; leave with exit code 1, or 130."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,7 +33,13 @@ def _readable_errors() -> Iterator[None]:
             console.print(f"error: {error}", markup=False)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
-            console.print("interrupted: nothing was written")
+            kept = checkpoint is not None and checkpoint.exists()
+            console.print(
+                f"interrupted: finished products are in {checkpoint}, the same command goes on from there"
+                if kept
+                else "interrupted: nothing was written",
+                markup=False,
+            )
             raise typer.Exit(130) from interrupt
 
 
@@ -50,9 +57,14 @@ def quantize(
     batch_size: Annotated[int, typer.Option(min=1, help="images per forward and backward")] = 8,
     target: Annotated[str, typer.Option(help="onnxruntime, or onnxruntime-avx2 for CPUs without VNNI")] = "onnxruntime",
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
+    loss: Annotated[str, typer.Option(help="whose gradient weighs the search: pseudo_label or fisher")] = DEFAULT_LOSS,
+    checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
+    ] = None,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and verify it in ONNX Runtime."""
-    with _readable_errors():
+    with _readable_errors(checkpoint):
         import timm.data
         import torch
 
@@ -73,7 +85,14 @@ def quantize(
         for name in skipped:
             console.print(f"skipped {name}", markup=False)
         prepared = ptq4vit_fx.prepare_fx(network, mapping, pixels[:1])
-        calibration = ptq4vit_fx.calibrate(prepared, list(torch.split(pixels, batch_size)), seed=seed)
+        calibration = ptq4vit_fx.calibrate(
+            prepared,
+            list(torch.split(pixels, batch_size)),
+            seed=seed,
+            loss=loss,
+            checkpoint=checkpoint,
+            memory_limit=None if memory_limit is None else round(memory_limit * 2**30),
+        )
         origin = {"model": model, "recipe": recipe, "preprocessing": preprocessing}
         calibration = replace(calibration, provenance=calibration.provenance | origin)
         ptq4vit_fx.load_calibration(prepared, calibration)

@@ -18,6 +18,7 @@ Loss = Callable[[Any], Tensor | Sequence[Tensor]]
 FISHER_DRAWS = 4
 
 LOSSES = ("pseudo_label", "fisher")
+DEFAULT_LOSS = "pseudo_label"
 
 
 def get_loss(loss: str | Loss, seed: int) -> Loss:

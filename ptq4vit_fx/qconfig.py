@@ -72,7 +72,7 @@ class QConfig:
 
     activation: input of a linear or convolution. weight: its weight. matmul: operands of a product of two
     activations. softmax, gelu: operands that come out of a softmax or a GELU; None treats them like any other.
-    kernel: weight of a convolution; None treats it like any other.
+    kernel: weight of a convolution; image: what the model is given; None treats them like any other.
     """
 
     activation: Quantizer | None = field(default_factory=Uniform)
@@ -81,6 +81,7 @@ class QConfig:
     softmax: Quantizer | None = None
     gelu: Quantizer | None = None
     kernel: Uniform | None = None
+    image: Quantizer | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
 
 

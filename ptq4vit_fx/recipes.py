@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
 
@@ -23,21 +25,25 @@ def base_ptq(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
     return QConfigMapping().set_global(qconfig)
 
 
-def ptq4vit(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
+def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group"] = "channel") -> QConfigMapping:
     """Twin uniform quantization and the Hessian-guided metric (PTQ4ViT, sections 3.2 and 3.3).
 
-    Twin quantizers after softmax and GELU; separate scales for the q, k and v rows of a fused projection and for
-    each head's attention operands; candidates from 0 to 1.2 times the range, three alternating rounds. Bits from
-    2 to 8, else PTQError.
+    Twin quantizers after softmax and GELU; separate scales for each head's attention operands; candidates from 0 to
+    1.2 times the range, three alternating rounds. Bits from 2 to 8, else PTQError.
+
+    weights: "channel" gives every output channel of a weight its scale, which every integer runtime computes at no
+    cost; "group" is the paper's, one scale per layer and separate ones for the q, k and v rows of a fused projection.
+    Either way the patch convolution is quantized per channel and the image, which is 8-bit data, to 8 bits.
     """
     check_bits("recipes.ptq4vit", w_bits)
     check_bits("recipes.ptq4vit", a_bits)
     qconfig = QConfig(
         activation=Uniform(a_bits),
-        weight=Uniform(w_bits, granularity="group"),
+        weight=Uniform(w_bits, granularity=weights),
         matmul=Uniform(a_bits, granularity="head"),
         softmax=TwinUniform(a_bits, form="softmax"),
         gelu=TwinUniform(a_bits, form="gelu"),
         kernel=Uniform(w_bits, granularity="channel"),
+        image=Uniform(8),
     )
     return QConfigMapping().set_global(qconfig)

@@ -35,8 +35,19 @@ def test_every_product_has_a_site_and_its_source_is_seen(small_vit, small_images
     assert names == ["patch_embed.proj", *(f"blocks.{b}.{layer}" for b in (0, 1) for layer in layers), "head"]
     assert plan.op("blocks.0.attn.matmul_av").lhs_source == "softmax"
     assert plan.op("blocks.1.mlp.fc2").lhs_source == "gelu"
-    assert plan.quantizers["blocks.0.attn.qkv:rhs"].groups == 3
+    assert plan.quantizers["blocks.0.attn.qkv:rhs"] == ptq.Uniform(8, granularity="channel")
+    assert plan.quantizers["patch_embed.proj:lhs"] == ptq.Uniform(8)
     assert ptq.QuantPlan.from_json(plan.to_json()) == plan
+
+
+def test_four_bits_leave_the_image_at_eight_and_group_weights_as_the_paper(small_vit, small_images):
+    mapping = ptq.recipes.ptq4vit(4, 4, weights="group")
+    quantizers = ptq.prepare_fx(small_vit, mapping, small_images[:1]).plan.quantizers
+    assert quantizers["patch_embed.proj:lhs"] == ptq.Uniform(8)
+    assert quantizers["patch_embed.proj:rhs"] == ptq.Uniform(4, granularity="channel")
+    assert quantizers["blocks.0.attn.qkv:rhs"] == ptq.Uniform(4, granularity="group", groups=3)
+    assert quantizers["blocks.0.attn.proj:rhs"] == ptq.Uniform(4)
+    assert quantizers["head:lhs"] == ptq.Uniform(4)
 
 
 def test_int8_simulation_is_close_to_float(small_vit, small_images, converted):

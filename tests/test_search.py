@@ -9,6 +9,7 @@ import torch
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.products import to_product
+from ptq4vit_fx.quantizers import GELU_MINIMUM
 from ptq4vit_fx.search import search_op
 
 BITS = 4
@@ -84,6 +85,84 @@ def test_separate_scales_for_the_rows_of_q_k_and_v(seed):
         target = x.astype(np.float64) @ part.T
         best = brute_force(scales, lambda s, w=part: uniform(w, s), lambda q: initial @ q.T, g, target)
         np.testing.assert_allclose(result.rhs.scale[rows].numpy(), best, rtol=1e-6)
+
+
+def gelu_twin(x, coarse):
+    """Two ranges: steps `coarse` for positives, and the finest coarse / 2^m that covers -0.16997 for negatives."""
+    half = 2 ** (BITS - 1)
+    coarse = max(coarse, GELU_MINIMUM / half)
+    fine = coarse / 2 ** max(m for m in range(20) if half * coarse / 2**m >= GELU_MINIMUM * (1 - 1e-9))
+    return coarse * np.clip(np.rint(x / coarse), 0, half - 1) + fine * np.clip(np.rint(x / fine), -half, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_search_is_brute_force(seed, gelu):
+    random = np.random.default_rng(seed)
+    x = random.normal(0, 1.5, (50, 8)).astype(np.float32)
+    if gelu:
+        x = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+    weight, bias = random.normal(0, 0.3, (6, 8)).astype(np.float32), random.normal(0, 1, 6).astype(np.float32)
+    gradient = (random.normal(0, 1, (50, 6)) * random.exponential(1, (50, 1))).astype(np.float32)
+    op = QuantOp("fc", "linear", lhs_source="gelu" if gelu else None, rhs_is_weight=True)
+    product = to_product(op, *(torch.from_numpy(t) for t in (x, weight, bias, gradient**2)))
+    quantizer = TwinUniform(BITS, "gelu") if gelu else Uniform(BITS)
+    result = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
+
+    x, w, g = (t.astype(np.float64) for t in (x, weight, gradient))
+    target, half = x @ w.T, 2 ** (BITS - 1)
+    quantize = gelu_twin if gelu else uniform
+    start = (x.max() if gelu else np.abs(x).max()) / half
+    initial = quantize(x, start)
+    scales = [np.float64(factor) * np.abs(w).max() / half for factor in SETTINGS.factors]
+    right = brute_force(scales, lambda s: uniform(w, s), lambda q: initial @ q.T, g, target)
+    assert float(result.rhs.scale) == pytest.approx(right, rel=1e-6)
+    scales = [np.float64(factor) * start for factor in SETTINGS.factors]
+    left = brute_force(scales, lambda s: quantize(x, s), lambda q: q @ uniform(w, right).T, g, target)
+    chosen = result.lhs.coarse_scale if gelu else result.lhs.scale
+    assert float(chosen) == pytest.approx(max(left, GELU_MINIMUM / half) if gelu else left, rel=1e-6)
+    if gelu:
+        fine = float(result.lhs.fine_scale)
+        assert half * fine >= GELU_MINIMUM * (1 - 1e-6)
+        assert float(chosen) / fine == pytest.approx(2**result.lhs.shift, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_convolution_search_is_brute_force(seed, granularity):
+    random = np.random.default_rng(seed)
+    image = random.normal(0, 1, (3, 2, 7, 6)).astype(np.float32)
+    kernel = (random.normal(0, 1, (4, 2, 3, 2)) * np.array([1, 0.2, 3, 1])[:, None, None, None]).astype(np.float32)
+    gradient = random.normal(0, 1, (3, 4, 4, 3)).astype(np.float32)
+    op = QuantOp("conv", "conv2d", rhs_is_weight=True, stride=(2, 2), padding=(1, 0))
+    product = to_product(op, *(torch.from_numpy(t) for t in (image, kernel)), None, torch.from_numpy(gradient**2))
+    result = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity=granularity), SETTINGS)
+
+    def convolve(x, k):
+        x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (0, 0)))
+        out = np.zeros((3, len(k), 4, 3))
+        for i, j in np.ndindex(4, 3):
+            out[:, :, i, j] = np.einsum("bcij,ocij->bo", x[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 2], k)
+        return out
+
+    half = 2 ** (BITS - 1)
+    initial = uniform(image.astype(np.float64), np.abs(image).max() / half)
+    weight, chosen = kernel.astype(np.float64), np.empty_like(kernel, np.float64)
+    scales = np.broadcast_to(result.rhs.scale.numpy(), 4)
+    groups = [[0], [1], [2], [3]] if granularity == "channel" else [[0, 1, 2, 3]]
+    for rows in groups:
+        part, g = weight[rows], gradient[:, rows].astype(np.float64)
+        tried = [np.float64(factor) * np.abs(part).max() / half for factor in SETTINGS.factors]
+        best = brute_force(
+            tried, lambda s, p=part: uniform(p, s), lambda q: convolve(initial, q), g, convolve(image, part)
+        )
+        np.testing.assert_allclose(scales[rows], best, rtol=1e-6)
+        chosen[rows] = uniform(part, best)
+    tried = [np.float64(factor) * np.abs(image).max() / half for factor in SETTINGS.factors]
+    target = convolve(image, weight)
+    g = gradient.astype(np.float64)
+    left = brute_force(tried, lambda s: uniform(image, s), lambda q: convolve(q, chosen), g, target)
+    assert float(result.lhs.scale) == pytest.approx(left, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
