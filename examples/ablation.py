@@ -3,43 +3,53 @@
     python examples/ablation.py deit_tiny_p8_64 --fixtures ../shared/fixtures
 
 Everything else is the recipe `ptq4vit`; without the Hessian-guided metric the scales are chosen by cosine
-similarity, and without a twin its operand gets one uniform scale. The fixtures folder is described in accuracy.py.
+similarity, and without a twin its operand gets one uniform scale. Top-1 is ONNX Runtime's, on the exported file. The
+fixtures folder is described in accuracy.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import typer
+from rich.progress import track
 from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.runtime import open_session
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BATCH = 25
 
 
+def runtime_top1(converted: torch.fx.GraphModule, images: Tensor, labels: Tensor) -> float:
+    """Export, and return the share of images that ONNX Runtime classifies right."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptq.export_onnx(converted, Path(folder) / "model.onnx", images[:1])
+        session = open_session(Path(folder) / "model.onnx", exact=True)
+    name = session.get_inputs()[0].name
+    found = [session.run(None, {name: batch.numpy()})[0].argmax(1) for batch in images.split(BATCH)]
+    return float((np.concatenate(found) == labels.numpy()).mean())
+
+
 @torch.inference_mode()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of right classes."""
-    return (
-        torch.cat([model(b).argmax(1) == y for b, y in zip(images.split(BATCH), labels.split(BATCH), strict=True)])
-        .float()
-        .mean()
-        .item()
-    )
+def float_top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of images that the float model classifies right."""
+    found = torch.cat([model(batch).argmax(1) for batch in track(images.split(BATCH), "float")])
+    return float((found == labels).float().mean())
 
 
-def recipe(bits: int, *, hessian: bool, softmax: bool, gelu: bool) -> ptq.QConfigMapping:
+def recipe(bits: int, weights: Literal["channel", "group"], *, hessian: bool, softmax: bool, gelu: bool):
     """Return the recipe `ptq4vit` with some of its parts switched off."""
-    mapping = ptq.recipes.ptq4vit(bits, bits)
+    mapping = ptq.recipes.ptq4vit(bits, bits, weights)
     qconfig = mapping.global_qconfig
-    assert qconfig is not None
     qconfig = replace(qconfig, softmax=qconfig.softmax if softmax else None, gelu=qconfig.gelu if gelu else None)
     return mapping.set_global(qconfig).with_search(metric="hessian" if hessian else "cosine")
 
@@ -51,27 +61,46 @@ def main(
     images: Annotated[int, typer.Option(help="validation images")] = 1000,
     calibration_images: int = 32,
     bits: Annotated[list[int] | None, typer.Option(help="of weights and activations, repeatable")] = None,
-    loss: str = "pseudo_label",
+    weights: Annotated[str, typer.Option(help="granularity: channel, or group as in the paper")] = "group",
 ) -> None:
-    """Print one Markdown row per combination."""
+    """Print one Markdown row per combination.
+
+    Products are calibrated independently of each other, so two calibrations, with all twins and with none, hold
+    the scales of every combination of twins.
+    """
     sys.path.insert(0, str(fixtures))
     import fixtures as source
 
     network, size = source.load_model(model)
-    calibration = source.load_images("calib", calibration_images, size)[0]
+    calibration_set = source.load_images("calib", calibration_images, size)[0]
     pixels, labels = source.load_images("val", images, size)
     widths = bits or [8, 6, 4]
-    print(f"{model}: float {top1(network, pixels, labels):.2%}, {images} images of `val`\n")
+    scores = {}
+    for width, hessian in itertools.product(widths, (False, True)):
+        calibrations = {}
+        for twins in (False, True):
+            mapping = recipe(width, weights, hessian=hessian, softmax=twins, gelu=twins)
+            prepared = ptq.prepare_fx(network, mapping, calibration_set[:1])
+            calibrations[twins] = ptq.calibrate(prepared, calibration_set)
+        for softmax, gelu in itertools.product((False, True), repeat=2):
+            mapping = recipe(width, weights, hessian=hessian, softmax=softmax, gelu=gelu)
+            prepared = ptq.prepare_fx(network, mapping, calibration_set[:1])
+            on = {"softmax": softmax, "gelu": gelu, "gelu_tanh": gelu}
+            params = {
+                f"{op.name}:{operand}": calibrations[on.get(op.lhs_source, False)].params[f"{op.name}:{operand}"]
+                for op in prepared.plan.ops
+                for operand in ("lhs", "rhs")
+            }
+            ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
+            score = runtime_top1(ptq.convert_fx(prepared), pixels, labels)
+            scores[hessian, softmax, gelu, width] = score
+            print(f"W{width}A{width} hessian={hessian} softmax={softmax} gelu={gelu}: {score:.2%}", flush=True)
+    print(f"\n{model}: float {float_top1(network, pixels, labels):.2%}, {images} images of `val`, {weights} weights\n")
     print("| Hessian | softmax twin | GELU twin | " + " | ".join(f"W{b}A{b}" for b in widths) + " |")
     print("|---|---|---|" + "---|" * len(widths))
-    for hessian, softmax, gelu in itertools.product((False, True), repeat=3):
-        scores = []
-        for width in widths:
-            mapping = recipe(width, hessian=hessian, softmax=softmax, gelu=gelu)
-            converted = ptq.quantize(network, calibration, qconfig_mapping=mapping, loss=loss, progress=False)
-            scores.append(f"{top1(converted, pixels, labels):.2%}")
-        marks = " | ".join("yes" if on else "" for on in (hessian, softmax, gelu))
-        print(f"| {marks} | " + " | ".join(scores) + " |", flush=True)
+    for on_off in itertools.product((False, True), repeat=3):
+        marks = " | ".join("yes" if on else "" for on in on_off)
+        print(f"| {marks} | " + " | ".join(f"{scores[(*on_off, b)]:.2%}" for b in widths) + " |")
 
 
 if __name__ == "__main__":

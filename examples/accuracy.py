@@ -11,23 +11,32 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from onnxruntime import InferenceSession
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.runtime import open_session
+from ptq4vit_fx.losses import DEFAULT_LOSS
 
 BATCH = 25
 
 
 @torch.inference_mode()
-def classify(model: nn.Module, images: Tensor, what: str) -> Tensor:
+def classify(model: Callable[[Tensor], Tensor], images: Tensor, what: str) -> Tensor:
     """Return the top-1 class of each image, (images,) int64, with a progress bar."""
     batches = track(images.split(BATCH), what)
     return torch.cat([model(batch).argmax(1) for batch in batches])
+
+
+def run_session(session: InferenceSession, batch: Tensor) -> Tensor:
+    """Return the logits of the exported file."""
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0])
 
 
 def main() -> None:
@@ -38,6 +47,10 @@ def main() -> None:
     parser.add_argument("--recipe", choices=["ptq4vit", "base_ptq"], default="ptq4vit")
     parser.add_argument("--bits", type=int, default=8, help="of weights and activations")
     parser.add_argument("--images", type=int, default=5000, help="validation images")
+    parser.add_argument("--simulated", type=int, help="validation images for the simulation (default: all)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of the 32 calibration images")
+    parser.add_argument("--weights", choices=["channel", "group"], default="channel", help="of the recipe ptq4vit")
+    parser.add_argument("--loss", default=DEFAULT_LOSS)
     parser.add_argument("--verified", type=int, default=500, help="images on which ONNX Runtime is compared")
     parser.add_argument("--onnx", type=Path, help="where to keep the ONNX file")
     arguments = parser.parse_args()
@@ -45,29 +58,43 @@ def main() -> None:
     import fixtures
 
     model, size = fixtures.load_model(arguments.model)
-    calibration_images = fixtures.load_images("calib", 32, size)[0]
-    mapping = getattr(ptq.recipes, arguments.recipe)(arguments.bits, arguments.bits)
-    converted = ptq.quantize(model, calibration_images, qconfig_mapping=mapping)
-    hits = {"float": 0, "simulated": 0}
-    started = time.perf_counter()
-    for start in range(0, arguments.images, 1000):  # a thousand images at a time bound the memory
-        images, labels = fixtures.load_images("val", min(1000, arguments.images - start), size, start)
-        for name, network in (("float", model), ("simulated", converted)):
-            hits[name] += int((classify(network, images, f"{name} from image {start}") == labels).sum())
-    seconds = time.perf_counter() - started
+    calibration_images = fixtures.load_images("calib", 32, size, arguments.first)[0]
+    if arguments.recipe == "ptq4vit":
+        mapping = ptq.recipes.ptq4vit(arguments.bits, arguments.bits, arguments.weights)
+    else:
+        mapping = ptq.recipes.base_ptq(arguments.bits, arguments.bits)
+    converted = ptq.quantize(model, calibration_images, qconfig_mapping=mapping, loss=arguments.loss)
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.onnx or Path(folder) / "model.onnx"
         exported = ptq.export_onnx(converted, path, calibration_images[:1])
-        images = fixtures.load_images("val", arguments.verified, size)[0]
-        report = ptq.verify_onnx(path, converted, list(images.split(BATCH)))
-    print(report)
-    top1 = {name: count / arguments.images for name, count in hits.items()}
-    print(f"{arguments.images} images, {seconds:.0f} s")
-    print("| model | recipe | bits | float | simulated | ONNX Runtime agrees | MB | calibration |")
-    print("|---|---|---|---|---|---|---|---|")
+        if arguments.verified:
+            images = fixtures.load_images("val", arguments.verified, size)[0]
+            report = ptq.verify_onnx(path, converted, list(images.split(BATCH)))
+            print(report)
+        session = open_session(path, exact=True)
+    limit = arguments.images if arguments.simulated is None else arguments.simulated
+    networks = {
+        "float": (model, limit),
+        "simulated": (converted, limit),
+        "ONNX Runtime": (partial(run_session, session), arguments.images),
+    }
+    hits, seen = dict.fromkeys(networks, 0), dict.fromkeys(networks, 0)
+    for start in range(0, arguments.images, 1000):  # a thousand images at a time bound the memory
+        images, labels = fixtures.load_images("val", min(1000, arguments.images - start), size, start)
+        for name, (network, images_of) in networks.items():
+            if count := max(0, min(len(images), images_of - start)):
+                found = classify(network, images[:count], f"{name} from image {start}")
+                hits[name] += int((found == labels[:count]).sum())
+                seen[name] += count
+    agreement = ""
+    if arguments.verified:
+        agreement = f"{report.same_functions.agreement:.2%} ({report.simulation.agreement:.2%})"
+    print("| model | recipe | bits | " + " | ".join(networks) + " | agreement | MB | calibration |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    scores = [f"{hits[name] / seen[name]:.2%} of {seen[name]}" if seen[name] else "" for name in networks]
     print(
-        f"| {arguments.model} | {arguments.recipe} | W{arguments.bits}A{arguments.bits} | {top1['float']:.2%} "
-        f"| {top1['simulated']:.2%} | {report.same_functions.agreement:.2%} ({report.simulation.agreement:.2%}) "
+        f"| {arguments.model} | {arguments.recipe} | W{arguments.bits}A{arguments.bits} | {' | '.join(scores)} "
+        f"| {agreement} "
         f"| {exported.bytes / 1e6:.1f} | {converted.calibration.provenance['seconds']:.0f} s |"
     )
 

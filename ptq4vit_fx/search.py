@@ -20,7 +20,7 @@ from ptq4vit_fx.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.plan import OPERANDS, Operand, QuantOp
 from ptq4vit_fx.products import Product, ScaleGroups, sample_rows
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import QParams, Quantizer
+from ptq4vit_fx.quantizers import QParams, Quantizer, Uniform
 
 #: Screening looks at every COARSE_STRIDE-th candidate, then at the gaps beside the best; later rounds look
 #: LATER_REACH candidates to each side of the last choice, and follow it from there.
@@ -54,7 +54,7 @@ def search_op(
     The result is never worse, on all rows, than the starting point.
     """
     metric = get_metric(settings.metric)
-    product, metric = _with_usable_weights(op, product, metric)
+    product, metric = _with_usable_weights(op, product, metric, rhs)
     candidates: dict[Operand, Candidates] = {
         "lhs": make_candidates(lhs, op, product, "lhs", settings),
         "rhs": make_candidates(rhs, op, product, "rhs", settings),
@@ -80,8 +80,12 @@ def search_op(
     return SearchResult(lhs_params, rhs_params, before, after, snr)
 
 
-def _with_usable_weights(op: QuantOp, product: Product, metric: Metric) -> tuple[Product, Metric]:
-    """Scale the weights of a gradient metric to a mean of 1; without any gradient, say so and use squared error."""
+def _with_usable_weights(op: QuantOp, product: Product, metric: Metric, rhs: Quantizer) -> tuple[Product, Metric]:
+    """Scale the weights of a gradient metric to a mean of 1; without any gradient, say so and use squared error.
+
+    A scale per output channel is chosen on one column of gradients, which a few images determine badly (the column of a
+    class that none of them may be is zero): beside such scales every output of a row has the row's mean weight.
+    """
     if not metric.weighted_by_gradient:
         return replace(product, element_weight=None), metric
     weight = product.element_weight
@@ -94,6 +98,8 @@ def _with_usable_weights(op: QuantOp, product: Product, metric: Metric) -> tuple
             stacklevel=3,
         )
         return replace(product, element_weight=None), MSE
+    if isinstance(rhs, Uniform) and rhs.granularity == "channel":
+        weight = weight.mean(-1, keepdim=True)
     return replace(product, element_weight=weight / mean), metric
 
 
