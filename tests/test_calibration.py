@@ -161,7 +161,7 @@ def test_report_gives_scales_distances_and_signal_to_noise(small_vit, small_imag
     prepared = prepared_for(small_vit, small_images)
     calibration = calibrate(prepared, small_images)
     weight = small_vit.head.weight.detach().double()
-    scale = calibration.params["head:rhs"].scale.double()
+    scale = calibration.params["head:rhs"].scale.double()[:, None]
     noise = scale * torch.clamp(torch.round(weight / scale), -128, 127) - weight
     expected = 10 * torch.log10(weight.square().sum() / noise.square().sum())
     rows = {row["site"]: row for row in json.loads(json.dumps(calibration.records()))}
