@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first of the 32 calibration images")
     parser.add_argument("--weights", choices=["channel", "group"], default="channel", help="of the recipe ptq4vit")
     parser.add_argument("--loss", default=DEFAULT_LOSS)
+    parser.add_argument("--metric", help="of the search (default: the recipe's)")
     parser.add_argument("--verified", type=int, default=500, help="images on which ONNX Runtime is compared")
     parser.add_argument("--onnx", type=Path, help="where to keep the ONNX file")
     arguments = parser.parse_args()
@@ -63,6 +64,8 @@ def main() -> None:
         mapping = ptq.recipes.ptq4vit(arguments.bits, arguments.bits, arguments.weights)
     else:
         mapping = ptq.recipes.base_ptq(arguments.bits, arguments.bits)
+    if arguments.metric:
+        mapping = mapping.with_search(metric=arguments.metric)
     converted = ptq.quantize(model, calibration_images, qconfig_mapping=mapping, loss=arguments.loss)
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.onnx or Path(folder) / "model.onnx"
@@ -89,11 +92,14 @@ def main() -> None:
     agreement = ""
     if arguments.verified:
         agreement = f"{report.same_functions.agreement:.2%} ({report.simulation.agreement:.2%})"
+    settings = (arguments.weights, arguments.loss, arguments.metric, f"images from {arguments.first}")
+    defaults = ("channel", DEFAULT_LOSS, None, "images from 0")
+    variant = "".join(f", {mine}" for mine, usual in zip(settings, defaults, strict=True) if mine != usual)
     print("| model | recipe | bits | " + " | ".join(networks) + " | agreement | MB | calibration |")
     print("|---|---|---|---|---|---|---|---|---|")
     scores = [f"{hits[name] / seen[name]:.2%} of {seen[name]}" if seen[name] else "" for name in networks]
     print(
-        f"| {arguments.model} | {arguments.recipe} | W{arguments.bits}A{arguments.bits} | {' | '.join(scores)} "
+        f"| {arguments.model} | {arguments.recipe}{variant} | W{arguments.bits}A{arguments.bits} | {' | '.join(scores)} "
         f"| {agreement} "
         f"| {exported.bytes / 1e6:.1f} | {converted.calibration.provenance['seconds']:.0f} s |"
     )

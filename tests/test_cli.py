@@ -150,6 +150,30 @@ def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
     assert sorted(workspace.rglob("*")) == before
 
 
+def test_the_same_command_goes_on_from_a_checkpoint(workspace, monkeypatch):
+    searched, stop = [], [4]
+
+    def interrupted(op, *args, **kwargs):
+        if len(searched) == stop[0]:
+            raise KeyboardInterrupt
+        searched.append(op.name)
+        return search_op(op, *args, **kwargs)
+
+    monkeypatch.setattr("ptq4vit_fx.calibrator.search_op", interrupted)
+    command = ["quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx"]
+    command += ["--checkpoint", workspace / "scales.safetensors", "--memory-limit", "1"]
+    first = run(*command)
+    assert first.exit_code == 130
+    assert "the same command goes on from there" in first.output
+    stop[0] = None
+    second = run(*command)
+    assert second.exit_code == 0, second.output
+    assert len(searched) == len(set(searched)) == 8
+    other = run(*command, "--loss", "fisher")
+    assert other.exit_code == 1
+    assert "got another loss; choose another path or delete the file" in other.output
+
+
 def test_control_c_during_calibration_leaves_nothing(workspace):
     images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
     for number, pixels in enumerate(images):
