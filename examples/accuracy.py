@@ -99,8 +99,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     scores = [f"{hits[name] / seen[name]:.2%} of {seen[name]}" if seen[name] else "" for name in networks]
     print(
-        f"| {arguments.model} | {arguments.recipe}{variant} | W{arguments.bits}A{arguments.bits} | {' | '.join(scores)} "
-        f"| {agreement} "
+        f"| {arguments.model} | {arguments.recipe}{variant} | W{arguments.bits}A{arguments.bits} "
+        f"| {' | '.join(scores)} | {agreement} "
         f"| {exported.bytes / 1e6:.1f} | {converted.calibration.provenance['seconds']:.0f} s |"
     )
 
