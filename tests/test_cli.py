@@ -174,6 +174,15 @@ def test_the_same_command_goes_on_from_a_checkpoint(workspace, monkeypatch):
     assert "got another loss; choose another path or delete the file" in other.output
 
 
+@pytest.fixture
+def interruptible():
+    """A child inherits an ignored SIGINT, as background jobs have it; a handled one becomes the default."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_during_calibration_leaves_nothing(workspace):
     images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
     for number, pixels in enumerate(images):
