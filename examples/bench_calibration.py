@@ -140,12 +140,12 @@ def same_params(first: Calibration, second: Calibration, site: str) -> float:
     return float(a.fine_scale == b.fine_scale and a.coarse_scale == b.coarse_scale)
 
 
-def measure(images: int, depth: int, width: int, limit: int | None = None) -> tuple[float, float]:
+def measure(images: int, depth: int, width: int) -> tuple[float, float]:
     """Calibrate a random ViT (64 pixels, patch 8) in this process; return seconds and peak MiB on top of the model."""
     model = timm.models.VisionTransformer(
         img_size=64, patch_size=8, embed_dim=width, depth=depth, num_heads=width // 64, num_classes=200
     ).eval()
-    return calibrate_and_watch(model, torch.randn(images, 3, 64, 64), limit, {})
+    return calibrate_and_watch(model, torch.randn(images, 3, 64, 64), None, {})
 
 
 def calibrate_and_watch(
@@ -156,7 +156,7 @@ def calibrate_and_watch(
     prepared = ptq.prepare_fx(model, mapping, images[:1])
     start = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
-    calibration = ptq.calibrate(prepared, images, memory_limit=limit, progress=len(images) > 512 or limit is not None)
+    calibration = ptq.calibrate(prepared, images, memory_limit=limit, progress=limit is not None)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     return calibration.provenance["seconds"], (peak - start) / 2**20

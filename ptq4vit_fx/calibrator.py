@@ -20,7 +20,7 @@ from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
 from ptq4vit_fx.capture import Captured, capture, captured_product
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.files import check_writable
-from ptq4vit_fx.losses import DEFAULT_LOSS, Loss, get_loss
+from ptq4vit_fx.losses import Loss, get_loss
 from ptq4vit_fx.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.passes.contract import plan_of
@@ -35,13 +35,13 @@ IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequen
 class CalibrationOptions:
     """The arguments of `ptq4vit_fx.calibrate`, which documents them."""
 
-    seed: int = 0
-    progress: bool = True
-    device: torch.device | str | None = None
-    loss: str | Loss = DEFAULT_LOSS
-    memory_limit: int | None = None
-    checkpoint: str | os.PathLike[str] | None = None
-    sequential: bool = False
+    seed: int
+    progress: bool
+    device: torch.device | str | None
+    loss: str | Loss
+    memory_limit: int | None
+    checkpoint: str | os.PathLike[str] | None
+    sequential: bool
 
 
 @dataclass
@@ -50,7 +50,6 @@ class _Run:
 
     plan: QuantPlan
     options: CalibrationOptions
-    provenance: dict[str, Any]
     results: Calibration
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "search": 0.0})
 
@@ -74,7 +73,8 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
     batches = image_batches(data)
     run = _start(prepared, batches, options, device)
     left = [op for op in run.plan.ops if op.name not in run.results.distances]
-    budget = MemoryBudget.of(prepared, options.memory_limit or default_memory_limit(device))
+    limit = default_memory_limit(device) if options.memory_limit is None else options.memory_limit
+    budget = MemoryBudget.of(prepared, limit)
     images = sum(len(batch) for batch in batches)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images)
     batches = budget.split(batches)
@@ -119,7 +119,7 @@ def _start(prepared: GraphModule, batches: list[Tensor], options: CalibrationOpt
         "device": str(device),
         "torch": torch.__version__,
     }
-    run = _Run(plan, options, provenance, Calibration(plan, {}, provenance=provenance))
+    run = _Run(plan, options, Calibration(plan, {}, provenance=provenance))
     if options.checkpoint is None:
         return run
     path = check_writable(options.checkpoint, "calibrate checkpoint=")
