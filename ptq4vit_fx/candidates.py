@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -26,6 +27,10 @@ class Candidates(Protocol):
 
     def params(self, indices: Tensor) -> QParams:
         """Return the parameters of the chosen candidates."""
+        ...
+
+    def narrow(self, columns: Tensor) -> Candidates:
+        """Return the candidates of these columns alone; only where every column has a scale."""
         ...
 
 
@@ -55,6 +60,11 @@ class _UniformCandidates:
     def params(self, indices: Tensor) -> QParams:
         return site_params(self.op, self.groups, self.scales(indices), self.product, is_weight=self.is_weight)
 
+    def narrow(self, columns: Tensor) -> Candidates:
+        part = copy.copy(self)
+        part.initial, part.groups = self.initial[:, columns], ScaleGroups(1, len(columns))
+        return part
+
 
 class _TwinCandidates:
     """Thresholds 2^-m (softmax) or coarse scales factor[i] * initial scale (GELU), one choice per tensor."""
@@ -76,6 +86,9 @@ class _TwinCandidates:
 
     def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
         return self.quantizer.fake_quantize(x, self.params(indices))
+
+    def narrow(self, columns: Tensor) -> Candidates:
+        raise NotImplementedError("a twin has one choice per tensor")
 
 
 def make_candidates(

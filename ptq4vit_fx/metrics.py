@@ -30,6 +30,11 @@ class Metric:
     finish: Callable[[Tensor], Tensor]
     weighted_by_gradient: bool = False
 
+    @property
+    def is_squared_error(self) -> bool:
+        """Whether the distance is a (weighted) sum of squared errors, that is a quadratic form of either operand."""
+        return self.statistics is _squared
+
 
 def _squared(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
     error = estimate - target

@@ -112,68 +112,6 @@ def _explicit_padding(op: QuantOp, size: torch.Size) -> list[int]:
     return [width, width, height, height]
 
 
-def sample_rows(product: Product, rows: int, generator: torch.Generator) -> Product:
-    """Return about `rows` rows per head, drawn by their total weight, reweighted so that sums stay unbiased.
-
-    Importance sampling: a row drawn with probability p among r draws counts 1 / (r p). A product that has no more
-    rows than that is returned as it is. Draws are made on the CPU, so that every device samples the same rows.
-    """
-    batch, _, length, _ = product.lhs.shape
-    if batch * length <= rows:
-        return product
-    if batch > 1:
-        count = min(batch, max(8, rows // 32))
-        mass = _mass(product).sum((1, 2))
-        chosen, factor = _draw(mass[None], count, generator)
-        product = _take_batch(product, chosen[0], factor.view(-1, 1, 1, 1))
-        rows = max(1, rows // count)
-        if length <= rows:
-            return product
-    chosen, factor = _draw(_mass(product).flatten(0, 1), rows, generator)
-    chosen = chosen.view(*product.lhs.shape[:2], rows)
-    return _take_rows(product, chosen, factor.view(*product.lhs.shape[:2], rows, 1))
-
-
-def _mass(product: Product) -> Tensor:
-    """Return the weight of each row, (batch, heads, rows)."""
-    if product.element_weight is None:
-        return product.lhs.new_ones(product.lhs.shape[:3])
-    return product.element_weight.sum(-1)
-
-
-def _draw(mass: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw `count` columns of each line of mass (lines, columns); return indices and importance factors.
-
-    A tenth of the probability is spread evenly, so that no row with little weight gets an enormous factor.
-    """
-    mass = mass.double().cpu()
-    even = torch.full_like(mass, 1.0 / mass.shape[1])
-    total = mass.sum(1, keepdim=True)
-    probability = torch.where(total > 0, 0.9 * mass / total.clamp_min(1e-300) + 0.1 * even, even)
-    chosen = torch.multinomial(probability, count, replacement=True, generator=generator)
-    return chosen, (1.0 / (count * probability.gather(1, chosen))).float()
-
-
-def _take_batch(product: Product, chosen: Tensor, factor: Tensor) -> Product:
-    chosen, factor = chosen.to(product.lhs.device), factor.to(product.lhs.device)
-    weight = product.element_weight
-    return replace(
-        product,
-        lhs=product.lhs[chosen],
-        rhs=product.rhs if product.rhs.shape[0] == 1 else product.rhs[chosen],
-        element_weight=factor.expand(-1, *product.lhs.shape[1:3], 1) if weight is None else weight[chosen] * factor,
-    )
-
-
-def _take_rows(product: Product, chosen: Tensor, factor: Tensor) -> Product:
-    index, factor = chosen[..., None].to(product.lhs.device), factor.to(product.lhs.device)
-    weight = product.element_weight
-    if weight is not None:
-        factor = weight.gather(2, index.expand(*index.shape[:3], weight.shape[-1])) * factor
-    lhs = product.lhs.gather(2, index.expand(*index.shape[:3], product.lhs.shape[-1]))
-    return replace(product, lhs=lhs, element_weight=factor)
-
-
 @dataclass(frozen=True)
 class ScaleGroups:
     """How many scales an operand has: `heads` along the heads times `columns` along the columns of a product."""

@@ -33,8 +33,9 @@ class SearchSettings:
     the initial scale; a candidate of zero is left out. rounds: times that rhs and lhs are searched in turn.
     max_shift: thresholds tried for a softmax twin are 2^-0 .. 2^-max_shift.
 
-    screen_rows: candidates are screened on about this many rows of an op, drawn by their weight in the
-    distance, and the best few (`confirm`) are decided on all rows; None evaluates every candidate on all rows.
+    screen_rows: candidates are screened on about this many rows of an op, drawn by their share in the distance (a
+    quarter or the double, as that is concentrated), and the best few (`confirm`) are decided on all rows; None
+    evaluates every candidate on all rows.
     """
 
     metric: str = "hessian"
@@ -44,7 +45,7 @@ class SearchSettings:
     rounds: int = 3
     max_shift: int = 10
     screen_rows: int | None = 512
-    confirm: int = 3
+    confirm: int = 4
 
     def __post_init__(self) -> None:
         get_metric(self.metric)

@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ptq4vit_fx.candidates import Candidates, make_candidates, uniform_choice
+from ptq4vit_fx.distances import (
+    Choice,
+    OutputEvaluation,
+    Parts,
+    has_row_weights,
+    make_evaluation,
+    product_parts,
+    quantized_operand,
+    row_mass,
+)
 from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.plan import OPERANDS, Operand, QuantOp
-from ptq4vit_fx.products import Product, ScaleGroups, sample_rows
+from ptq4vit_fx.products import Product
 from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import QParams, Quantizer, Uniform
+from ptq4vit_fx.sampling import sample_rows, sample_size
+from ptq4vit_fx.screening import best_of, evaluate_all, leaders, screen
 
-#: Screening looks at every COARSE_STRIDE-th candidate, then at the gaps beside the best; later rounds look
-#: LATER_REACH candidates to each side of the last choice, and follow it from there.
-COARSE_STRIDE = 4
-LATER_REACH = 5
+#: PTQ4ViT, Algorithm 1: the weight (or right operand) first.
+SEARCH_ORDER: tuple[Operand, Operand] = ("rhs", "lhs")
+OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
+#: A sample of this part of the screening sample says which candidates of an attention product are promising.
+TINY_PART = 8
+TINY_MINIMUM = 32
+#: So many leading candidates of each operand are paired at the end of the screening of two activations.
+PAIRED = 6
 
 
 @dataclass(frozen=True)
@@ -48,10 +63,10 @@ def search_op(
 ) -> SearchResult:
     """Search the parameters of both operands of one product.
 
-    product: float operands, with element weights (dL/dout)^2 if the metric wants them. With
-    settings.screen_rows, candidates are screened on a seeded sample of rows, coarse to fine, and the best few are
-    decided on all rows in the last round; without, every candidate is evaluated on all rows in every round.
-    The result is never worse, on all rows, than the starting point.
+    product: float operands, with element weights (dL/dout)^2 if the metric wants them. Without
+    settings.screen_rows every candidate is evaluated on all rows in every round. With it, candidates are screened, on
+    all rows where a closed form makes that cheap and else on a seeded sample of rows, and the best few are decided on
+    all rows at the end. The result is never worse, on all rows, than the starting point.
     """
     metric = get_metric(settings.metric)
     product, metric = _with_usable_weights(op, product, metric, rhs)
@@ -60,24 +75,120 @@ def search_op(
         "rhs": make_candidates(rhs, op, product, "rhs", settings),
     }
     start = {key: uniform_choice(value, value.count) for key, value in candidates.items()}
-    choice = dict(start)
-    everything = sample = _parts(product)
-    if settings.screen_rows is not None:
-        few = sample_rows(product, settings.screen_rows, torch.Generator().manual_seed(seed))
-        sample = everything if few is product else _parts(few)
-    for round_number in range(settings.rounds):
-        for operand in ("rhs", "lhs"):
-            screening = _Evaluation(sample, metric, candidates, choice, operand)
-            confirm = None
-            if sample is not everything and round_number == settings.rounds - 1:
-                confirm = _Evaluation(everything, metric, candidates, choice, operand)
-            choice = choice | {operand: _best(screening, confirm, settings, round_number)}
-    before, initial_snr = _total(everything, metric, candidates, start)
-    after, snr = _total(everything, metric, candidates, choice)
+    parts = product_parts(product)
+    if settings.screen_rows is None:
+        choice = _search_exhaustively(parts, metric, candidates, start, settings.rounds)
+    else:
+        choice = _search_screened(product, parts, metric, candidates, start, settings, seed)
+    before, initial_snr = _total(parts, metric, candidates, start)
+    after, snr = _total(parts, metric, candidates, choice)
     if after > before:
         choice, after, snr = start, before, initial_snr
     lhs_params, rhs_params = (candidates[operand].params(choice[operand]) for operand in OPERANDS)
     return SearchResult(lhs_params, rhs_params, before, after, snr)
+
+
+def _search_exhaustively(
+    parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: Choice, rounds: int
+) -> Choice:
+    """Evaluate every candidate on all rows in every round."""
+    for _ in range(rounds):
+        for operand in SEARCH_ORDER:
+            evaluation = make_evaluation(parts, metric, candidates, choice, operand)
+            choice = choice | {operand: best_of(evaluate_all(evaluation))}
+    return choice
+
+
+def _search_screened(
+    product: Product,
+    everything: Parts,
+    metric: Metric,
+    candidates: dict[Operand, Candidates],
+    choice: Choice,
+    settings: SearchSettings,
+    seed: int,
+) -> Choice:
+    """Evaluate promising candidates, and decide the best few on all rows."""
+    sample, tiny = _samples(product, everything, metric, candidates, settings, seed)
+    exact_weight = has_row_weights(everything, metric)
+    tables: dict[Operand, Tensor] = {}
+    beside: Choice = {}
+    for _ in range(settings.rounds):
+        for operand in SEARCH_ORDER:
+            other = choice[OTHER[operand]]
+            if operand in beside and torch.equal(beside[operand], other):
+                continue  # nothing has changed since the round before
+            beside[operand] = other
+            rows = everything if operand == "rhs" and exact_weight else sample
+            prior = tables.get(operand)
+            if prior is None and tiny is not None and candidates[operand].ordered:
+                prior = evaluate_all(make_evaluation(tiny, metric, candidates, choice, operand))
+            tables[operand] = screen(make_evaluation(rows, metric, candidates, choice, operand), prior)
+            choice = choice | {operand: best_of(tables[operand])}
+    if sample is everything:
+        return choice
+    if tiny is not None and candidates["lhs"].groups == candidates["rhs"].groups:
+        return _decide_pairs(sample, everything, metric, candidates, tables, settings.confirm)
+    for operand in SEARCH_ORDER:
+        if operand == "lhs" or not exact_weight:
+            evaluation = make_evaluation(everything, metric, candidates, choice, operand)
+            few = leaders(tables[operand], settings.confirm)
+            best = torch.stack([evaluation(indices) for indices in few]).argmin(0)
+            choice = choice | {operand: few.gather(0, best[None])[0]}
+    return choice
+
+
+def _samples(
+    product: Product,
+    everything: Parts,
+    metric: Metric,
+    candidates: dict[Operand, Candidates],
+    settings: SearchSettings,
+    seed: int,
+) -> tuple[Parts, Parts | None]:
+    """Return the rows that screen candidates, and, for two activations, the rows that say which are promising.
+
+    The distance of an attention product hangs on a few rows and has narrow minima, which a coarse grid would miss.
+    """
+    assert settings.screen_rows is not None
+    generator = torch.Generator().manual_seed(seed)
+    mass = row_mass(everything, metric, candidates)
+    size = sample_size(mass, settings.screen_rows)
+    few = sample_rows(product, mass, size, generator)
+    if few is product:
+        return everything, None
+    tiny = None
+    if product.rhs.shape[0] > 1:
+        fewer = sample_rows(product, mass, max(TINY_MINIMUM, size // TINY_PART), generator)
+        tiny = product_parts(fewer)
+    return product_parts(few), tiny
+
+
+def _decide_pairs(
+    sample: Parts,
+    everything: Parts,
+    metric: Metric,
+    candidates: dict[Operand, Candidates],
+    tables: dict[Operand, Tensor],
+    count: int,
+) -> Choice:
+    """Pair the leading candidates of two activations on the sample, and decide the best `count` pairs on all rows.
+
+    Alternating searches of two operands end where neither can improve alone; pairs find the better places nearby.
+    """
+
+    def distances(parts: Parts, left: Tensor, rights: list[Tensor]) -> list[Tensor]:
+        evaluation = OutputEvaluation(parts, metric, candidates, {"lhs": left}, "rhs")
+        return [evaluation(right) for right in rights]
+
+    lefts, rights = (list(leaders(tables[operand], PAIRED)) for operand in OPERANDS)
+    screened = torch.stack([distance for left in lefts for distance in distances(sample, left, rights)])
+    best = leaders(screened, count)
+    left = torch.stack([left for left in lefts for _ in rights]).gather(0, best)
+    right = torch.stack(rights * len(lefts)).gather(0, best)
+    exact = torch.stack([distances(everything, a, [b])[0] for a, b in zip(left, right, strict=True)])
+    first = exact.argmin(0)[None]
+    return {"lhs": left.gather(0, first)[0], "rhs": right.gather(0, first)[0]}
 
 
 def _with_usable_weights(op: QuantOp, product: Product, metric: Metric, rhs: Quantizer) -> tuple[Product, Metric]:
@@ -103,131 +214,13 @@ def _with_usable_weights(op: QuantOp, product: Product, metric: Metric, rhs: Qua
     return replace(product, element_weight=weight / mean), metric
 
 
-#: The chunks of a product with their float outputs, computed once per product.
-Parts = list[tuple[Product, Tensor]]
-
-
-def _parts(product: Product) -> Parts:
-    return [(part, part.output(part.lhs, part.rhs)) for part in product.chunks()]
-
-
-class _Evaluation:
-    """Distances of one operand's candidates on some rows, while the other operand keeps its last choice."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        metric: Metric,
-        candidates: dict[Operand, Candidates],
-        choice: dict[Operand, Tensor],
-        operand: Operand,
-    ) -> None:
-        other: Operand = "rhs" if operand == "lhs" else "lhs"
-        self.parts, self.metric, self.operand = parts, metric, operand
-        self.searched, self.last = candidates[operand], choice[operand]
-        self._fixed = list(_quantized(parts, candidates[other], choice[other], other))
-
-    def __call__(self, indices: Tensor) -> Tensor:
-        """Return the distance per scale, float64 (heads, columns), of candidates `indices` of the same shape."""
-        tried = _quantized(self.parts, self.searched, indices, self.operand)
-        sums: Tensor | None = None
-        for (part, target), fixed, candidate in zip(self.parts, self._fixed, tried, strict=True):
-            operands = (candidate, fixed) if self.operand == "lhs" else (fixed, candidate)
-            terms = self._sums(part, target, part.output(*operands))
-            sums = terms if sums is None else sums + terms
-        assert sums is not None
-        return self.metric.finish(sums).cpu()
-
-    def _sums(self, part: Product, target: Tensor, estimate: Tensor) -> Tensor:
-        statistics = self.metric.statistics(target, estimate)
-        weight = part.element_weight
-        if self.searched.groups == ScaleGroups() and (weight is None or weight.shape == target.shape):
-            totals = [s.sum() if weight is None else torch.dot(s.flatten(), weight.flatten()) for s in statistics]
-            return torch.stack(totals).double()[:, None, None]
-        weighted = [s if weight is None else s * weight for s in statistics]
-        return self.searched.groups.reduce(torch.stack([w.sum((0, 2)) for w in weighted]).double())
-
-
-def _quantized(parts: Parts, candidates: Candidates, indices: Tensor, operand: Operand) -> Iterator[Tensor]:
-    """Yield the quantized operand of each part; a weight that all parts share is quantized once."""
-    shared: Tensor | None = None
-    for part, _ in parts:
-        x = part.lhs if operand == "lhs" else part.rhs
-        if operand == "rhs" and part.rhs.shape[0] == 1:
-            shared = candidates.fake_quantize(x, indices) if shared is None else shared
-            yield shared
-        else:
-            yield candidates.fake_quantize(x, indices)
-
-
-def _best(screening: _Evaluation, confirm: _Evaluation | None, settings: SearchSettings, round_number: int) -> Tensor:
-    """Return the best candidate per scale."""
-    candidates = screening.searched
-    if settings.screen_rows is None or not candidates.ordered or candidates.count <= 4 * COARSE_STRIDE:
-        table = _evaluate(screening, _every(candidates, range(candidates.count)))
-    elif round_number == 0:
-        table = _evaluate(screening, _every(candidates, range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE)))
-        table = _around(screening, table, _argmin(table), COARSE_STRIDE - 1)
-    else:
-        table = _follow(screening, screening.last)
-    if confirm is None:
-        return _argmin(table)
-    return _argmin(_evaluate(confirm, _leaders(table, settings.confirm)))
-
-
-Table = list[tuple[Tensor, Tensor]]
-
-
-def _evaluate(evaluation: _Evaluation, indices: list[Tensor]) -> Table:
-    return [(index, evaluation(index)) for index in indices]
-
-
-def _every(candidates: Candidates, numbers: range) -> list[Tensor]:
-    return [uniform_choice(candidates, number) for number in numbers]
-
-
-def _around(evaluation: _Evaluation, table: Table, centre: Tensor, reach: int) -> Table:
-    """Add the neighbours of `centre`; each scale has its own centre, so one evaluation serves all scales."""
-    last = evaluation.searched.count - 1
-    offsets = [offset for distance in range(1, reach + 1) for offset in (-distance, distance)]
-    return table + _evaluate(evaluation, [(centre + offset).clamp(0, last) for offset in offsets])
-
-
-def _follow(evaluation: _Evaluation, centre: Tensor) -> Table:
-    """Look around `centre`, and further on where the best of some scale lies at the edge of what was looked at.
-
-    The other operand has moved since the last round, and this one may have far to go: from 0.5 to 0.8 of the range
-    is usual at 4 bits.
-    """
-    table = _evaluate(evaluation, [centre])
-    while True:
-        table = _around(evaluation, table, centre, LATER_REACH)
-        best = _argmin(table)
-        if int((best - centre).abs().max()) < LATER_REACH:
-            return table
-        centre = best
-
-
-def _argmin(table: Table) -> Tensor:
-    """Return per scale the candidate with the smallest distance; the first one wins a tie."""
-    where = torch.stack([distance for _, distance in table]).argmin(0)
-    return torch.stack([index for index, _ in table]).gather(0, where[None])[0]
-
-
-def _leaders(table: Table, count: int) -> list[Tensor]:
-    """Return the `count` best entries per scale."""
-    order = torch.stack([distance for _, distance in table]).argsort(stable=True, dim=0)
-    indices = torch.stack([index for index, _ in table])
-    return list(indices.gather(0, order[:count]).unbind(0))
-
-
 def _total(
     parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: dict[Operand, Tensor]
 ) -> tuple[float, dict[str, float]]:
     """Return the distance of the whole product, all scales together, and signal-to-noise ratios in dB."""
     sums: Tensor | None = None
     energies = {name: [0.0, 0.0] for name in (*OPERANDS, "out")}
-    operands = (_quantized(parts, candidates[operand], choice[operand], operand) for operand in OPERANDS)
+    operands = (quantized_operand(parts, candidates[operand], choice[operand], operand) for operand in OPERANDS)
     for (part, target), lhs, rhs in zip(parts, *operands, strict=True):
         estimate = part.output(lhs, rhs)
         for name, exact, quantized in (("lhs", part.lhs, lhs), ("rhs", part.rhs, rhs), ("out", target, estimate)):
