@@ -66,6 +66,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
+    search_device: torch.device | str | None = None,
     loss: str | Loss = DEFAULT_LOSS,
     memory_limit: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -75,18 +76,20 @@ def calibrate(
 
     data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
     labels are never used. seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same
-    scales, bit for bit. device: where capture and search run (default: where the model is; it is brought back
-    afterwards). loss: "pseudo_label" (PTQ4ViT), "fisher" (labels drawn from the prediction), or a function from the
-    model's output to a scalar. memory_limit: bytes that calibration may take beside the model (default: half of what is
-    free); a smaller limit costs more passes over the images. checkpoint: a file that holds every finished
-    product; if it exists, the calibration goes on from there, with the result of an unbroken run. sequential: search
-    each product on the values that the quantized products before it give, at one forward and backward per
-    product; the default, parallel calibration on float values, is the paper's and is better on few images.
+    scales, bit for bit. device: where the model runs (default: where it is; it is brought back afterwards).
+    search_device: where candidates are evaluated (default: `device`): a model that does not fit on a GPU may stay on
+    the CPU while its products are searched there, one at a time. loss: "pseudo_label" (PTQ4ViT), "fisher" (labels
+    drawn from the prediction), or a function from the model's output to a scalar. memory_limit: bytes that calibration
+    may take beside the model (default: half of what is free); a smaller limit costs more passes over the images.
+    checkpoint: a file that holds every finished product; if it exists, the calibration goes on from there, with the
+    result of an unbroken run. sequential: search each product on the values that the quantized products before it give,
+    at one forward and backward per product; the default, parallel calibration on float values, is the paper's and is
+    better on few images.
     Raises PTQError on a model that is not prepared, on data without images or with NaN, and on a checkpoint of
     another plan, other weights, images or arguments.
     """
     _require(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
-    options = CalibrationOptions(seed, progress, device, loss, memory_limit, checkpoint, sequential)
+    options = CalibrationOptions(seed, progress, device, search_device, loss, memory_limit, checkpoint, sequential)
     calibration = run_calibration(prepared, data, options)
     load_calibration(prepared, calibration)
     return calibration

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class CalibrationOptions:
     seed: int
     progress: bool
     device: torch.device | str | None
+    search_device: torch.device | str | None
     loss: str | Loss
     memory_limit: int | None
     checkpoint: str | os.PathLike[str] | None
@@ -96,7 +97,7 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
                     captured = _capture(prepared, run, group, (batch.to(device) for batch in batches))
                 for op in group:
                     bar.update(task, description=op.name)
-                    _search(run, op, captured.pop(op.name))
+                    _search(run, op, captured.pop(op.name), torch.device(options.search_device or device), home)
                     bar.advance(task)
     finally:
         prepared.to(home)
@@ -154,12 +155,14 @@ def _capture(prepared: GraphModule, run: _Run, group: list[QuantOp], batches: It
     )
 
 
-def _search(run: _Run, op: QuantOp, seen: Captured) -> None:
+def _search(run: _Run, op: QuantOp, seen: Captured, device: torch.device, home: torch.device) -> None:
+    """Search one product on `device` and keep its parameters on `home`, beside the model."""
     started = time.perf_counter()
-    product = captured_product(op, seen)
+    product = captured_product(op, seen).to(device)
     seen.clear()
     op_seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
     lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in ("lhs", "rhs"))
     with run.timed("search"):
         result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
+    result = replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home))
     run.add(op, result, time.perf_counter() - started)

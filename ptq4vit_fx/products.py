@@ -31,6 +31,11 @@ class Product:
     bias: Tensor | None = None
     element_weight: Tensor | None = None
 
+    def to(self, device: torch.device) -> Product:
+        """Return the product on another device."""
+        moved = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return Product(**moved)
+
     def output(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """Return lhs @ rhs + bias: (batch, heads, rows, columns)."""
         out = torch.matmul(lhs, rhs)

@@ -34,6 +34,10 @@ class UniformParams:
     scale: Tensor
     axis: int | None = None
 
+    def to(self, device: torch.device) -> UniformParams:
+        """Return the parameters on another device."""
+        return UniformParams(self.scale.to(device), self.axis)
+
     def broadcast(self, ndim: int) -> Tensor:
         """Return the scale shaped so that it broadcasts over an operand with `ndim` dimensions."""
         if self.axis is None:
@@ -49,6 +53,10 @@ class TwinParams:
 
     fine_scale: Tensor
     coarse_scale: Tensor
+
+    def to(self, device: torch.device) -> TwinParams:
+        """Return the parameters on another device."""
+        return TwinParams(self.fine_scale.to(device), self.coarse_scale.to(device))
 
     @property
     def shift(self) -> int:

@@ -13,11 +13,9 @@ from ptq4vit_fx.candidates import uniform_choice
 from ptq4vit_fx.distances import Evaluation
 
 #: Without a prior table, every COARSE_STRIDE-th candidate is evaluated, and then the promising ones in between.
-COARSE_STRIDE = 4
+COARSE_STRIDE = 6
 #: Promising candidates that are evaluated in any case: they tell how far the expectation can be trusted.
-FIRST_FEW = 8
-#: A candidate may be this much luckier than the luckiest one so far.
-LUCK_MARGIN = 0.8
+FIRST_FEW = 6
 #: Where the best candidate has unknown neighbours, this many of them are looked at on each side.
 REACH = 4
 
@@ -57,24 +55,28 @@ def leaders(table: Tensor, count: int) -> Tensor:
 def _evaluate_promising(evaluation: Evaluation, table: Tensor, expected: Tensor) -> None:
     """Evaluate what the table lacks, the candidate with the smallest expected distance of each scale first.
 
-    A scale is done when none of its candidates would win even if it came out as much better than expected as the
-    luckiest one so far: a smooth landscape needs few evaluations, a rough one many.
+    A candidate's luck is its distance over the expected one. A scale is done when none of its candidates would win even
+    if it were as much luckier than the luckiest one so far as that one is than the average: a smooth landscape
+    needs few evaluations, a rough one many.
     """
     left = expected.masked_fill(table.isfinite(), torch.inf)
     order = left.argsort(dim=0, stable=True)
-    luck = torch.ones_like(expected[0])
-    columns = torch.arange(table.shape[2])  # of the scales that are not done
+    luckiest, total = torch.full_like(expected[0], torch.inf), torch.zeros_like(expected[0])
+    heads, columns = torch.arange(table.shape[1])[:, None], torch.arange(table.shape[2])  # that are not done
     for rank in range(len(table)):
         indices = order[rank, :, columns]
         distance = evaluation(indices)
-        table[:, :, columns] = table[:, :, columns].scatter(0, indices[None], distance[None])
-        hoped = expected[:, :, columns].gather(0, indices[None])[0]
-        luck[:, columns] = torch.minimum(luck[:, columns], torch.where(hoped > 0, distance / hoped, 1.0))
+        table[indices, heads, columns] = distance
+        hoped = expected[indices, heads, columns]
+        luck = torch.where(hoped > 0, distance / hoped, 1.0)
+        luckiest[:, columns] = torch.minimum(luckiest[:, columns], luck)
+        total[:, columns] += luck
         if rank + 1 == len(table):
             return
         if rank + 1 < FIRST_FEW:
             continue
-        following = left.gather(0, order[rank + 1 : rank + 2])[0] * luck * LUCK_MARGIN
+        hope = luckiest * luckiest / (total / (rank + 1))
+        following = left.gather(0, order[rank + 1 : rank + 2])[0] * hope
         still = columns[(following <= table.amin(0)).any(0)[columns]]
         if not len(still):
             return

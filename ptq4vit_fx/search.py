@@ -37,8 +37,8 @@ from ptq4vit_fx.screening import best_of, evaluate_all, leaders, screen
 SEARCH_ORDER: tuple[Operand, Operand] = ("rhs", "lhs")
 OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 #: A sample of this part of the screening sample says which candidates of an attention product are promising.
-TINY_PART = 8
-TINY_MINIMUM = 32
+TINY_PART = 16
+TINY_MINIMUM = 16
 #: So many leading candidates of each operand are paired at the end of the screening of two activations.
 PAIRED = 6
 
@@ -110,7 +110,9 @@ def _search_screened(
 ) -> Choice:
     """Evaluate promising candidates, and decide the best few on all rows."""
     sample, tiny = _samples(product, everything, metric, candidates, settings, seed)
-    exact_weight = has_row_weights(everything, metric)
+    screened_on = {"lhs": sample, "rhs": sample}
+    if has_row_weights(everything, metric) and product.lhs.shape[3] < sum(part.lhs.shape[2] for part, _ in sample):
+        screened_on["rhs"] = everything  # in closed form, cheaper there than on the sample
     tables: dict[Operand, Tensor] = {}
     beside: Choice = {}
     for _ in range(settings.rounds):
@@ -119,7 +121,7 @@ def _search_screened(
             if operand in beside and torch.equal(beside[operand], other):
                 continue  # nothing has changed since the round before
             beside[operand] = other
-            rows = everything if operand == "rhs" and exact_weight else sample
+            rows = screened_on[operand]
             prior = tables.get(operand)
             if prior is None and tiny is not None and candidates[operand].ordered:
                 prior = evaluate_all(make_evaluation(tiny, metric, candidates, choice, operand))
@@ -130,11 +132,14 @@ def _search_screened(
     if tiny is not None and candidates["lhs"].groups == candidates["rhs"].groups:
         return _decide_pairs(sample, everything, metric, candidates, tables, settings.confirm)
     for operand in SEARCH_ORDER:
-        if operand == "lhs" or not exact_weight:
+        if screened_on[operand] is sample:
             evaluation = make_evaluation(everything, metric, candidates, choice, operand)
             few = leaders(tables[operand], settings.confirm)
             best = torch.stack([evaluation(indices) for indices in few]).argmin(0)
             choice = choice | {operand: few.gather(0, best[None])[0]}
+    if screened_on["rhs"] is everything and not torch.equal(beside["rhs"], choice["lhs"]):
+        evaluation = make_evaluation(everything, metric, candidates, choice, "rhs")
+        choice = choice | {"rhs": best_of(screen(evaluation, tables["rhs"]))}
     return choice
 
 

@@ -1,0 +1,169 @@
+"""Screening against the exhaustive search: closed forms, samples of heavy rows, promising candidates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
+from ptq4vit_fx.candidates import make_candidates, uniform_choice
+from ptq4vit_fx.distances import (
+    ActivationEvaluation,
+    OutputEvaluation,
+    WeightEvaluation,
+    make_evaluation,
+    product_parts,
+)
+from ptq4vit_fx.metrics import HESSIAN, L1
+from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.products import to_product
+from ptq4vit_fx.sampling import _draw, sample_rows
+from ptq4vit_fx.screening import screen
+from ptq4vit_fx.search import search_op
+
+LINEAR = QuantOp("fc", "linear", rhs_is_weight=True)
+
+
+def linear(seed, rows=3000, inner=24, columns=40, *, heavy=False, gelu=False):
+    """Return a linear product with one weight per row; heavy: 1 % of the rows hold nearly all of it."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inner, generator=random) * torch.rand(rows, 1, generator=random).add(0.2)
+    x = torch.nn.functional.gelu(x) if gelu else x
+    weight, bias = torch.randn(columns, inner, generator=random), torch.randn(columns, generator=random)
+    importance = torch.rand(rows, 1, generator=random)
+    if heavy:
+        importance[torch.randperm(rows, generator=random)[: rows // 100]] *= 1000
+    return to_product(LINEAR, x, weight, bias, importance)
+
+
+def attention(seed, images=24, tokens=65):
+    """Return q @ k of two heads whose gradient lies on one token of each image."""
+    random = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(images, 2, *size, generator=random) for size in ((tokens, 16), (16, tokens)))
+    importance = torch.rand(images, 2, tokens, tokens, generator=random) ** 4
+    importance[:, :, 0] *= 500
+    return to_product(QuantOp("qk", "matmul"), q, k, None, importance)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("twin", [False, True])
+def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
+    product = linear(0)
+    quantizers = {
+        "lhs": TwinUniform(4, "gelu") if twin else Uniform(4),
+        "rhs": Uniform(4, granularity=granularity),
+    }
+    candidates = {o: make_candidates(q, LINEAR, product, o, SearchSettings()) for o, q in quantizers.items()}
+    choice = {"lhs": uniform_choice(candidates["lhs"], 60), "rhs": uniform_choice(candidates["rhs"], 70)}
+    parts = product_parts(product)
+    assert sum(part.lhs.shape[2] for part, _ in parts) == 3000
+    for operand, kind in (("rhs", WeightEvaluation), ("lhs", ActivationEvaluation)):
+        closed = make_evaluation(parts, HESSIAN, candidates, choice, operand)
+        assert type(closed) is kind
+        direct = OutputEvaluation(parts, HESSIAN, candidates, choice, operand)
+        groups = candidates[operand].groups
+        for number in (5, 40, 99):
+            indices = torch.full((groups.heads, groups.columns), number)
+            torch.testing.assert_close(closed(indices), direct(indices), rtol=2e-4, atol=0)
+    assert type(make_evaluation(parts, L1, candidates, choice, "rhs")) is OutputEvaluation
+
+
+def test_narrowed_evaluation_is_that_of_its_columns():
+    product = linear(1)
+    candidates = {
+        "lhs": make_candidates(Uniform(6), LINEAR, product, "lhs", SearchSettings()),
+        "rhs": make_candidates(Uniform(6, granularity="channel"), LINEAR, product, "rhs", SearchSettings()),
+    }
+    choice = {key: uniform_choice(value, 80) for key, value in candidates.items()}
+    whole = make_evaluation(product_parts(product), HESSIAN, candidates, choice, "rhs")
+    columns = torch.tensor([3, 4, 17, 39])
+    indices = torch.randint(100, (1, 40), generator=torch.Generator().manual_seed(0))
+    part = whole.narrow(columns)
+    torch.testing.assert_close(part(indices[:, columns]), whole(indices)[:, columns], rtol=1e-5, atol=0)
+    nested = part.narrow(torch.tensor([1, 3]))
+    torch.testing.assert_close(nested(indices[:, columns[[1, 3]]]), whole(indices)[:, [4, 39]], rtol=1e-5, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(2, 30), power=st.floats(0.0, 12.0))
+def test_draws_are_different_columns_and_the_heavy_ones_are_in(seed, count, power):
+    mass = torch.rand(3, 64, generator=torch.Generator().manual_seed(seed)).double() ** power
+    chosen, factor = _draw(mass, count, torch.Generator().manual_seed(seed))
+    assert all(len(set(line.tolist())) == count for line in chosen)
+    assert (factor >= 1).all()
+    certain = 0.9 * mass / mass.sum(1, keepdim=True) * count >= 1
+    for line, sure in zip(chosen, certain, strict=True):
+        assert set(sure.nonzero().flatten().tolist()) <= set(line.tolist())
+
+
+def test_sampled_sums_are_unbiased():
+    mass = torch.rand(1, 50, generator=torch.Generator().manual_seed(0)).double() ** 6
+    values = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    sums = []
+    for seed in range(2000):
+        chosen, factor = _draw(mass, 8, torch.Generator().manual_seed(seed))
+        sums.append(float((values[chosen[0]] * factor[0]).sum()))
+    error = np.std(sums) / len(sums) ** 0.5
+    assert abs(np.mean(sums) - float(values.sum())) < 4 * error
+
+
+def test_a_small_product_is_its_own_sample():
+    product = linear(0, rows=100)
+    assert sample_rows(product, torch.ones(1, 1, 100), 128, torch.Generator()) is product
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_screening_finds_the_minimum_of_a_rough_landscape(seed):
+    random = np.random.default_rng(seed)
+    position = np.arange(100)[:, None] / 100
+    smooth = 1 + 8 * (position - random.uniform(0.5, 0.9, 6)) ** 2
+    landscape = torch.from_numpy(smooth * random.uniform(0.8, 1.2, (100, 6)))[:, None]
+
+    class Rough:
+        class searched:  # noqa: N801
+            ordered, count = True, 100
+
+            class groups:  # noqa: N801
+                heads, columns = 1, 6
+
+        evaluations = 0
+
+        def __call__(self, indices):
+            self.evaluations += 1
+            return landscape.gather(0, indices[None])[0]
+
+        def narrow(self, columns):
+            return None
+
+    rough = Rough()
+    table = screen(rough, None)
+    assert table.amin(0).div(landscape.amin(0)).max() < 1.03
+    assert rough.evaluations < 95
+
+
+CASES = {
+    "linear, channel": (linear, Uniform(8), Uniform(8, granularity="channel"), {}),
+    "linear, tensor": (linear, Uniform(8), Uniform(8), {}),
+    "heavy rows": (linear, Uniform(8), Uniform(8, granularity="channel"), {"heavy": True}),
+    "post-GELU": (
+        linear,
+        TwinUniform(8, "gelu"),
+        Uniform(8, granularity="channel"),
+        {"inner": 48, "columns": 12, "gelu": True},
+    ),
+    "attention": (attention, Uniform(8, granularity="head"), Uniform(8, granularity="head"), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("seed", range(6))
+def test_screened_search_ends_within_one_percent_of_the_exhaustive_one(case, seed):
+    make, lhs, rhs, arguments = CASES[case]
+    product = make(seed, **arguments)
+    op = LINEAR if product.rhs.shape[0] == 1 else QuantOp("qk", "matmul")
+    screened = search_op(op, product, lhs, rhs, SearchSettings(), seed=seed)
+    exhaustive = search_op(op, product, lhs, rhs, SearchSettings(screen_rows=None))
+    assert screened.distance_after <= exhaustive.distance_after * 1.01
