@@ -33,8 +33,8 @@ class Product:
 
     def to(self, device: torch.device) -> Product:
         """Return the product on another device."""
-        moved = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
-        return Product(**moved)
+        bias, weight = (None if x is None else x.to(device) for x in (self.bias, self.element_weight))
+        return Product(self.lhs.to(device), self.rhs.to(device), bias, weight)
 
     def output(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """Return lhs @ rhs + bias: (batch, heads, rows, columns)."""
