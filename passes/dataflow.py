@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 #: Methods and functions that only move or select values: quantizing before or after them is the same.
@@ -43,6 +44,7 @@ MOVING_FUNCTIONS = frozenset(
         operator.getitem,
         torch.reshape,
         torch.flatten,
+        torch.unflatten,
         torch.permute,
         torch.transpose,
         torch.swapaxes,
@@ -57,12 +59,24 @@ MOVING_FUNCTIONS = frozenset(
         F.unfold,
     }
 )
+#: The same as aten operators, of any overload: a graph of torch.export has these.
+MOVING_OPERATORS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim"),
+        *("squeeze", "unsqueeze", "contiguous", "clone", "alias", "detach", "expand", "expand_as", "repeat"),
+        *("unbind", "chunk", "split", "split_with_sizes", "narrow", "select", "slice", "index_select", "roll", "t"),
+        *("reshape_as", "view_as", "repeat_interleave", "im2col"),
+    )
+)
 
 
 def moves_only(node: Node) -> bool:
     """Return whether the node only moves values of its first argument."""
     if node.op == "call_method":
         return node.target in MOVING_METHODS
+    if isinstance(node.target, OpOverload):
+        return node.target.overloadpacket in MOVING_OPERATORS
     return node.op == "call_function" and node.target in MOVING_FUNCTIONS
 
 

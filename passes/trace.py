@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import linecache
@@ -11,19 +12,15 @@ from typing import Any
 
 import timm.layers
 import timm.models
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.passes.contract import Rewrite, enter
+from ptq4vit_fx.passes.record_shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
 
-#: Modules that hold a matrix product.
-PRODUCT_MODULES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
-#: Modules that canonicalize knows: the tracer stops in front of them.
-PLAIN_MODULES = (nn.Linear, nn.Conv2d)
 #: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.
 TRACEABLE = (timm.layers.BatchNormAct2d,)
 
@@ -42,33 +39,42 @@ def trace(
     inputs = 1 if example_inputs is None else len(example_inputs)
     root = _tensors_in_logits_out(copy.deepcopy(model).eval().requires_grad_(False), inputs)
     tracer = _ViTTracer(leaf_modules)
-    name = "trace"
     try:
         graph_module = GraphModule(root, tracer.trace(root), class_name=type(model).__name__)
-        closed = _closed_modules(graph_module, leaf_modules)
     except Exception as error:
-        message = failure(
-            "trace",
-            f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
-            expected="a forward without control flow that depends on tensor values",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            do="rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, "
-            "or keep its module closed with leaf_modules=",
-        )
+        message = _untraceable(model, tracer, error)
         if example_inputs is None:
             raise message from error
-        graph_module, name = _second_try(root, example_inputs, message), "trace_by_export"
-    else:
-        if closed and example_inputs is not None:
-            try:
-                graph_module, name = trace_by_export(root, example_inputs), "trace_by_export"
-            except Exception:  # noqa: BLE001 - the first graph is right; what is closed in it is reported by annotate
-                name = "trace"
-    enter(graph_module, Stage.TRACED, Rewrite(name, len(graph_module.graph.nodes)))
+        return _entered(_export_or(message, root, example_inputs), "trace_by_export")
+    if example_inputs is not None:
+        record_shapes(graph_module, example_inputs)
+        if any(
+            hides_products(graph_module, node) and str(node.target) not in leaf_modules
+            for node in graph_module.graph.nodes
+        ):
+            # What is closed in the first graph is reported by annotate if the second tracer cannot open it.
+            with contextlib.suppress(Exception):
+                return _entered(trace_by_export(root, example_inputs), "trace_by_export")
+    return _entered(graph_module, "trace")
+
+
+def _entered(graph_module: GraphModule, tracer: str) -> GraphModule:
+    enter(graph_module, Stage.TRACED, Rewrite(tracer, len(graph_module.graph.nodes)))
     return graph_module
 
 
-def _second_try(root: nn.Module, example_inputs: Sequence[Tensor], first: PTQError) -> GraphModule:
+def _untraceable(model: nn.Module, tracer: _ViTTracer, error: Exception) -> PTQError:
+    return failure(
+        "trace",
+        f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
+        expected="a forward without control flow that depends on tensor values",
+        got=f"{type(error).__name__}: {error}".splitlines()[0],
+        do="rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep its "
+        "module closed with leaf_modules=",
+    )
+
+
+def _export_or(first: PTQError, root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
     try:
         return trace_by_export(root, example_inputs)
     except Exception as error:
@@ -93,18 +99,6 @@ def _tensors_in_logits_out(model: nn.Module, inputs: int) -> nn.Module:
     forward = eval(f"lambda self, {', '.join(names)}: call(self, {', '.join(names)})", {"call": call})
     model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
     return model
-
-
-def _closed_modules(graph_module: GraphModule, leaf_modules: Sequence[str]) -> list[str]:
-    """Return the modules in the graph that hold products of their own and are not meant to stay closed."""
-    closed = []
-    for node in graph_module.graph.nodes:
-        if node.op != "call_module" or str(node.target) in leaf_modules:
-            continue
-        module = graph_module.get_submodule(str(node.target))
-        if type(module) not in PLAIN_MODULES and any(isinstance(m, PRODUCT_MODULES) for m in module.modules()):
-            closed.append(str(node.target))
-    return closed
 
 
 class _ViTTracer(Tracer):

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vit_fx import PTQError, TwinUniform, Uniform
-from ptq4vit_fx.quantizers import GELU_MINIMUM
+from ptq4vit_fx.activations import NEGATIVE_RANGE
+
+GELU_MINIMUM = NEGATIVE_RANGE["gelu"]
 
 BITS = st.integers(2, 8)
 

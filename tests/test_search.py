@@ -9,7 +9,9 @@ import torch
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.products import to_product
-from ptq4vit_fx.quantizers import GELU_MINIMUM
+from ptq4vit_fx.activations import NEGATIVE_RANGE
+
+GELU_MINIMUM = NEGATIVE_RANGE["gelu"]
 from ptq4vit_fx.search import search_op
 
 BITS = 4
