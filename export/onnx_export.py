@@ -19,7 +19,9 @@ import onnxscript
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
+from ptq4vit_fx.batches import Inputs, example_tensors
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.naming import name_nodes, own_parameters
 from ptq4vit_fx.export.targets import TARGETS, Target
@@ -60,23 +62,23 @@ class ExportReport:
 def export_onnx(
     converted: GraphModule,
     path: str | os.PathLike[str],
-    example_inputs: Tensor | tuple[Tensor],
+    example_inputs: Tensor | tuple[Tensor, ...],
     *,
     target: str = "onnxruntime",
     opset: int = 20,
 ) -> ExportReport:
     """Write a converted model to an ONNX file with a dynamic batch and int8 weights; return what was written.
 
-    example_inputs: an image batch of the size that the model accepts, any batch size. target: a name in
+    example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs. target: a name in
     `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that it comes
     from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan, the library version and the calibration's
     fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or opset is not
     supported, or the path is not writable; nothing is left behind then.
     """
     rules = _check(converted, target, opset)
-    x = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+    inputs = example_tensors(example_inputs, "export_onnx")
     with atomic_path(path, "export_onnx") as temporary:
-        model = _to_onnx(write_qdq(copy.deepcopy(converted)), x, opset)
+        model = _to_onnx(write_qdq(copy.deepcopy(converted)), inputs, opset)
         name_nodes(model)
         own_parameters(model)
         model = rules.rewrite(model)
@@ -122,7 +124,7 @@ def _check(converted: GraphModule, target: str, opset: int) -> Target:
     return TARGETS[target]
 
 
-def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
+def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelProto:
     operators: Any = getattr(onnxscript, f"opset{min(opset, 20)}")
 
     def quantize(x, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
@@ -131,16 +133,16 @@ def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
     def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
         return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
-    device = next((b.device for b in converted.buffers()), x.device)
-    batch = (
-        x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device)
-    )  # 2: export treats a batch of 1 as a constant
+    device = next((b.device for b in converted.buffers()), inputs[0].device)
+    # A batch of 2: export treats 1 as a constant.
+    batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in inputs)
+    dynamic = {0: torch.export.Dim("batch", min=1)}
     with _quiet():
         try:
             captured = torch.export.export(
-                converted, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+                converted, batches, dynamic_shapes=tuple(dynamic for _ in batches), strict=False
             )
-            program = _translate(captured, opset, {QUANTIZE: quantize, DEQUANTIZE: dequantize})
+            program = _translate(captured, *_names(converted), opset, {QUANTIZE: quantize, DEQUANTIZE: dequantize})
         except Exception as error:
             raise failure(
                 "export_onnx",
@@ -152,7 +154,19 @@ def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _translate(captured: torch.export.ExportedProgram, opset: int, table: dict[Any, Any]) -> torch.onnx.ONNXProgram:
+def _names(converted: GraphModule) -> tuple[list[str], list[str]]:
+    """Return the names of the file's inputs and outputs: image and logits, or one name each if they are several."""
+    inputs = [node.name for node in converted.graph.nodes if node.op == "placeholder"]
+    outputs = tree_leaves(next(node.args[0] for node in converted.graph.nodes if node.op == "output"))
+    return (
+        inputs if len(inputs) > 1 else ["image"],
+        [f"output_{number}" for number in range(len(outputs))] if len(outputs) > 1 else ["logits"],
+    )
+
+
+def _translate(
+    captured: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], opset: int, table: dict[Any, Any]
+) -> torch.onnx.ONNXProgram:
     """Translate a captured program, without the exporter's decompositions if it can.
 
     The operators of the usual transformer have translations of their own. Decomposing them first gives the same file
@@ -164,8 +178,8 @@ def _translate(captured: torch.export.ExportedProgram, opset: int, table: dict[A
             captured,
             dynamo=True,
             opset_version=opset,
-            input_names=["image"],
-            output_names=["logits"],
+            input_names=inputs,
+            output_names=outputs,
             custom_translation_table=table,
             verbose=False,
         )

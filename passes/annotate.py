@@ -33,6 +33,7 @@ from ptq4vit_fx.plan import (
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
+
 @graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
 def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequence[str] = ()) -> int:
     """Mark each planned product node with its name and store the plan as `graph_module.plan`.

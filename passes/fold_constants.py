@@ -26,7 +26,9 @@ def fold_constants(graph_module: GraphModule) -> int:
     are attributes. The layers that disappear are listed in the GraphModule's meta.
     """
     values = _constant_values(graph_module)
-    frontier = [node for node in values if any(user not in values for user in node.users) and _is_worth_it(node, values)]
+    frontier = [
+        node for node in values if any(user not in values for user in node.users) and _is_worth_it(node, values)
+    ]
     for node in frontier:
         target = _register(graph_module, node, values[node])
         with graph_module.graph.inserting_after(node):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from ptq4vit_fx.errors import failure
 
@@ -20,15 +22,37 @@ MULTIPLIES = "ptq4vit_multiplies"
 #: torch.nn's modules that are one product; others (nn.MultiheadAttention) are several, and can be opened.
 SINGLE_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
-_aten = torch.ops.aten
-_CPU_ATTENTION = {_aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention]}
+
+def _count_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the floating-point operations (two per multiplication) of attention over (batch, heads, tokens, dim)."""
+    *outer, rows, inner = query
+    return 2 * math.prod(outer) * rows * key[-2] * (inner + value[-1])
+
+
+#: FlopCounterMode knows the fused attention of every device but this one.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+
+
+@contextlib.contextmanager
+def without_fast_attention() -> Iterator[None]:
+    """Let nn.MultiheadAttention compute by separate operators: its fast path is one, which nothing can look into."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> None:
     """Set `tensor_meta` and the multiplications on every node. Raises PTQError if the model rejects the example."""
     device = next((p.device for p in graph_module.parameters()), example_inputs[0].device)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        with (
+            torch.no_grad(),
+            without_fast_attention(),
+            FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
+        ):
             _Recorder(graph_module, counter).propagate(*(x.to(device) for x in example_inputs))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise failure(

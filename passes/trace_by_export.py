@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+
+from ptq4vit_fx.passes.record_shapes import without_fast_attention
 
 
 def trace_by_export(root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
@@ -25,23 +26,11 @@ def trace_by_export(root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphM
     device = next((p.device for p in root.parameters()), example_inputs[0].device)
     batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in example_inputs)
     batch = torch.export.Dim("batch", min=1)
-    with _silent_and_unfused():
+    with without_fast_attention(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tensors that the copied model caches in its forward
         program = torch.export.export(root, batches, dynamic_shapes=tuple({0: batch} for _ in batches), strict=False)
     _hold_constants(root, program)
     return GraphModule(root, _plain_graph(program), class_name=type(root).__name__)
-
-
-@contextlib.contextmanager
-def _silent_and_unfused() -> Iterator[None]:
-    """Export without warnings, and nn.MultiheadAttention as separate operators: its fast path is a single one."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # tensors that the copied model caches in its forward
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _hold_constants(root: nn.Module, program: torch.export.ExportedProgram) -> None:

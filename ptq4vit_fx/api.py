@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import example_tensors, image_batches
+from ptq4vit_fx.batches import example_tensors, input_batches
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.errors import PTQError, failure
@@ -90,7 +90,7 @@ def calibrate(
     """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
 
     data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
-    labels are never used. seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same
+    labels are never used; for a model of n inputs, of tuples that start with n tensors. seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same
     scales, bit for bit. device: where capture and search run (default: where the model is; it is brought back
     afterwards). loss: "pseudo_label" (PTQ4ViT), "fisher" (labels drawn from the prediction), or a function from the
     model's output to a scalar. memory_limit: bytes that calibration may take beside the model (default: half of what is
@@ -165,18 +165,19 @@ def quantize(
     data: Tensor | Iterable[Any],
     *,
     qconfig_mapping: QConfigMapping | None = None,
-    example_inputs: Tensor | tuple[Tensor] | None = None,
+    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
     **calibrate_kwargs: Any,
 ) -> GraphModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
-    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`. The other
-    arguments go to `calibrate`. The result has `.plan` and `.calibration`.
+    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`; needed by a model
+    of several inputs. The other arguments go to `calibrate`. The result has `.plan` and `.calibration`.
     """
-    batches = image_batches(data)
-    example = batches[0][:1] if example_inputs is None else example_inputs
-    prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example)
-    calibrate(prepared, batches, **calibrate_kwargs)
+    if example_inputs is None:
+        batches = input_batches(data)
+        data, example_inputs = batches, batches[0][0][:1]
+    prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)
+    calibrate(prepared, data, **calibrate_kwargs)
     return convert_fx(prepared)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure
 
@@ -46,7 +47,7 @@ def input_batches(data: Tensor | Iterable[Any], count: int = 1) -> list[Inputs]:
         items: list[Any] = list(torch.split(data, BATCH_SIZE)) if data.ndim else [data]
     else:
         items = list(data)
-    batches = [tuple(x.detach().float() if x.is_floating_point() or count == 1 else x for x in _tensors_of(item, count)) for item in items]
+    batches = [tuple(map(_as_input, _tensors_of(item, count))) for item in items]
     batches = [batch for batch in batches if batch[0].ndim == 0 or len(batch[0])]
     if not batches:
         raise failure(
@@ -59,6 +60,10 @@ def input_batches(data: Tensor | Iterable[Any], count: int = 1) -> list[Inputs]:
     for number, batch in enumerate(batches):
         _check(number, batch)
     return batches
+
+
+def _as_input(x: Tensor) -> Tensor:
+    return x.detach().float() if x.is_floating_point() or x.ndim == 4 else x.detach()
 
 
 def _check(number: int, batch: Inputs) -> None:
@@ -89,12 +94,14 @@ def _tensors_of(item: Any, count: int) -> Inputs:
     raise failure(
         "calibrate",
         "an item of data",
-        expected="a tensor, or a tuple that starts with one" if count == 1 else f"a tuple that starts with {count} tensors",
+        expected=f"a tuple that starts with {count} tensors"
+        if count > 1
+        else "a tensor, or a tuple that starts with one",
         got=" and ".join(type(x).__name__ for x in tensors) or "nothing",
         do="pass a tensor or a DataLoader of images",
     )
 
 
-def image_batches(data: Tensor | Iterable[Any]) -> list[Tensor]:
-    """Return the image batches of `input_batches(data)` as tensors."""
-    return [images for (images,) in input_batches(data)]
+def input_count(graph_module: GraphModule) -> int:
+    """Return how many tensors a traced model takes."""
+    return sum(node.op == "placeholder" for node in graph_module.graph.nodes)

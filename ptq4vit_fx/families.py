@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ Source = Literal["timm", "torchvision", "huggingface"]
 class Family:
     """A model with random weights, made small where its constructor allows.
 
-    model: the name that `timm.create_model` or `torchvision.models` knows, or the class in `transformers`. image: side
-    of the square input, in pixels. arguments: of the constructor (Hugging Face: of the configuration).
+    model: the name that `timm.create_model` or `torchvision.models` knows, `module.Class` in `timm.models`, or the class
+    in `transformers`. image: side of the square input, in pixels. arguments: of the constructor (Hugging Face: of the
+    configuration).
     """
 
     name: str
@@ -28,22 +30,40 @@ class Family:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def create(self) -> nn.Module:
-        """Return the model in evaluation mode, its weights drawn with seed 0."""
+        """Return the model in evaluation mode, its weights drawn with seed 0.
+
+        What constructors leave constant (heads and gates of zeros, layer scales of 1e-5) is drawn too: otherwise whole
+        branches would compute nothing.
+        """
         torch.manual_seed(0)
+        model = self._construct().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.numel() > 1 and parameter.min() == parameter.max():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+    def _construct(self) -> nn.Module:
+        model: nn.Module
         if self.source == "timm":
             import timm
 
-            model: nn.Module = timm.create_model(self.model, num_classes=CLASSES, **self.arguments)
+            module, dot, name = self.model.rpartition(".")
+            if dot:
+                constructor = getattr(importlib.import_module(f"timm.models.{module}"), name)
+                model = constructor(num_classes=CLASSES, **self.arguments)
+            else:
+                model = timm.create_model(self.model, num_classes=CLASSES, **self.arguments)
         elif self.source == "torchvision":
-            import torchvision
-
-            model = getattr(torchvision.models, self.model)(num_classes=CLASSES, **self.arguments)
+            module, _, name = self.model.rpartition(".")
+            constructor = getattr(importlib.import_module(f"torchvision.models.{module}".rstrip(".")), name)
+            model = constructor(num_classes=CLASSES, **self.arguments)
         else:
             import transformers
 
             configuration = getattr(transformers, self.model.replace("ForImageClassification", "Config"))
             model = getattr(transformers, self.model)(configuration(num_labels=CLASSES, **self.arguments))
-        return model.eval()
+        return model
 
 
 #: Classes of every model.
@@ -63,6 +83,40 @@ def _hugging_face(name: str, model: str, **arguments: Any) -> Family:
     return Family(name, "huggingface", model, 64, {"image_size": 64} | arguments)
 
 
+def _caformer() -> dict[str, Any]:
+    """Return what timm's CAFormer adds to its MetaFormer: convolutions, then attention, as token mixers."""
+    from timm.models import metaformer
+
+    return {
+        "token_mixers": [metaformer.SepConv, metaformer.SepConv, metaformer.Attention, metaformer.Attention],
+        "norm_layers": [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+    }
+
+
+def _mvitv2() -> Any:
+    from timm.models.mvitv2 import MultiScaleVitCfg
+
+    return MultiScaleVitCfg(depths=(1, 1, 1, 1), embed_dim=32)
+
+
+def _torchvision_swin(version: int) -> dict[str, Any]:
+    """Return the arguments of a small `swin_t` or `swin_v2_t`."""
+    from torchvision.models import swin_transformer as swin
+
+    blocks = (swin.SwinTransformerBlock, swin.PatchMerging), (swin.SwinTransformerBlockV2, swin.PatchMergingV2)
+    block, downsample = blocks[version - 1]
+    return {
+        "patch_size": [4, 4],
+        "embed_dim": 32,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": [7, 7] if version == 1 else [8, 8],
+        "block": block,
+        "downsample_layer": downsample,
+    }
+
+
+_METAFORMER: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)}
 _HF_COLUMNS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
 FAMILIES = (
@@ -83,8 +137,26 @@ FAMILIES = (
     _plain("beit", "beit_base_patch16_224"),
     _plain("beitv2", "beitv2_base_patch16_224"),
     _plain("samvit", "samvit_base_patch16_224", 64),
-    _timm("swin", "swin_tiny_patch4_window7_224", 56, img_size=56, window_size=7, embed_dim=32, depths=(2, 2), num_heads=(2, 4)),
-    _timm("swinv2", "swinv2_tiny_window8_256", 64, img_size=64, window_size=8, embed_dim=32, depths=(2, 2), num_heads=(2, 4)),
+    _timm(
+        "swin",
+        "swin_tiny_patch4_window7_224",
+        56,
+        img_size=56,
+        window_size=7,
+        embed_dim=32,
+        depths=(2, 2),
+        num_heads=(2, 4),
+    ),
+    _timm(
+        "swinv2",
+        "swinv2_tiny_window8_256",
+        64,
+        img_size=64,
+        window_size=8,
+        embed_dim=32,
+        depths=(2, 2),
+        num_heads=(2, 4),
+    ),
     _timm("swinv2_cr", "swinv2_cr_tiny_224", 64, img_size=64, embed_dim=32, depths=(2, 2), num_heads=(2, 4)),
     _plain("cait", "cait_xxs24_224", depth_token_only=1),
     _plain("xcit", "xcit_nano_12_p16_224"),
@@ -92,18 +164,18 @@ FAMILIES = (
     _timm("pvt_v2_linear", "pvt_v2_b2_li", 64, depths=(1, 1, 1, 1)),
     _timm("twins_pcpvt", "twins_pcpvt_small", 64, img_size=64, depths=(1, 1, 1, 1)),
     _timm("twins_svt", "twins_svt_small", 224, depths=(2, 2, 2, 1)),
-    _plain("tnt", "tnt_s_patch16_224", inner_dim=16, num_heads_inner=2, num_heads_outer=2),
+    _timm("tnt", "tnt_s_patch16_224", 64, img_size=64, embed_dim=64, depth=2, inner_dim=16, num_heads_outer=2),
     _timm("pit", "pit_ti_224", 64, img_size=64, depth=(1, 1, 1)),
     _timm("crossvit", "crossvit_9_240", 240, depth=((1, 1, 0), (1, 1, 0), (1, 1, 0))),
     _timm("coat", "coat_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1), parallel_depth=1),
     _timm("coat_lite", "coat_lite_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1)),
     _plain("convit", "convit_tiny", depth=2, local_up_to_layer=1, embed_dim=24),
     _timm("levit", "levit_128s", 224),
-    _timm("mvitv2", "mvitv2_tiny", 64, img_size=64),
+    _timm("mvitv2", "mvitv2.MultiScaleVit", 64, img_size=64, cfg=_mvitv2()),
     _timm("maxvit", "test_maxvit", 160),
     _timm("coatnet", "test_coatnet", 160),
     _timm("maxxvit", "maxxvitv2_nano_rw_256", 64, img_size=64, depths=(1, 1, 1, 1)),
-    _timm("gcvit", "gcvit_xxtiny", 224, depths=(1, 1, 1, 1)),
+    _timm("gcvit", "gcvit.GlobalContextVit", 224, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), embed_dim=32),
     _timm("davit", "davit_tiny", 224, depths=(1, 1, 1, 1), embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4)),
     _timm("mobilevit", "mobilevit_xxs", 64),
     _timm("mobilevitv2", "mobilevitv2_050", 64),
@@ -112,30 +184,54 @@ FAMILIES = (
     _timm("edgenext", "edgenext_xx_small", 64, depths=(1, 1, 2, 2)),
     _timm("efficientvit_mit", "efficientvit_b0", 64),
     _timm("efficientvit_msra", "efficientvit_m0", 224),
-    _timm("nest", "nest_tiny", 128, img_size=128, depths=(1, 1, 1)),
+    _timm("nest", "nest.Nest", 64, img_size=64, embed_dims=(32, 64, 96), num_heads=(1, 2, 3), depths=(1, 1, 1)),
     _timm("visformer", "visformer_tiny", 64, img_size=64, depth=(1, 1, 1)),
     _timm("tiny_vit", "tiny_vit_5m_224", 224, depths=(1, 1, 1, 1)),
     _timm("fastvit", "fastvit_sa12", 64, layers=(1, 1, 1, 1)),
     _timm("repvit", "repvit_m0_9", 64),
     _timm("hiera", "hiera_tiny_224", 64, img_size=64, stages=(1, 1, 1, 1), embed_dim=32),
-    _timm("volo", "volo_d1_224", 64, img_size=64, layers=(1, 1, 1, 1)),
-    _timm("focalnet", "focalnet_tiny_srf", 64, depths=(1, 1, 1, 1)),
-    _timm("poolformer", "poolformer_s12", 64, depths=(1, 1, 1, 1)),
-    _timm("caformer", "caformer_s18", 64, depths=(1, 1, 1, 1)),
+    _timm(
+        *("volo", "volo.VOLO", 64),
+        img_size=64,
+        layers=(1, 1, 1, 1),
+        embed_dims=(32, 64, 64, 64),
+        num_heads=(1, 2, 2, 2),
+    ),
+    _timm("focalnet", "focalnet.FocalNet", 64, depths=(1, 1, 1, 1), embed_dim=32),
+    _timm("poolformer", "metaformer.MetaFormer", 64, **_METAFORMER, mlp_act=nn.GELU),
+    _timm("caformer", "metaformer.MetaFormer", 64, **_METAFORMER, **_caformer()),
     _timm("naflexvit", "naflexvit_base_patch16_gap", 64, img_size=64, embed_dim=64, depth=2, num_heads=2),
-    Family("torchvision_vit", "torchvision", "vit_b_16", 224),
-    Family("torchvision_swin", "torchvision", "swin_t", 224),
-    Family("torchvision_swin_v2", "torchvision", "swin_v2_t", 224),
-    Family("torchvision_maxvit", "torchvision", "maxvit_t", 224),
+    Family(
+        *("torchvision_vit", "torchvision", "vision_transformer.VisionTransformer", 64),
+        {"image_size": 64, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128},
+    ),
+    Family("torchvision_swin", "torchvision", "swin_transformer.SwinTransformer", 56, _torchvision_swin(1)),
+    Family("torchvision_swin_v2", "torchvision", "swin_transformer.SwinTransformer", 56, _torchvision_swin(2)),
+    Family(
+        *("torchvision_maxvit", "torchvision", "maxvit.MaxVit", 64),
+        {
+            "input_size": (64, 64),
+            "stem_channels": 16,
+            "partition_size": 4,
+            "block_channels": [16, 32],
+            "block_layers": [1, 1],
+            "head_dim": 16,
+            "stochastic_depth_prob": 0.0,
+        },
+    ),
     _hugging_face("hf_vit", "ViTForImageClassification", **_HF_COLUMNS),
     _hugging_face("hf_deit", "DeiTForImageClassification", **_HF_COLUMNS),
-    _hugging_face("hf_dinov2", "Dinov2ForImageClassification", hidden_size=64, num_hidden_layers=2, num_attention_heads=2),
-    _hugging_face("hf_swin", "SwinForImageClassification", embed_dim=32, depths=[1, 1], num_heads=[2, 4], window_size=4),
+    _hugging_face(
+        "hf_dinov2", "Dinov2ForImageClassification", hidden_size=64, num_hidden_layers=2, num_attention_heads=2
+    ),
+    _hugging_face(
+        "hf_swin", "SwinForImageClassification", embed_dim=32, depths=[1, 1], num_heads=[2, 4], window_size=4
+    ),
     _hugging_face("hf_beit", "BeitForImageClassification", **_HF_COLUMNS),
 )
 
 
-def family(name: str) -> Family:
+def find_family(name: str) -> Family:
     """Return the family called `name`; raises PTQError, with near names, if there is none."""
     for known in FAMILIES:
         if known.name == name:
