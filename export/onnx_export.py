@@ -69,11 +69,12 @@ def export_onnx(
 ) -> ExportReport:
     """Write a converted model to an ONNX file with a dynamic batch and int8 weights; return what was written.
 
-    example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs. target: a name in
-    `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that it comes
-    from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan, the library version and the calibration's
-    fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or opset is not
-    supported, or the path is not writable; nothing is left behind then.
+    example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs.
+    target: a name in `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that
+    it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The input is `image`, or has the parameter's name if
+    there are several; the output is `logits`, or output_0, output_1 ... The plan, the library version and the
+    calibration's fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or
+    opset is not supported, or the path is not writable; nothing is left behind then.
     """
     rules = _check(converted, target, opset)
     inputs = example_tensors(example_inputs, "export_onnx")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ptq4vit_fx.batches import Inputs, input_batches, input_count
+from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.runtime import RuntimeGraph, open_session, products_saturate, runtime_graph
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
@@ -148,7 +148,7 @@ def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tens
     data: as for `calibrate`: image batches, labels ignored. Raises PTQError if the file cannot be read or the
     images do not fit.
     """
-    batches = input_batches(data, input_count(converted))
+    batches = batches_for(converted, data, "verify_onnx")
     saturating = products_saturate()
     actual = _run(path, batches, exact=True)
     default = _run(path, batches, exact=False) if saturating else actual

@@ -15,7 +15,7 @@ from ptq4vit_fx.passes.stages import Stage
 
 @dataclass(frozen=True)
 class Contraction:
-    """out[batch, left, right] = sum over `summed` of lhs[batch, left, summed] * rhs[batch, summed, right], as labels."""
+    """out[batch, left, right] = sum of lhs[batch, left, summed] * rhs[batch, summed, right], as labels."""
 
     lhs: str
     rhs: str
@@ -86,7 +86,7 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _open(graph_module: GraphModule, node: Node, c: Contraction) -> Node:
-    _, a, b = node.args
+    a, b = node.all_input_nodes if len(node.all_input_nodes) == 2 else node.all_input_nodes * 2
 
     def call(function: Any, x: Any, *args: Any) -> Node:
         return adopt_meta(graph_module.graph.call_function(function, (x, *args)), node)
@@ -113,4 +113,5 @@ def _open(graph_module: GraphModule, node: Node, c: Contraction) -> Node:
         elif len(labels) > 1:
             shape = tuple(-1 if label == dynamic else sizes[label] for label in labels)
             out = call(torch.unflatten, out, axis, shape)
-    return permuted(out, c.batch + c.left + c.right, c.out)
+    result: Node = permuted(out, c.batch + c.left + c.right, c.out)
+    return result

@@ -67,7 +67,7 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
 
 class _Recorder(ShapeProp):
     def __init__(self, graph_module: GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(graph_module)  # type: ignore[no-untyped-call]
+        super().__init__(graph_module)
         self._counter = counter
 
     def run_node(self, n: Node) -> Any:

@@ -17,9 +17,9 @@ from ptq4vit_fx.passes.stages import Stage
 def replace_in_place(graph_module: GraphModule) -> int:
     """Replace F.relu(x, inplace=True), x.add_(y) and their like by the pure forms.
 
-    Calibration keeps operands until the search, and an activation that changes them later would change what is searched.
-    Everything that reads x afterwards reads the result. Where another view of the same memory is read afterwards, the
-    call is left alone, and so are writes into a part (copy_, setitem).
+    Calibration keeps operands until the search: a call that changes them later would change what is searched. All that
+    reads x afterwards reads the result. Where another view of the same memory is read afterwards, the call is left
+    alone, and so are writes into a part (copy_, setitem).
     """
     order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
     count = 0
@@ -28,7 +28,8 @@ def replace_in_place(graph_module: GraphModule) -> int:
         if changed is None or _has_other_views(node, changed, order):
             continue
         _make_pure(node)
-        changed.replace_all_uses_with(node, delete_user_cb=lambda user, own=node: order.get(user, 0) > order[own])
+        for user in [user for user in changed.users if order[user] > order[node]]:
+            user.replace_input_with(changed, node)
         count += 1
     return count
 

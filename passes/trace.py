@@ -69,8 +69,8 @@ def _untraceable(model: nn.Module, tracer: _ViTTracer, error: Exception) -> PTQE
         f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
         expected="a forward without control flow that depends on tensor values",
         got=f"{type(error).__name__}: {error}".splitlines()[0],
-        do="rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep its "
-        "module closed with leaf_modules=",
+        do="rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep "
+        "its module closed with leaf_modules=",
     )
 
 

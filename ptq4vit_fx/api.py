@@ -52,10 +52,10 @@ def prepare_fx(
 
     model: any traceable vision transformer; it is copied, never changed, and the copy is in evaluation mode.
     example_inputs: an image batch (batch, channels, height, width), float32, or a tuple of as many tensors as forward
-    is given, the batch first in each. leaf_modules: types or paths of modules that stay closed and float. skip: names of
-    modules or products that stay float. Returns a GraphModule that computes the float model and has `.plan` (a QuantPlan). Raises PTQError if the model
-    cannot be traced or run on the example, if it holds NaN, or if a rule of the mapping matches nothing; warns
-    (PTQWarning) of every product that stays float.
+    is given, the batch first in each. leaf_modules: types or paths of modules that stay closed and float. skip: names
+    of modules or products that stay float. Returns a GraphModule that computes the float model and has `.plan` (a
+    QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if it holds NaN, or if a name or a
+    rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
     """
     inputs = example_tensors(example_inputs)
     _check_weights(model)
@@ -90,14 +90,15 @@ def calibrate(
     """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
 
     data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
-    labels are never used; for a model of n inputs, of tuples that start with n tensors. seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same
-    scales, bit for bit. device: where capture and search run (default: where the model is; it is brought back
-    afterwards). loss: "pseudo_label" (PTQ4ViT), "fisher" (labels drawn from the prediction), or a function from the
-    model's output to a scalar. memory_limit: bytes that calibration may take beside the model (default: half of what is
-    free); a smaller limit costs more passes over the images. checkpoint: a file that holds every finished
-    product; if it exists, the calibration goes on from there, with the result of an unbroken run. sequential: search
-    each product on the values that the quantized products before it give, at one forward and backward per
-    product; the default, parallel calibration on float values, is the paper's and is better on few images.
+    labels are never used; for a model of n inputs, an iterable of tuples that start with n tensors. seed: of the rows
+    that screening samples and the labels that "fisher" draws; same seed, same scales, bit for bit. device: where
+    capture and search run (default: where the model is; it is brought back afterwards). loss: "pseudo_label" (PTQ4ViT),
+    "fisher" (labels drawn from the prediction), or a function from the model's output to a scalar. memory_limit: bytes
+    that calibration may take beside the model (default: half of what is free); a smaller limit costs more passes over
+    the images. checkpoint: a file that holds every finished product; if it exists, the calibration goes on from there,
+    with the result of an unbroken run. sequential: search each product on the values that the quantized products before
+    it give, at one forward and backward per product; the default, parallel calibration on float values, is the paper's
+    and is better on few images.
     Raises PTQError on a model that is not prepared, on data without images or with NaN, and on a checkpoint of
     another plan, other weights, images or arguments.
     """

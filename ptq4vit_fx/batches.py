@@ -102,6 +102,23 @@ def _tensors_of(item: Any, count: int) -> Inputs:
     )
 
 
-def input_count(graph_module: GraphModule) -> int:
-    """Return how many tensors a traced model takes."""
-    return sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+def batches_for(graph_module: GraphModule, data: Tensor | Iterable[Any], operation: str) -> list[Inputs]:
+    """Return `input_batches` of a traced model. Raises PTQError if their size is not the one that it was prepared for.
+
+    Shapes are part of a traced graph (patches, windows, position embeddings): a model that takes any image size takes one
+    size after tracing.
+    """
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    batches = input_batches(data, len(placeholders))
+    wanted = [tuple(node.meta["tensor_meta"].shape[1:]) for node in placeholders]
+    for number, batch in enumerate(batches):
+        for node, x, shape in zip(placeholders, batch, wanted, strict=True):
+            if tuple(x.shape[1:]) != shape:
+                raise failure(
+                    operation,
+                    f"batch {number}, input {node.name}",
+                    expected=f"shape (batch, {', '.join(map(str, shape))}), the size that the model was prepared for",
+                    got=str(tuple(x.shape)),
+                    do="resize the images, or call prepare_fx with an example of that size",
+                )
+    return batches

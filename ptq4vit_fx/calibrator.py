@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs, input_batches, input_count
+from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
 from ptq4vit_fx.capture import Captured, capture, captured_product
 from ptq4vit_fx.errors import failure
@@ -70,7 +70,7 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
     started = time.perf_counter()
     home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     device = torch.device(options.device) if options.device is not None else home
-    batches = input_batches(data, input_count(prepared))
+    batches = batches_for(prepared, data, "calibrate")
     run = _start(prepared, batches, options, device)
     left = [op for op in run.plan.ops if op.name not in run.results.distances]
     limit = default_memory_limit(device) if options.memory_limit is None else options.memory_limit

@@ -51,11 +51,11 @@ TWIN_OPERATORS = {
 }
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,7 +65,7 @@ class _Calls(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the float model does: its logits, the layers that ran, products of activations, functions that suit a twin."""
+    """What the float model does: its logits, the layers that ran, products of activations, functions with a twin."""
 
     logits: Tensor
     layers: frozenset[str]
@@ -117,7 +117,7 @@ def _measure(family: Family) -> dict[str, Any]:
     planned = {op.name for op in plan.ops}
     folded = set(prepared.meta[FOLDED_LAYERS])
     float_ops = {op.name: op.reason for op in plan.float_ops}
-    row = {
+    row: dict[str, Any] = {
         "tracer": history(prepared)[0].name,
         "layers": len(expected.layers),
         "quantized_layers": len(expected.layers & planned),
@@ -150,7 +150,7 @@ def _is_traced(traced: GraphModule, model: nn.Module, images: Tensor, expected: 
 
 def _quantized_share(prepared: GraphModule) -> float:
     counts = [(node.meta.get(MULTIPLIES, 0), "ptq4vit_op" in node.meta) for node in prepared.graph.nodes]
-    return sum(n for n, quantized in counts if quantized) / max(1, sum(n for n, _ in counts))
+    return float(sum(n for n, quantized in counts if quantized) / max(1, sum(n for n, _ in counts)))
 
 
 def _is_listed(name: str, float_ops: Iterable[str]) -> bool:
@@ -174,10 +174,8 @@ def run_coverage(families: Iterable[Family], out: Path, say: Callable[[str], Non
         rows.append(cover(family))
         say(f"{rows[-1].family}: {rows[-1].problem or 'works'}, {rows[-1].seconds:.1f} s")
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("coverage.md", markdown(rows)),
-        ("coverage.json", json.dumps([asdict(r) for r in rows], indent=1)),
-    ):
+    texts = {"coverage.md": markdown(rows), "coverage.json": json.dumps([asdict(row) for row in rows], indent=1)}
+    for name, text in texts.items():
         with atomic_path(out / name, "coverage --out") as temporary:
             Path(temporary).write_text(f"{text}\n", encoding="utf-8")
     return rows

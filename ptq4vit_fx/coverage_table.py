@@ -21,8 +21,8 @@ One model of each family with random weights, small where its constructor allows
 - attention products: products of two activations, quantized of those that ran
 - twins: twin quantizers, of the softmaxes and GELU-like functions that ran; the others feed no product directly
 - multiplications: share of all multiplications of the float model that is quantized; what is not is in the notes
-- int8 / float and file / int8: smallest cosine of the logits, over the 4 images, between the quantized and the float model,
-  and between ONNX Runtime and the quantized model. The first one says little with random weights
+- int8 / float and file / int8: smallest cosine of the logits, over the 4 images, between the quantized and the float
+  model, and between ONNX Runtime and the quantized model. The first one says little with random weights
 """
 
 
@@ -32,9 +32,9 @@ class Row:
 
     tracer: the one that got through. layers: nn.Linear and nn.Conv2d that ran, and how many are quantized, folded into
     constants, or float. attention: products of two activations that ran, and how many are quantized. twins: twin
-    quantizers; twin_functions: softmaxes and GELU-like functions that ran. multiplies: share of all multiplications that
-    is quantized. float_ops: what stays float, with the reason. int8: cosine of the simulation with the float model.
-    cosine: of ONNX Runtime with the simulation. problem: why the family does not work, or None.
+    quantizers; twin_functions: softmaxes and GELU-like functions that ran. multiplies: share of all multiplications
+    that is quantized. float_ops: what stays float, with the reason. int8: cosine of the simulation with the float
+    model. cosine: of ONNX Runtime with the simulation. problem: why the family does not work, or None.
     """
 
     family: str

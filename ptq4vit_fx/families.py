@@ -18,9 +18,9 @@ Source = Literal["timm", "torchvision", "huggingface"]
 class Family:
     """A model with random weights, made small where its constructor allows.
 
-    model: the name that `timm.create_model` or `torchvision.models` knows, `module.Class` in `timm.models`, or the class
-    in `transformers`. image: side of the square input, in pixels. arguments: of the constructor (Hugging Face: of the
-    configuration).
+    model: the name that `timm.create_model` knows, `module.Class` in `timm.models` or `torchvision.models`, or the
+    class in `transformers`. image: side of the square input, in pixels. arguments: of the constructor (Hugging Face: of
+    the configuration).
     """
 
     name: str
