@@ -35,6 +35,7 @@ from ptq4vit_fx.passes.write_qdq import write_qdq
 PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY = (
     f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target")
 )
+BATCH_NORM = torch.ops.aten.batch_norm.default
 #: A protobuf file cannot be larger than this; bigger models keep their weights beside it.
 PROTOBUF_LIMIT = 2**31 - 2**20
 
@@ -71,8 +72,8 @@ def export_onnx(
 
     example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs.
     target: a name in `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that
-    it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The input is `image`, or has the parameter's name if
-    there are several; the output is `logits`, or output_0, output_1 ... The plan, the library version and the
+    it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The input is `image`, or has the parameter's name
+    if there are several; the output is `logits`, or output_0, output_1 ... The plan, the library version and the
     calibration's fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or
     opset is not supported, or the path is not writable; nothing is left behind then.
     """
@@ -134,6 +135,9 @@ def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelPr
     def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
         return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
+    def batch_norm(x, weight, bias, mean, variance, training, momentum, eps: float, cudnn):  # type: ignore[no-untyped-def]
+        return operators.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
+
     device = next((b.device for b in converted.buffers()), inputs[0].device)
     # A batch of 2: export treats 1 as a constant.
     batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in inputs)
@@ -143,7 +147,13 @@ def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelPr
             captured = torch.export.export(
                 converted, batches, dynamic_shapes=tuple(dynamic for _ in batches), strict=False
             )
-            program = _translate(captured, *_names(converted), opset, {QUANTIZE: quantize, DEQUANTIZE: dequantize})
+            program = _translate(
+                captured,
+                *_names(converted),
+                opset,
+                {QUANTIZE: quantize, DEQUANTIZE: dequantize},
+                {BATCH_NORM: batch_norm},
+            )
         except Exception as error:
             raise failure(
                 "export_onnx",
@@ -166,15 +176,21 @@ def _names(converted: GraphModule) -> tuple[list[str], list[str]]:
 
 
 def _translate(
-    captured: torch.export.ExportedProgram, inputs: list[str], outputs: list[str], opset: int, table: dict[Any, Any]
+    captured: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+    table: dict[Any, Any],
+    undecomposed: dict[Any, Any],
 ) -> torch.onnx.ONNXProgram:
     """Translate a captured program, without the exporter's decompositions if it can.
 
     The operators of the usual transformer have translations of their own. Decomposing them first gives the same file
-    and takes more than half of the time, because every operator is traced again with symbolic shapes.
+    and takes more than half of the time, because every operator is traced again with symbolic shapes. undecomposed:
+    translations of operators that only the exporter's decompositions know.
     """
 
-    def translate() -> torch.onnx.ONNXProgram:
+    def translate(table: dict[Any, Any]) -> torch.onnx.ONNXProgram:
         program = torch.onnx.export(
             captured,
             dynamo=True,
@@ -189,10 +205,10 @@ def _translate(
 
     captured.run_decompositions = lambda *_, **__: captured
     try:
-        return translate()
+        return translate(table | undecomposed)
     except torch.onnx.OnnxExporterError:  # an operator without a translation of its own
         del captured.run_decompositions
-        return translate()
+        return translate(table)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import example_tensors, input_batches
+from ptq4vit_fx.batches import Inputs, example_tensors, input_batches
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.errors import PTQError, failure
@@ -60,7 +60,13 @@ def prepare_fx(
     inputs = example_tensors(example_inputs)
     _check_weights(model)
     closed = module_paths(model, leaf_modules)
-    graph_module = trace(model, inputs, closed)
+    return prepare_traced(trace(model, inputs, closed), skipping(qconfig_mapping, skip), inputs, closed)
+
+
+def prepare_traced(
+    graph_module: GraphModule, qconfig_mapping: QConfigMapping, inputs: Inputs, closed: Sequence[str] = ()
+) -> GraphModule:
+    """Do what `prepare_fx` does behind the tracer, in place; closed: paths of modules whose products stay float."""
     from_aten(graph_module)
     remove_identities(graph_module)
     record_shapes(graph_module, inputs)
@@ -70,7 +76,7 @@ def prepare_fx(
     replace_in_place(graph_module)
     fold_constants(graph_module)
     record_shapes(graph_module, inputs)
-    annotate(graph_module, skipping(qconfig_mapping, skip), closed)
+    annotate(graph_module, qconfig_mapping, closed)
     insert_observers(graph_module)
     return attach(graph_module, calibration=None)
 

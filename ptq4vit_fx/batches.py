@@ -105,8 +105,8 @@ def _tensors_of(item: Any, count: int) -> Inputs:
 def batches_for(graph_module: GraphModule, data: Tensor | Iterable[Any], operation: str) -> list[Inputs]:
     """Return `input_batches` of a traced model. Raises PTQError if their size is not the one that it was prepared for.
 
-    Shapes are part of a traced graph (patches, windows, position embeddings): a model that takes any image size takes one
-    size after tracing.
+    Shapes are part of a traced graph (patches, windows, position embeddings): a model that takes any image size takes
+    one size after tracing.
     """
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     batches = input_batches(data, len(placeholders))

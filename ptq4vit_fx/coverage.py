@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
+from ptq4vit_fx.api import calibrate, convert_fx, prepare_traced
 from ptq4vit_fx.coverage_table import Row, markdown
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.verify import verify_onnx
@@ -27,6 +27,7 @@ from ptq4vit_fx.passes.contract import history, plan_of
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS
 from ptq4vit_fx.passes.record_shapes import MULTIPLIES, without_fast_attention
 from ptq4vit_fx.passes.trace import trace
+from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.recipes import ptq4vit
 
@@ -93,26 +94,26 @@ def observe(model: nn.Module, images: Tensor) -> Expected:
     )
 
 
-def cover(family: Family) -> Row:
-    """Take one family through everything; whatever goes wrong is the row's problem."""
+def cover(family: Family, mapping: QConfigMapping | None = None) -> Row:
+    """Take one family through everything (default: recipe ptq4vit); whatever goes wrong is the row's problem."""
     started = time.perf_counter()
     row: dict[str, Any] = {"family": family.name, "model": family.model}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            row |= _measure(family)
+            row |= _measure(family, mapping or ptq4vit())
         except Exception as error:  # noqa: BLE001 - the table says what it was
             row["problem"] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     return Row(**row, seconds=round(time.perf_counter() - started, 1))
 
 
-def _measure(family: Family) -> dict[str, Any]:
+def _measure(family: Family, mapping: QConfigMapping) -> dict[str, Any]:
     model = family.create()
     images = torch.randn(IMAGES, 3, family.image, family.image, generator=torch.Generator().manual_seed(0))
     expected = observe(model, images)
     traced = trace(model, (images[:1],))
     equal = _is_traced(traced, model, images, expected)
-    prepared = prepare_fx(model, ptq4vit(), images[:1])
+    prepared = prepare_traced(traced, mapping, (images[:1],))
     plan = plan_of(prepared)
     planned = {op.name for op in plan.ops}
     folded = set(prepared.meta[FOLDED_LAYERS])
