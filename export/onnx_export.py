@@ -36,6 +36,7 @@ PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY = (
     f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target")
 )
 BATCH_NORM = torch.ops.aten.batch_norm.default
+AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 #: A protobuf file cannot be larger than this; bigger models keep their weights beside it.
 PROTOBUF_LIMIT = 2**31 - 2**20
 
@@ -138,6 +139,11 @@ def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelPr
     def batch_norm(x, weight, bias, mean, variance, training, momentum, eps: float, cudnn):  # type: ignore[no-untyped-def]
         return operators.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
 
+    def average_pool(x, size):  # type: ignore[no-untyped-def]
+        if list(size) != [1, 1]:
+            raise NotImplementedError("only the average of whole maps: the exporter's decompositions know the others")
+        return operators.GlobalAveragePool(x)
+
     device = next((b.device for b in converted.buffers()), inputs[0].device)
     # A batch of 2: export treats 1 as a constant.
     batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in inputs)
@@ -152,7 +158,7 @@ def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelPr
                 *_names(converted),
                 opset,
                 {QUANTIZE: quantize, DEQUANTIZE: dequantize},
-                {BATCH_NORM: batch_norm},
+                {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool},
             )
         except Exception as error:
             raise failure(

@@ -87,9 +87,15 @@ def origin(node: Node) -> Node:
     return node
 
 
-def reaches(node: Node, target: Any) -> bool:
-    """Return whether a softmax-like chain leads from node to a call of `target` before the next product."""
-    return any(user.target is target for user in downstream(node))
+def overwrites(node: Node) -> bool:
+    """Return whether the call changes a tensor that it is given, so that it matters even if nobody reads its result."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_module":
+        return getattr(node.graph.owning_module.get_submodule(str(node.target)), "inplace", False) is True
+    if isinstance(node.target, OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return node.target is operator.setitem or node.kwargs.get("inplace") is True
 
 
 def downstream(node: Node) -> Iterator[Node]:

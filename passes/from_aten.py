@@ -78,6 +78,6 @@ def _call(node: Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
         return F.softmax, args[:1], {"dim": args[1]}
     if node.target is aten.einsum.default:
         return torch.einsum, (args[0], *args[1]), {}
-    if node.target is aten.hardtanh.default and tuple(args[1:]) == (0.0, 6.0):
-        return F.relu6, args[:1], {}
+    if node.target in (aten.hardtanh.default, aten.hardtanh_.default) and tuple(args[1:]) == (0.0, 6.0):
+        return F.relu6, args[:1], {"inplace": True} if node.target is aten.hardtanh_.default else {}
     return None

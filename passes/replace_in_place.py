@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import moves_only, origin
+from ptq4vit_fx.passes.dataflow import moves_only, origin, overwrites
 from ptq4vit_fx.passes.from_aten import SAME_ARGUMENTS
 from ptq4vit_fx.passes.stages import Stage
 
@@ -37,17 +37,18 @@ def replace_in_place(graph_module: GraphModule) -> int:
 def _changed_argument(node: Node) -> Node | None:
     """Return the node whose value this call overwrites, None if it overwrites none or has no pure form."""
     first = node.args[0] if node.args else None
-    if not isinstance(first, Node):
+    if not isinstance(first, Node) or not overwrites(node):
         return None
-    if node.op == "call_method":
-        changes = str(node.target).endswith("_") and hasattr(torch.Tensor, str(node.target)[:-1])
-    else:
-        changes = node.kwargs.get("inplace") is True or _pure_overload(node.target) is not None
-    return first if changes else None
+    has_pure_form = (
+        hasattr(torch.Tensor, str(node.target)[:-1])
+        if node.op == "call_method"
+        else "inplace" in node.kwargs or _pure_overload(node.target) is not None
+    )
+    return first if has_pure_form else None
 
 
 def _pure_overload(target: Any) -> Any:
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if not isinstance(target, torch._ops.OpOverload):
         return None
     packet, overload = str(target).removeprefix("aten.").split(".")
     pure = getattr(torch.ops.aten, packet.removesuffix("_"), None) if packet not in ("copy_", "index_put_") else None

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ptq4vit_fx.passes.dataflow import overwrites
 from ptq4vit_fx.passes.record_shapes import without_fast_attention
 
 
@@ -75,13 +76,9 @@ def _copy(graph: Graph, owner: GraphModule, node: Node, made: dict[Node, Any]) -
         made[node] = _inline(graph, getattr(owner, str(region.target)), operands)
     elif node.target is operator.getitem and isinstance(made[node.args[0]], (tuple, list)):  # type: ignore[index]
         made[node] = made[node.args[0]][node.args[1]]  # type: ignore[index]
-    elif node.users or _mutates(node):  # what nobody reads is an assertion
+    elif node.users or overwrites(node):  # what nobody reads is an assertion
         made[node] = graph.node_copy(node, lambda n: made[n])
         made[node].meta = {"nn_module_stack": _stack(node)}
-
-
-def _mutates(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _stack(node: Node) -> dict[str, tuple[str, Any]]:
