@@ -222,13 +222,15 @@ def _quiet():  # type: ignore[no-untyped-def]
     """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logger = logging.getLogger("torch.onnx")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -> None:

@@ -33,7 +33,7 @@ class Family:
         """Return the model in evaluation mode, its weights drawn with seed 0.
 
         What constructors leave constant (heads and gates of zeros, layer scales of 1e-5) is drawn too: otherwise whole
-        branches would compute nothing.
+        branches would compute nothing. Batch norms get the statistics of random images, as training would give them.
         """
         torch.manual_seed(0)
         model = self._construct().eval()
@@ -41,6 +41,12 @@ class Family:
             for parameter in model.parameters():
                 if parameter.numel() > 1 and parameter.min() == parameter.max():
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            for norm in norms:
+                norm.train().momentum = 1.0
+            model(torch.randn(8, 3, self.image, self.image))
+            for norm in norms:
+                norm.eval().momentum = 0.1
         return model
 
     def _construct(self) -> nn.Module:
@@ -163,30 +169,90 @@ FAMILIES = (
     _timm("pvt_v2", "pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
     _timm("pvt_v2_linear", "pvt_v2_b2_li", 64, depths=(1, 1, 1, 1)),
     _timm("twins_pcpvt", "twins_pcpvt_small", 64, img_size=64, depths=(1, 1, 1, 1)),
-    _timm("twins_svt", "twins_svt_small", 224, depths=(2, 2, 2, 1)),
+    _timm("twins_svt", "twins_svt_small", 224, depths=(1, 2, 1, 1)),
     _timm("tnt", "tnt_s_patch16_224", 64, img_size=64, embed_dim=64, depth=2, inner_dim=16, num_heads_outer=2),
     _timm("pit", "pit_ti_224", 64, img_size=64, depth=(1, 1, 1)),
-    _timm("crossvit", "crossvit_9_240", 240, depth=((1, 1, 0), (1, 1, 0), (1, 1, 0))),
-    _timm("coat", "coat_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1), parallel_depth=1),
+    _timm("crossvit", "crossvit_9_240", 240, depth=((1, 1, 0), (1, 1, 0))),
+    _timm(
+        "coat",
+        "coat.CoaT",
+        64,
+        img_size=64,
+        patch_size=4,
+        embed_dims=(32, 64, 64, 64),
+        serial_depths=(1, 1, 1, 1),
+        parallel_depth=1,
+        num_heads=8,
+    ),
     _timm("coat_lite", "coat_lite_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1)),
     _plain("convit", "convit_tiny", depth=2, local_up_to_layer=1, embed_dim=24),
-    _timm("levit", "levit_128s", 224),
+    _timm("levit", "levit.Levit", 64, img_size=64, embed_dim=(32, 64), key_dim=16, depth=(1, 1), num_heads=(2, 4)),
     _timm("mvitv2", "mvitv2.MultiScaleVit", 64, img_size=64, cfg=_mvitv2()),
     _timm("maxvit", "test_maxvit", 160),
     _timm("coatnet", "test_coatnet", 160),
     _timm("maxxvit", "maxxvitv2_nano_rw_256", 64, img_size=64, depths=(1, 1, 1, 1)),
-    _timm("gcvit", "gcvit.GlobalContextVit", 224, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), embed_dim=32),
-    _timm("davit", "davit_tiny", 224, depths=(1, 1, 1, 1), embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4)),
+    _timm(
+        "gcvit",
+        "gcvit.GlobalContextVit",
+        64,
+        img_size=64,
+        depths=(2, 2),
+        num_heads=(1, 2),
+        embed_dim=32,
+        window_ratio=(16, 8),
+    ),
+    _timm("davit", "davit_tiny", 64, depths=(1, 1), embed_dims=(32, 64), num_heads=(1, 2)),
     _timm("mobilevit", "mobilevit_xxs", 64),
     _timm("mobilevitv2", "mobilevitv2_050", 64),
-    _timm("efficientformer", "efficientformer_l1", 224, depths=(1, 1, 1, 2)),
-    _timm("efficientformerv2", "efficientformerv2_s0", 224, depths=(1, 1, 2, 2)),
-    _timm("edgenext", "edgenext_xx_small", 64, depths=(1, 1, 2, 2)),
+    _timm(
+        "efficientformer",
+        "efficientformer.EfficientFormer",
+        224,
+        depths=(1, 1, 1, 2),
+        embed_dims=(16, 32, 48, 64),
+        num_vit=1,
+    ),
+    _timm(
+        "efficientformerv2",
+        "efficientformer_v2.EfficientFormerV2",
+        64,
+        img_size=64,
+        depths=(1, 1, 1, 2),
+        embed_dims=(16, 32, 48, 64),
+        num_vit=1,
+    ),
+    _timm(
+        "edgenext",
+        "edgenext.EdgeNeXt",
+        64,
+        depths=(1, 1, 2, 1),
+        dims=(16, 32, 48, 64),
+        heads=(2, 2, 2, 2),
+        global_block_counts=(0, 0, 1, 1),
+    ),
     _timm("efficientvit_mit", "efficientvit_b0", 64),
-    _timm("efficientvit_msra", "efficientvit_m0", 224),
+    _timm(
+        "efficientvit_msra",
+        "efficientvit_msra.EfficientVitMsra",
+        64,
+        img_size=64,
+        embed_dim=(32, 64, 96),
+        key_dim=(16, 16, 16),
+        depth=(1, 1, 1),
+        num_heads=(2, 2, 2),
+        window_size=(2, 2, 2),
+    ),
     _timm("nest", "nest.Nest", 64, img_size=64, embed_dims=(32, 64, 96), num_heads=(1, 2, 3), depths=(1, 1, 1)),
     _timm("visformer", "visformer_tiny", 64, img_size=64, depth=(1, 1, 1)),
-    _timm("tiny_vit", "tiny_vit_5m_224", 224, depths=(1, 1, 1, 1)),
+    _timm(
+        "tiny_vit",
+        "tiny_vit.TinyVit",
+        64,
+        embed_dims=(32, 64, 96),
+        depths=(1, 1, 1),
+        num_heads=(1, 2, 3),
+        window_sizes=(4, 4, 4),
+    ),
     _timm("fastvit", "fastvit_sa12", 64, layers=(1, 1, 1, 1)),
     _timm("repvit", "repvit_m0_9", 64),
     _timm("hiera", "hiera_tiny_224", 64, img_size=64, stages=(1, 1, 1, 1), embed_dim=32),
