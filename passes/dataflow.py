@@ -92,7 +92,8 @@ def overwrites(node: Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_module":
-        return getattr(node.graph.owning_module.get_submodule(str(node.target)), "inplace", False) is True
+        owner = node.graph.owning_module
+        return owner is not None and getattr(owner.get_submodule(str(node.target)), "inplace", False) is True
     if isinstance(node.target, OpOverload):
         return bool(node.target._schema.is_mutable)
     return node.target is operator.setitem or node.kwargs.get("inplace") is True
