@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_traced
 from ptq4vit_fx.coverage_table import Row, markdown
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.verify import verify_onnx
 from ptq4vit_fx.families import Family
 from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.passes.activations import activation_of
 from ptq4vit_fx.passes.contract import history, plan_of
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS
 from ptq4vit_fx.passes.record_shapes import MULTIPLIES, without_fast_attention
@@ -45,11 +47,6 @@ ATTENTION_OPERATORS = {
     _aten._scaled_dot_product_flash_attention: 2,
     _aten._scaled_dot_product_efficient_attention: 2,
 }
-#: Operators whose output a twin quantizer suits.
-TWIN_OPERATORS = {
-    *(_aten._softmax, _aten._safe_softmax, _aten.gelu, _aten.silu, _aten.hardswish),
-    *(operator for operator, products in ATTENTION_OPERATORS.items() if products == 2),
-}
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -66,12 +63,11 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Expected:
-    """What the float model does: its logits, the layers that ran, products of activations, functions with a twin."""
+    """What the float model does: its logits, the layers that ran, the number of products of activations."""
 
     logits: Tensor
     layers: frozenset[str]
     attention: int
-    twin_functions: int
 
 
 def observe(model: nn.Module, images: Tensor) -> Expected:
@@ -90,7 +86,6 @@ def observe(model: nn.Module, images: Tensor) -> Expected:
         output if isinstance(output, Tensor) else output["logits"],
         frozenset(ran),
         sum(calls.counts[operator] * products for operator, products in ATTENTION_OPERATORS.items()),
-        sum(calls.counts[operator] for operator in TWIN_OPERATORS),
     )
 
 
@@ -126,7 +121,7 @@ def _measure(family: Family, mapping: QConfigMapping) -> dict[str, Any]:
         "attention": expected.attention,
         "quantized_attention": sum(op.kind == "matmul" for op in plan.ops),
         "twins": sum(isinstance(quantizer, TwinUniform) for quantizer in plan.quantizers.values()),
-        "twin_functions": expected.twin_functions,
+        "twin_functions": _twin_functions(prepared),
         "multiplies": _quantized_share(prepared),
         "float_ops": float_ops,
     }
@@ -152,6 +147,12 @@ def _is_traced(traced: GraphModule, model: nn.Module, images: Tensor, expected: 
 def _quantized_share(prepared: GraphModule) -> float:
     counts = [(node.meta.get(MULTIPLIES, 0), "ptq4vit_op" in node.meta) for node in prepared.graph.nodes]
     return float(sum(n for n, quantized in counts if quantized) / max(1, sum(n for n, _ in counts)))
+
+
+def _twin_functions(prepared: GraphModule) -> int:
+    """Return how many softmaxes and functions with a bounded negative range the graph has."""
+    found = [activation_of(node) for node in prepared.graph.nodes]
+    return sum(name == "softmax" or (name is not None and NEGATIVE_RANGE[name] > 0) for name in found)
 
 
 def _is_listed(name: str, float_ops: Iterable[str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.family_arguments import caformer, mobilevitv2, mvitv2, torchvision_swin
 
 Source = Literal["timm", "torchvision", "huggingface"]
 
@@ -89,39 +90,6 @@ def _hugging_face(name: str, model: str, **arguments: Any) -> Family:
     return Family(name, "huggingface", model, 64, {"image_size": 64} | arguments)
 
 
-def _caformer() -> dict[str, Any]:
-    """Return what timm's CAFormer adds to its MetaFormer: convolutions, then attention, as token mixers."""
-    from timm.models import metaformer
-
-    return {
-        "token_mixers": [metaformer.SepConv, metaformer.SepConv, metaformer.Attention, metaformer.Attention],
-        "norm_layers": [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
-    }
-
-
-def _mvitv2() -> Any:
-    from timm.models.mvitv2 import MultiScaleVitCfg
-
-    return MultiScaleVitCfg(depths=(1, 1, 1, 1), embed_dim=32)
-
-
-def _torchvision_swin(version: int) -> dict[str, Any]:
-    """Return the arguments of a small `swin_t` or `swin_v2_t`."""
-    from torchvision.models import swin_transformer as swin
-
-    blocks = (swin.SwinTransformerBlock, swin.PatchMerging), (swin.SwinTransformerBlockV2, swin.PatchMergingV2)
-    block, downsample = blocks[version - 1]
-    return {
-        "patch_size": [4, 4],
-        "embed_dim": 32,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": [7, 7] if version == 1 else [8, 8],
-        "block": block,
-        "downsample_layer": downsample,
-    }
-
-
 _METAFORMER: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)}
 _HF_COLUMNS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
@@ -187,7 +155,7 @@ FAMILIES = (
     _timm("coat_lite", "coat_lite_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1)),
     _plain("convit", "convit_tiny", depth=2, local_up_to_layer=1, embed_dim=24),
     _timm("levit", "levit.Levit", 64, img_size=64, embed_dim=(32, 64), key_dim=16, depth=(1, 1), num_heads=(2, 4)),
-    _timm("mvitv2", "mvitv2.MultiScaleVit", 64, img_size=64, cfg=_mvitv2()),
+    _timm("mvitv2", "mvitv2.MultiScaleVit", 64, img_size=64, cfg=mvitv2()),
     _timm("maxvit", "test_maxvit", 160),
     _timm("coatnet", "test_coatnet", 160),
     _timm("maxxvit", "maxxvitv2_nano_rw_256", 64, img_size=64, depths=(1, 1, 1, 1)),
@@ -203,7 +171,7 @@ FAMILIES = (
     ),
     _timm("davit", "davit_tiny", 64, depths=(1, 1), embed_dims=(32, 64), num_heads=(1, 2)),
     _timm("mobilevit", "mobilevit_xxs", 64),
-    _timm("mobilevitv2", "mobilevitv2_050", 64),
+    _timm("mobilevitv2", "byobnet.ByobNet", 64, cfg=mobilevitv2()),
     _timm(
         "efficientformer",
         "efficientformer.EfficientFormer",
@@ -230,17 +198,24 @@ FAMILIES = (
         heads=(2, 2, 2, 2),
         global_block_counts=(0, 0, 1, 1),
     ),
-    _timm("efficientvit_mit", "efficientvit_b0", 64),
+    _timm(
+        "efficientvit_mit",
+        "efficientvit_mit.EfficientVit",
+        64,
+        widths=(8, 16, 32, 64),
+        depths=(1, 1, 1, 1),
+        head_widths=(64, 64),
+    ),
     _timm(
         "efficientvit_msra",
         "efficientvit_msra.EfficientVitMsra",
         64,
         img_size=64,
-        embed_dim=(32, 64, 96),
-        key_dim=(16, 16, 16),
-        depth=(1, 1, 1),
-        num_heads=(2, 2, 2),
-        window_size=(2, 2, 2),
+        embed_dim=(32, 64),
+        key_dim=(16, 16),
+        depth=(1, 1),
+        num_heads=(2, 2),
+        window_size=(2, 2),
     ),
     _timm("nest", "nest.Nest", 64, img_size=64, embed_dims=(32, 64, 96), num_heads=(1, 2, 3), depths=(1, 1, 1)),
     _timm("visformer", "visformer_tiny", 64, img_size=64, depth=(1, 1, 1)),
@@ -265,14 +240,14 @@ FAMILIES = (
     ),
     _timm("focalnet", "focalnet.FocalNet", 64, depths=(1, 1, 1, 1), embed_dim=32),
     _timm("poolformer", "metaformer.MetaFormer", 64, **_METAFORMER, mlp_act=nn.GELU),
-    _timm("caformer", "metaformer.MetaFormer", 64, **_METAFORMER, **_caformer()),
+    _timm("caformer", "metaformer.MetaFormer", 64, **_METAFORMER, **caformer()),
     _timm("naflexvit", "naflexvit_base_patch16_gap", 64, img_size=64, embed_dim=64, depth=2, num_heads=2),
     Family(
         *("torchvision_vit", "torchvision", "vision_transformer.VisionTransformer", 64),
         {"image_size": 64, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128},
     ),
-    Family("torchvision_swin", "torchvision", "swin_transformer.SwinTransformer", 56, _torchvision_swin(1)),
-    Family("torchvision_swin_v2", "torchvision", "swin_transformer.SwinTransformer", 56, _torchvision_swin(2)),
+    Family("torchvision_swin", "torchvision", "swin_transformer.SwinTransformer", 56, torchvision_swin(1)),
+    Family("torchvision_swin_v2", "torchvision", "swin_transformer.SwinTransformer", 56, torchvision_swin(2)),
     Family(
         *("torchvision_maxvit", "torchvision", "maxvit.MaxVit", 64),
         {
