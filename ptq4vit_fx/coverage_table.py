@@ -19,7 +19,8 @@ One model of each family with random weights, small where its constructor allows
 - traced by: torch.fx's tracer or torch.export; either way bit-equal to the model at batch 1 and 4
 - layers: `nn.Linear` and `nn.Conv2d` quantized (+ those that ran on constants and were computed once) of those that ran
 - attention products: products of two activations, quantized of those that ran
-- twins: twin quantizers, of the softmaxes and GELU-like functions that ran; the others feed no product directly
+- twins: twin quantizers, of the softmaxes and GELU-like functions in the graph; some feed no product directly, some
+  feed several
 - multiplications: share of all multiplications of the float model that is quantized; what is not is in the notes
 - int8 / float and file / int8: smallest cosine of the logits, over the 4 images, between the quantized and the float
   model, and between ONNX Runtime and the quantized model. The first one says little with random weights

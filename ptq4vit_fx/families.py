@@ -229,7 +229,7 @@ FAMILIES = (
         window_sizes=(4, 4, 4),
     ),
     _timm("fastvit", "fastvit_sa12", 64, layers=(1, 1, 1, 1)),
-    _timm("repvit", "repvit_m0_9", 64),
+    _timm("repvit", "repvit.RepVit", 64, embed_dim=(16, 32), depth=(1, 1)),
     _timm("hiera", "hiera_tiny_224", 64, img_size=64, stages=(1, 1, 1, 1), embed_dim=32),
     _timm(
         *("volo", "volo.VOLO", 64),
