@@ -27,6 +27,7 @@ PRODUCT_PARAMETERS = {
     F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     torch.matmul: ("input", "other"),
 }
+CONVOLUTION_DEFAULTS = [None, None, None, (1, 1), (0, 0), (1, 1), 1]
 ACTIVATION_MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.SiLU: F.silu,
     nn.Hardswish: F.hardswish,
@@ -85,7 +86,7 @@ def _canonical_call(graph_module: GraphModule, node: Node, modules: dict[str, nn
         if node.target in SOFTMAX_FUNCTIONS:
             return _softmax(node.args[0] if node.args else node.kwargs["input"], *node.args[1:], **node.kwargs)
         function = F.conv2d if node.target is torch.conv2d else node.target
-        if function in PRODUCT_PARAMETERS and (node.kwargs or function is not node.target):
+        if function in PRODUCT_PARAMETERS:
             return _by_position(function, node)
     return None
 
@@ -97,8 +98,15 @@ def _by_position(function: Any, node: Node) -> Call | None:
         if name not in kwargs:
             break
         args.append(kwargs.pop(name))
-    unchanged = function is node.target and len(args) == len(node.args)
+    if function is F.conv2d and not kwargs:
+        args += CONVOLUTION_DEFAULTS[len(args) :]
+        args[3:6] = [value if isinstance(value, str) else _pair(value) for value in args[3:6]]
+    unchanged = function is node.target and args == list(node.args)
     return None if unchanged else (function, tuple(args), kwargs)
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (3 - len(value))
 
 
 def _softmax(x: Any, dim: Any = None, dtype: Any = None, **_: Any) -> Call:
