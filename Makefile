@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test coverage lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -16,6 +16,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+coverage: setup
+	$(BIN)/ptq4vit coverage --out docs
 
 lint: setup
 	$(BIN)/ruff check .

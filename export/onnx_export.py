@@ -19,7 +19,9 @@ import onnxscript
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
+from ptq4vit_fx.batches import Inputs, example_tensors
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.naming import name_nodes, own_parameters
 from ptq4vit_fx.export.targets import TARGETS, Target
@@ -33,6 +35,8 @@ from ptq4vit_fx.passes.write_qdq import write_qdq
 PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY = (
     f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target")
 )
+BATCH_NORM = torch.ops.aten.batch_norm.default
+AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 #: A protobuf file cannot be larger than this; bigger models keep their weights beside it.
 PROTOBUF_LIMIT = 2**31 - 2**20
 
@@ -60,23 +64,24 @@ class ExportReport:
 def export_onnx(
     converted: GraphModule,
     path: str | os.PathLike[str],
-    example_inputs: Tensor | tuple[Tensor],
+    example_inputs: Tensor | tuple[Tensor, ...],
     *,
     target: str = "onnxruntime",
     opset: int = 20,
 ) -> ExportReport:
     """Write a converted model to an ONNX file with a dynamic batch and int8 weights; return what was written.
 
-    example_inputs: an image batch of the size that the model accepts, any batch size. target: a name in
-    `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that it comes
-    from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan, the library version and the calibration's
-    fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or opset is not
-    supported, or the path is not writable; nothing is left behind then.
+    example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs.
+    target: a name in `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that
+    it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The input is `image`, or has the parameter's name
+    if there are several; the output is `logits`, or output_0, output_1 ... The plan, the library version and the
+    calibration's fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or
+    opset is not supported, or the path is not writable; nothing is left behind then.
     """
     rules = _check(converted, target, opset)
-    x = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+    inputs = example_tensors(example_inputs, "export_onnx")
     with atomic_path(path, "export_onnx") as temporary:
-        model = _to_onnx(write_qdq(copy.deepcopy(converted)), x, opset)
+        model = _to_onnx(write_qdq(copy.deepcopy(converted)), inputs, opset)
         name_nodes(model)
         own_parameters(model)
         model = rules.rewrite(model)
@@ -122,7 +127,7 @@ def _check(converted: GraphModule, target: str, opset: int) -> Target:
     return TARGETS[target]
 
 
-def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
+def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelProto:
     operators: Any = getattr(onnxscript, f"opset{min(opset, 20)}")
 
     def quantize(x, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
@@ -131,16 +136,30 @@ def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
     def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
         return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
-    device = next((b.device for b in converted.buffers()), x.device)
-    batch = (
-        x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device)
-    )  # 2: export treats a batch of 1 as a constant
+    def batch_norm(x, weight, bias, mean, variance, training, momentum, eps: float, cudnn):  # type: ignore[no-untyped-def]
+        return operators.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
+
+    def average_pool(x, size):  # type: ignore[no-untyped-def]
+        if list(size) != [1, 1]:
+            raise NotImplementedError("only the average of whole maps: the exporter's decompositions know the others")
+        return operators.GlobalAveragePool(x)
+
+    device = next((b.device for b in converted.buffers()), inputs[0].device)
+    # A batch of 2: export treats 1 as a constant.
+    batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in inputs)
+    dynamic = {0: torch.export.Dim("batch", min=1)}
     with _quiet():
         try:
             captured = torch.export.export(
-                converted, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+                converted, batches, dynamic_shapes=tuple(dynamic for _ in batches), strict=False
             )
-            program = _translate(captured, opset, {QUANTIZE: quantize, DEQUANTIZE: dequantize})
+            program = _translate(
+                captured,
+                *_names(converted),
+                opset,
+                {QUANTIZE: quantize, DEQUANTIZE: dequantize},
+                {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool},
+            )
         except Exception as error:
             raise failure(
                 "export_onnx",
@@ -152,20 +171,38 @@ def _to_onnx(converted: GraphModule, x: Tensor, opset: int) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _translate(captured: torch.export.ExportedProgram, opset: int, table: dict[Any, Any]) -> torch.onnx.ONNXProgram:
+def _names(converted: GraphModule) -> tuple[list[str], list[str]]:
+    """Return the names of the file's inputs and outputs: image and logits, or one name each if they are several."""
+    inputs = [node.name for node in converted.graph.nodes if node.op == "placeholder"]
+    outputs = tree_leaves(next(node.args[0] for node in converted.graph.nodes if node.op == "output"))
+    return (
+        inputs if len(inputs) > 1 else ["image"],
+        [f"output_{number}" for number in range(len(outputs))] if len(outputs) > 1 else ["logits"],
+    )
+
+
+def _translate(
+    captured: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+    table: dict[Any, Any],
+    undecomposed: dict[Any, Any],
+) -> torch.onnx.ONNXProgram:
     """Translate a captured program, without the exporter's decompositions if it can.
 
     The operators of the usual transformer have translations of their own. Decomposing them first gives the same file
-    and takes more than half of the time, because every operator is traced again with symbolic shapes.
+    and takes more than half of the time, because every operator is traced again with symbolic shapes. undecomposed:
+    translations of operators that only the exporter's decompositions know.
     """
 
-    def translate() -> torch.onnx.ONNXProgram:
+    def translate(table: dict[Any, Any]) -> torch.onnx.ONNXProgram:
         program = torch.onnx.export(
             captured,
             dynamo=True,
             opset_version=opset,
-            input_names=["image"],
-            output_names=["logits"],
+            input_names=inputs,
+            output_names=outputs,
             custom_translation_table=table,
             verbose=False,
         )
@@ -174,10 +211,10 @@ def _translate(captured: torch.export.ExportedProgram, opset: int, table: dict[A
 
     captured.run_decompositions = lambda *_, **__: captured
     try:
-        return translate()
+        return translate(table | undecomposed)
     except torch.onnx.OnnxExporterError:  # an operator without a translation of its own
         del captured.run_decompositions
-        return translate()
+        return translate(table)
 
 
 @contextlib.contextmanager
@@ -185,13 +222,15 @@ def _quiet():  # type: ignore[no-untyped-def]
     """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logger = logging.getLogger("torch.onnx")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
-from ptq4vit_fx.batches import image_batches
+from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.runtime import RuntimeGraph, open_session, products_saturate, runtime_graph
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
@@ -147,7 +148,7 @@ def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tens
     data: as for `calibrate`: image batches, labels ignored. Raises PTQError if the file cannot be read or the
     images do not fit.
     """
-    batches = image_batches(data)
+    batches = batches_for(converted, data, "verify_onnx")
     saturating = products_saturate()
     actual = _run(path, batches, exact=True)
     default = _run(path, batches, exact=False) if saturating else actual
@@ -161,28 +162,38 @@ def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tens
     )
 
 
-def _simulate(converted: GraphModule, batches: list[Tensor]) -> Logits:
+def _simulate(converted: GraphModule, batches: list[Inputs]) -> Logits:
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
     with torch.inference_mode():
-        return np.concatenate([converted(batch.to(device)).float().cpu().numpy() for batch in batches])
+        return np.concatenate([_rows(converted(*(x.to(device) for x in batch))) for batch in batches])
 
 
-def _simulate_with_runtime_functions(converted: GraphModule, batches: list[Tensor]) -> Logits:
+def _simulate_with_runtime_functions(converted: GraphModule, batches: list[Inputs]) -> Logits:
     simulation = RuntimeFunctions(copy.deepcopy(converted).cpu())
     with torch.inference_mode():
-        return np.concatenate([simulation.run(batch.cpu()).numpy() for batch in batches])
+        return np.concatenate([_rows(simulation.run(*(x.cpu() for x in batch))) for batch in batches])
 
 
-def _run(path: str | os.PathLike[str], batches: list[Tensor], *, exact: bool) -> Logits:
+def _rows(output: Any) -> Logits:
+    """Return all tensors of an output, or arrays of the runtime, side by side: (images, values) float32."""
+    arrays = [x.float().cpu().numpy() if isinstance(x, Tensor) else x for x in tree_leaves(output)]
+    return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
+
+
+def _run(path: str | os.PathLike[str], batches: list[Inputs], *, exact: bool) -> Logits:
     session = open_session(path, exact=exact)
-    name = session.get_inputs()[0].name
+    names = [entry.name for entry in session.get_inputs()]
+
+    def feed(batch: Inputs) -> dict[str, Any]:
+        return {name: x.cpu().numpy() for name, x in zip(names, batch, strict=True)}
+
     try:
-        return np.concatenate([session.run(None, {name: batch.cpu().numpy()})[0] for batch in batches])
+        return np.concatenate([_rows(session.run(None, feed(batch))) for batch in batches])
     except Exception as error:
         raise failure(
             "verify_onnx",
             str(path),
             expected=f"images of shape {session.get_inputs()[0].shape}",
-            got=f"{tuple(batches[0].shape)} ({error})".splitlines()[0],
+            got=f"{tuple(batches[0][0].shape)} ({error})".splitlines()[0],
             do="pass images of the size that was exported",
         ) from error

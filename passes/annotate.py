@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,9 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
 from ptq4vit_fx.errors import PTQWarning, failure, near_names
+from ptq4vit_fx.passes.activations import activation_of
 from ptq4vit_fx.passes.contract import attach, graph_pass
 from ptq4vit_fx.passes.dataflow import adopt_meta, downstream, module_path, origin
+from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
+from ptq4vit_fx.passes.record_shapes import MULTIPLIES
 from ptq4vit_fx.passes.stages import PRODUCT_TARGETS, Stage
 from ptq4vit_fx.plan import (
     OPERANDS,
@@ -23,25 +28,17 @@ from ptq4vit_fx.plan import (
     ProductKind,
     QuantOp,
     QuantPlan,
-    SourceActivation,
     site,
 )
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
-from ptq4vit_fx.quantizers import GELU_TANH_MINIMUM, Quantizer, TwinUniform, Uniform
-
-#: Products that this version does not rewrite: they stay float and are reported.
-UNSUPPORTED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d, nn.Bilinear, nn.MultiheadAttention)
-UNSUPPORTED_FUNCTIONS = {
-    torch.einsum: "einsum",
-    F.conv1d: "conv1d",
-    torch.baddbmm: "baddbmm",
-    torch.addmm: "addmm",
-}
+from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
 
 @graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
-def annotate(graph_module: GraphModule, mapping: QConfigMapping) -> int:
+def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequence[str] = ()) -> int:
     """Mark each planned product node with its name and store the plan as `graph_module.plan`.
+
+    closed: paths of modules whose products stay float, whether the tracer went into them or not.
 
     Raises PTQError if a rule of the mapping matches nothing (it lists near names) or if no product is left to
     quantize. Warns, by name and with the reason, of every product that stays float.
@@ -54,6 +51,9 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping) -> int:
     searches: dict[str, SearchSettings] = {}
     float_ops = _hidden_products(graph_module)
     for node, op in products:
+        if reason := _float_reason(node, op, closed):
+            float_ops.append(FloatOp(op.name, reason))
+            continue
         qconfig, rule = mapping.resolve(op.name, op.kind)
         chosen = {operand: _quantizer(node, op, operand, qconfig, group_counts) for operand in OPERANDS}
         lhs, rhs = chosen["lhs"], chosen["rhs"]
@@ -99,8 +99,10 @@ def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:
 
 def _base_name(node: Node, kind: str) -> str:
     weight = node.args[1]
-    if isinstance(weight, Node) and weight.op == "get_attr" and str(weight.target).endswith(".weight"):
-        return str(weight.target).removesuffix(".weight")
+    if isinstance(weight, Node) and weight.op == "get_attr":
+        owner, _, leaf = str(weight.target).rpartition(".")
+        if leaf in ("weight", FOLDED_WEIGHT):
+            return owner
     path = module_path(node)
     return f"{path}.{_role(node, kind)}" if path else _role(node, kind)
 
@@ -118,14 +120,7 @@ def _role(node: Node, kind: str) -> str:
 
 def _source(node: Node, operand: Operand) -> SourceActivation | None:
     value = node.args[OPERANDS.index(operand)]
-    source = origin(value) if isinstance(value, Node) else None
-    if source is None:
-        return None
-    if source.target is F.softmax:
-        return "softmax"
-    if source.target is F.gelu:
-        return "gelu_tanh" if source.kwargs.get("approximate", "none") == "tanh" else "gelu"
-    return None
+    return activation_of(origin(value)) if isinstance(value, Node) else None
 
 
 def _describe(node: Node, name: str, kind: ProductKind) -> QuantOp:
@@ -135,7 +130,7 @@ def _describe(node: Node, name: str, kind: ProductKind) -> QuantOp:
         kind,
         lhs_source=_source(node, "lhs"),
         rhs_source=_source(node, "rhs"),
-        rhs_is_weight=isinstance(weight, Node) and weight.op == "get_attr",
+        rhs_is_weight=_is_weight(weight, kind),
     )
     if kind != "conv2d":
         return op
@@ -151,6 +146,11 @@ def _describe(node: Node, name: str, kind: ProductKind) -> QuantOp:
         dilation=_pair(geometry["dilation"]),
         groups=int(geometry["groups"]),
     )
+
+
+def _is_weight(value: Any, kind: ProductKind) -> bool:
+    is_attribute = isinstance(value, Node) and value.op == "get_attr"
+    return is_attribute and (kind != "matmul" or len(value.meta["tensor_meta"].shape) == 2)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -204,10 +204,12 @@ def _quantizer(
         quantizer = quantizer and (qconfig.image or quantizer)
     elif source == "softmax":
         quantizer = qconfig.softmax or quantizer
-    elif source is not None:
+    elif source is not None and NEGATIVE_RANGE[source]:
         quantizer = qconfig.gelu or quantizer
-        if isinstance(quantizer, TwinUniform) and source == "gelu_tanh":
-            quantizer = replace(quantizer, minimum=GELU_TANH_MINIMUM)
+        if isinstance(quantizer, TwinUniform):
+            quantizer = replace(quantizer, minimum=NEGATIVE_RANGE[source])
+    elif source is not None and isinstance(quantizer, Uniform):
+        quantizer = replace(quantizer, signed=False)
     if isinstance(quantizer, Uniform) and quantizer.granularity != "tensor":
         heads = op.kind == "matmul" and len(value.meta["tensor_meta"].shape) == 4
         quantizer = replace(quantizer, granularity="head" if heads else "tensor")
@@ -226,19 +228,33 @@ def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> No
         )
 
 
+def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
+    """Return why this product cannot or must not be quantized, whatever the mapping says."""
+    inside = [path for path in closed if any(name == path or name.startswith(f"{path}.") for name in _scopes(node, op))]
+    if inside:
+        return f"{inside[0]} is one of leaf_modules"
+    if op.kind != "matmul" and not op.rhs_is_weight:
+        return "its weight depends on the input"
+    return None
+
+
+def _scopes(node: Node, op: QuantOp) -> list[str]:
+    return [op.name, *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
+
+
 def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
-    """List what multiplies but is no QuantOp: unsupported layers, and leaves with products inside."""
+    """List what multiplied while shapes were recorded, but is no QuantOp: nothing stays float unsaid."""
     found = []
     for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
-            if isinstance(module, UNSUPPORTED):
-                found.append(FloatOp(str(node.target), f"{type(module).__name__} is not supported"))
-            elif inside := [name for name, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
-                reason = (
-                    f"{type(module).__name__} is not traced into; inside: {', '.join(filter(None, inside)) or 'itself'}"
-                )
-                found.append(FloatOp(str(node.target), reason))
-        elif node.op == "call_function" and node.target in UNSUPPORTED_FUNCTIONS:
-            found.append(FloatOp(node.name, f"{UNSUPPORTED_FUNCTIONS[node.target]} is not supported"))
+        if not node.meta.get(MULTIPLIES) or node.target in PRODUCT_TARGETS:
+            continue
+        if node.op != "call_module":
+            name = getattr(node.target, "__name__", str(node.target))
+            path = module_path(node)
+            found.append(FloatOp(f"{path}.{node.name}" if path else node.name, f"{name} is not supported"))
+            continue
+        module = graph_module.get_submodule(str(node.target))
+        inside = [name for name, m in module.named_modules() if name and isinstance(m, nn.Linear | nn.Conv2d)]
+        reason = f"is not traced into; inside: {', '.join(inside)}" if inside else "is not supported"
+        found.append(FloatOp(str(node.target), f"{type(module).__name__} {reason}"))
     return found

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.passes.dataflow import overwrites
 from ptq4vit_fx.passes.stages import Stage, check_stage
 from ptq4vit_fx.plan import QuantPlan
 
@@ -51,7 +52,7 @@ def graph_pass(
                     do="run the passes in the order of ptq4vit_fx/api.py",
                 )
             count = rewrite(graph_module, *args, **kwargs)
-            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or overwrites(node))
             graph_module.graph.lint()
             graph_module.recompile()
             check_stage(graph_module, after, pass_name=name)

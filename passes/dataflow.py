@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 #: Methods and functions that only move or select values: quantizing before or after them is the same.
@@ -43,6 +44,7 @@ MOVING_FUNCTIONS = frozenset(
         operator.getitem,
         torch.reshape,
         torch.flatten,
+        torch.unflatten,
         torch.permute,
         torch.transpose,
         torch.swapaxes,
@@ -57,12 +59,24 @@ MOVING_FUNCTIONS = frozenset(
         F.unfold,
     }
 )
+#: The same as aten operators, of any overload: a graph of torch.export has these.
+MOVING_OPERATORS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "movedim"),
+        *("squeeze", "unsqueeze", "contiguous", "clone", "alias", "detach", "expand", "expand_as", "repeat"),
+        *("unbind", "chunk", "split", "split_with_sizes", "narrow", "select", "slice", "index_select", "roll", "t"),
+        *("reshape_as", "view_as", "repeat_interleave", "im2col"),
+    )
+)
 
 
 def moves_only(node: Node) -> bool:
     """Return whether the node only moves values of its first argument."""
     if node.op == "call_method":
         return node.target in MOVING_METHODS
+    if isinstance(node.target, OpOverload):
+        return node.target.overloadpacket in MOVING_OPERATORS
     return node.op == "call_function" and node.target in MOVING_FUNCTIONS
 
 
@@ -73,9 +87,16 @@ def origin(node: Node) -> Node:
     return node
 
 
-def reaches(node: Node, target: Any) -> bool:
-    """Return whether a softmax-like chain leads from node to a call of `target` before the next product."""
-    return any(user.target is target for user in downstream(node))
+def overwrites(node: Node) -> bool:
+    """Return whether the call changes a tensor that it is given, so that it matters even if nobody reads its result."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is not None and getattr(owner.get_submodule(str(node.target)), "inplace", False) is True
+    if isinstance(node.target, OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return node.target is operator.setitem or node.kwargs.get("inplace") is True
 
 
 def downstream(node: Node) -> Iterator[Node]:

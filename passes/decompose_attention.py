@@ -52,8 +52,9 @@ def _open(graph: Graph, fused: Node, arguments: dict[str, Any], scale: Any) -> N
 
     query, key, value = (arguments[name] for name in PARAMETERS[:3])
     scores = call(torch.matmul, call(torch.mul, query, scale), call(torch.transpose, key, -2, -1))
-    if arguments.get("attn_mask") is not None:
-        scores = call(add_mask, scores, arguments["attn_mask"])
+    mask = arguments.get("attn_mask")
+    if mask is not None and "tensor_meta" in mask.meta:  # a function in the graph may return None
+        scores = call(add_mask, scores, mask)
     return call(torch.matmul, call(F.softmax, scores, dim=-1), value)
 
 

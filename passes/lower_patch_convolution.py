@@ -80,5 +80,6 @@ def _lower(graph_module: GraphModule, node: Node) -> None:
         maps = call(torch.reshape, call(torch.transpose, tokens, 1, 2), (-1, columns, rows, cols))
     tokens.meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
     tokens.meta["tensor_meta"] = node.meta["tensor_meta"]  # four dimensions or three: only two are treated apart
+    maps.meta["tensor_meta"] = node.meta["tensor_meta"]
     node.replace_all_uses_with(maps)
     graph.erase_node(node)

@@ -50,7 +50,7 @@ def check_stage(graph_module: GraphModule, stage: Stage, *, pass_name: str) -> N
 def _canonical(node: Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        for kind in (nn.Softmax, nn.GELU, nn.LayerNorm, nn.Dropout, nn.Identity):
+        for kind in (nn.Softmax, nn.GELU, nn.LayerNorm, nn.ReLU, nn.SiLU, nn.Dropout, nn.Identity):
             if isinstance(module, kind):
                 return f"a module call of {type(module).__name__}"
         if type(module) is nn.Linear:

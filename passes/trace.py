@@ -1,52 +1,102 @@
-"""Trace a float vision transformer into a GraphModule whose only input is the image batch."""
+"""Trace a float vision transformer into a GraphModule whose only inputs are its tensors, usually one image batch."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import linecache
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import timm.layers
 import timm.models
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.passes.contract import Rewrite, enter
+from ptq4vit_fx.passes.record_shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.trace_by_export import trace_by_export
+
+#: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.
+TRACEABLE = (timm.layers.BatchNormAct2d,)
 
 
-def trace(model: nn.Module) -> GraphModule:
+def trace(
+    model: nn.Module, example_inputs: Sequence[Tensor] | None = None, leaf_modules: Sequence[str] = ()
+) -> GraphModule:
     """Return a traced copy of `model` in evaluation mode; the model itself is never touched.
 
-    The graph has one placeholder, the image batch (batch, channels, height, width): other arguments of `forward`
-    keep their defaults. Raises PTQError (module path, source line, what to do) if the model cannot be traced.
+    The graph has one placeholder per example input, named after the first parameters of `forward`, (one, the image
+    batch, without an example): other arguments keep their defaults. An output with `logits` (Hugging Face's)
+    becomes these. Two tracers are tried: torch.fx's, which keeps the model's own functions; and, given an example,
+    torch.export's, where the first one fails or stops in front of a module that holds products. leaf_modules: paths
+    of modules that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
     """
-    root = _image_only(copy.deepcopy(model).eval().requires_grad_(False))
-    tracer = _ViTTracer()
+    inputs = 1 if example_inputs is None else len(example_inputs)
+    root = _tensors_in_logits_out(copy.deepcopy(model).eval().requires_grad_(False), inputs)
+    tracer = _ViTTracer(leaf_modules)
     try:
-        graph = tracer.trace(root)
+        graph_module = GraphModule(root, tracer.trace(root), class_name=type(model).__name__)
     except Exception as error:
-        raise failure(
-            "trace",
-            f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
-            expected="a forward without control flow that depends on tensor values",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            do="rewrite that line without the dependence, or move it into a function registered with torch.fx.wrap",
-        ) from error
-    graph_module = GraphModule(root, graph, class_name=type(model).__name__)
-    enter(graph_module, Stage.TRACED, Rewrite("trace", len(graph.nodes)))
+        message = _untraceable(model, tracer, error)
+        if example_inputs is None:
+            raise message from error
+        return _entered(_export_or(message, root, example_inputs), "trace_by_export")
+    if example_inputs is not None:
+        record_shapes(graph_module, example_inputs)
+        if any(
+            hides_products(graph_module, node) and str(node.target) not in leaf_modules
+            for node in graph_module.graph.nodes
+        ):
+            # What is closed in the first graph is reported by annotate if the second tracer cannot open it.
+            with contextlib.suppress(Exception):
+                return _entered(trace_by_export(root, example_inputs), "trace_by_export")
+    return _entered(graph_module, "trace")
+
+
+def _entered(graph_module: GraphModule, tracer: str) -> GraphModule:
+    enter(graph_module, Stage.TRACED, Rewrite(tracer, len(graph_module.graph.nodes)))
     return graph_module
 
 
-def _image_only(model: nn.Module) -> nn.Module:
-    """Give the instance a forward that takes the image alone, keeping it the root, so that paths stay short."""
+def _untraceable(model: nn.Module, tracer: _ViTTracer, error: Exception) -> PTQError:
+    return failure(
+        "trace",
+        f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
+        expected="a forward without control flow that depends on tensor values",
+        got=f"{type(error).__name__}: {error}".splitlines()[0],
+        do="rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep "
+        "its module closed with leaf_modules=",
+    )
+
+
+def _export_or(first: PTQError, root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
+    try:
+        return trace_by_export(root, example_inputs)
+    except Exception as error:
+        second = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise PTQError(f"{first} (torch.export does not get through either: {second})") from error
+
+
+def _tensors_in_logits_out(model: nn.Module, inputs: int) -> nn.Module:
+    """Give the instance a forward of `inputs` tensors, keeping it the root, so that paths stay short."""
     original = type(model)
+    parameters = list(inspect.signature(original.forward).parameters)[1:]
+    named = [name for name in parameters if name.isidentifier()][:inputs]
+    names = named if len(named) == inputs and "args" not in named else [f"input_{i}" for i in range(inputs)]
 
-    def forward(self: nn.Module, x: torch.Tensor) -> Any:
-        return original.forward(self, x)
+    def call(self: nn.Module, *tensors: Tensor) -> Any:
+        output = original.forward(self, *tensors)
+        if isinstance(output, Mapping) and "logits" in output:
+            return output["logits"]
+        return dict(output) if isinstance(output, Mapping) else output
 
+    # torch.fx names the placeholders after the parameters, which a lambda with that signature has
+    forward = eval(f"lambda self, {', '.join(names)}: call(self, {', '.join(names)})", {"call": call})
     model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
     return model
 
@@ -54,12 +104,17 @@ def _image_only(model: nn.Module) -> nn.Module:
 class _ViTTracer(Tracer):
     """A tracer that knows timm's own registries of untraceable modules and functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaf_modules: Sequence[str] = ()) -> None:
         super().__init__(autowrap_functions=tuple(timm.models.get_notrace_functions()), param_shapes_constant=True)
         self._leaves = tuple(timm.models.get_notrace_modules())
+        self._leaf_paths = frozenset(leaf_modules)
         self.failed_at: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self._leaf_paths:
+            return True
+        if isinstance(m, TRACEABLE):
+            return False
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

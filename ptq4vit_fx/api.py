@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.passes.shape_prop import ShapeProp
 
-from ptq4vit_fx.batches import image_batches
+from ptq4vit_fx.batches import Inputs, example_tensors, input_batches
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.exclusions import module_paths, skipping
 from ptq4vit_fx.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.passes.annotate import annotate
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
+from ptq4vit_fx.passes.fold_constants import fold_constants
 from ptq4vit_fx.passes.fold_weights import fold_weights
+from ptq4vit_fx.passes.from_aten import from_aten
 from ptq4vit_fx.passes.insert_observers import insert_observers
 from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
 from ptq4vit_fx.passes.lower_activations import lower_activations
 from ptq4vit_fx.passes.lower_linears import lower_linears
 from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
 from ptq4vit_fx.passes.lower_products import lower_products
+from ptq4vit_fx.passes.open_einsum import open_einsum
+from ptq4vit_fx.passes.record_shapes import record_shapes
 from ptq4vit_fx.passes.remove_identities import remove_identities
+from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.qconfig import QConfigMapping
@@ -36,25 +41,42 @@ from ptq4vit_fx.recipes import ptq4vit
 
 
 def prepare_fx(
-    model: nn.Module, qconfig_mapping: QConfigMapping, example_inputs: Tensor | tuple[Tensor]
+    model: nn.Module,
+    qconfig_mapping: QConfigMapping,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    leaf_modules: Sequence[str | type[nn.Module]] = (),
+    skip: Sequence[str] = (),
 ) -> GraphModule:
     """Trace a float model, make its graph canonical, plan its quantization and insert observers.
 
     model: any traceable vision transformer; it is copied, never changed, and the copy is in evaluation mode.
-    example_inputs: an image batch (batch, channels, height, width), float32, or a tuple that holds one.
-    Returns a GraphModule that computes the float model and has `.plan` (a QuantPlan). Raises PTQError if the model
-    cannot be traced or run on the example, if it holds NaN, or if a rule of the mapping matches nothing; warns
-    (PTQWarning) of every product that stays float.
+    example_inputs: an image batch (batch, channels, height, width), float32, or a tuple of as many tensors as forward
+    is given, the batch first in each. leaf_modules: types or paths of modules that stay closed and float. skip: names
+    of modules or products that stay float. Returns a GraphModule that computes the float model and has `.plan` (a
+    QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if it holds NaN, or if a name or a
+    rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
     """
-    x = _example(example_inputs)
+    inputs = example_tensors(example_inputs)
     _check_weights(model)
-    graph_module = trace(model)
-    _record_shapes(graph_module, x)
+    closed = module_paths(model, leaf_modules)
+    return prepare_traced(trace(model, inputs, closed), skipping(qconfig_mapping, skip), inputs, closed)
+
+
+def prepare_traced(
+    graph_module: GraphModule, qconfig_mapping: QConfigMapping, inputs: Inputs, closed: Sequence[str] = ()
+) -> GraphModule:
+    """Do what `prepare_fx` does behind the tracer, in place; closed: paths of modules whose products stay float."""
+    from_aten(graph_module)
     remove_identities(graph_module)
+    record_shapes(graph_module, inputs)
+    open_einsum(graph_module)
     decompose_attention(graph_module)
     canonicalize(graph_module)
-    _record_shapes(graph_module, x)
-    annotate(graph_module, qconfig_mapping)
+    replace_in_place(graph_module)
+    fold_constants(graph_module)
+    record_shapes(graph_module, inputs)
+    annotate(graph_module, qconfig_mapping, closed)
     insert_observers(graph_module)
     return attach(graph_module, calibration=None)
 
@@ -75,8 +97,9 @@ def calibrate(
     """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
 
     data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
-    labels are never used. seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same
-    scales, bit for bit. device: where the model runs (default: where it is; it is brought back afterwards).
+    labels are never used; for a model of n inputs, an iterable of tuples that start with n tensors. seed: of the rows
+    that screening samples and the labels that "fisher" draws; same seed, same scales, bit for bit. device: where
+    the model runs (default: where it is; it is brought back afterwards).
     search_device: where candidates are evaluated (default: `device`): a model that does not fit on a GPU may stay on
     the CPU while its products are searched there, one at a time. loss: "pseudo_label" (PTQ4ViT), "fisher" (labels
     drawn from the prediction), or a function from the model's output to a scalar. memory_limit: bytes that calibration
@@ -152,33 +175,20 @@ def quantize(
     data: Tensor | Iterable[Any],
     *,
     qconfig_mapping: QConfigMapping | None = None,
-    example_inputs: Tensor | tuple[Tensor] | None = None,
+    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
     **calibrate_kwargs: Any,
 ) -> GraphModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
-    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`. The other
-    arguments go to `calibrate`. The result has `.plan` and `.calibration`.
+    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`; needed by a model
+    of several inputs. The other arguments go to `calibrate`. The result has `.plan` and `.calibration`.
     """
-    batches = image_batches(data)
-    example = batches[0][:1] if example_inputs is None else example_inputs
-    prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example)
-    calibrate(prepared, batches, **calibrate_kwargs)
+    if example_inputs is None:
+        batches = input_batches(data)
+        data, example_inputs = batches, batches[0][0][:1]
+    prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)
+    calibrate(prepared, data, **calibrate_kwargs)
     return convert_fx(prepared)
-
-
-def _example(example_inputs: Tensor | tuple[Tensor]) -> Tensor:
-    x = example_inputs[0] if isinstance(example_inputs, (tuple, list)) and example_inputs else example_inputs
-    if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point():
-        return x
-    got = f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-    raise failure(
-        "prepare_fx",
-        "example_inputs",
-        expected="a float image batch (batch, channels, height, width)",
-        got=got,
-        do="pass torch.randn(1, 3, 224, 224), for example",
-    )
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -191,23 +201,6 @@ def _check_weights(model: nn.Module) -> None:
                 got="NaN or infinity",
                 do="load a checkpoint that trained to the end",
             )
-
-
-def _record_shapes(graph_module: GraphModule, x: Tensor) -> None:
-    """Note every tensor's shape on its node; a model that rejects the example is a readable error."""
-    device = next((p.device for p in graph_module.parameters()), x.device)
-    try:
-        with torch.no_grad():
-            ShapeProp(graph_module).propagate(x.to(device))
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        raise failure(
-            "prepare_fx",
-            f"example_inputs of shape {tuple(x.shape)}",
-            expected="a size that the model accepts",
-            got=str(error.__cause__ or error).splitlines()[0],
-            do="use the model's input size, or create it with img_size=",
-        ) from error
-    graph_module.meta["ptq4vit_example_batch"] = len(x)
 
 
 def _require(graph_module: Any, operation: str, stages: set[Stage], do: str) -> None:

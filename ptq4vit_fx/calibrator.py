@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import image_batches
+from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
 from ptq4vit_fx.capture import Captured, capture, captured_product
 from ptq4vit_fx.errors import failure
@@ -71,12 +71,12 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
     started = time.perf_counter()
     home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     device = torch.device(options.device) if options.device is not None else home
-    batches = image_batches(data)
+    batches = batches_for(prepared, data, "calibrate")
     run = _start(prepared, batches, options, device)
     left = [op for op in run.plan.ops if op.name not in run.results.distances]
     limit = default_memory_limit(device) if options.memory_limit is None else options.memory_limit
     budget = MemoryBudget.of(prepared, limit)
-    images = sum(len(batch) for batch in batches)
+    images = sum(len(batch[0]) for batch in batches)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images)
     batches = budget.split(batches)
     bar = Progress(
@@ -94,7 +94,7 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
             for group in groups:
                 bar.update(task, description="capture operands and gradients")
                 with run.timed("capture"):
-                    captured = _capture(prepared, run, group, (batch.to(device) for batch in batches))
+                    captured = _capture(prepared, run, group, _on(device, batches))
                 for op in group:
                     bar.update(task, description=op.name)
                     _search(run, op, captured.pop(op.name), torch.device(options.search_device or device), home)
@@ -106,13 +106,13 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
     return run.results.with_provenance(seconds | {"capture_groups": len(groups)})
 
 
-def _start(prepared: GraphModule, batches: list[Tensor], options: CalibrationOptions, device: torch.device) -> _Run:
+def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, device: torch.device) -> _Run:
     """Return an empty run, or the one that the checkpoint holds; raises PTQError if that is of something else."""
     plan = plan_of(prepared)
     loss = options.loss if isinstance(options.loss, str) else getattr(options.loss, "__qualname__", "custom")
     provenance = {
-        "images": sum(len(batch) for batch in batches),
-        "images_fingerprint": fingerprint_tensors(batches),
+        "images": sum(len(batch[0]) for batch in batches),
+        "images_fingerprint": fingerprint_tensors(x for batch in batches for x in batch),
         "weights_fingerprint": fingerprint_tensors(prepared.state_dict().values()),
         "seed": options.seed,
         "loss": loss,
@@ -140,11 +140,15 @@ def _start(prepared: GraphModule, batches: list[Tensor], options: CalibrationOpt
     return run
 
 
+def _on(device: torch.device, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    return (tuple(x.to(device) for x in batch) for batch in batches)
+
+
 def _identity(calibration: Calibration) -> dict[str, Any]:
     return {"plan": calibration.plan} | {key: calibration.provenance.get(key) for key in IDENTITY}
 
 
-def _capture(prepared: GraphModule, run: _Run, group: list[QuantOp], batches: Iterable[Tensor]) -> dict[str, Captured]:
+def _capture(prepared: GraphModule, run: _Run, group: list[QuantOp], batches: Iterable[Inputs]) -> dict[str, Captured]:
     return capture(
         prepared,
         group,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.losses import Loss
@@ -35,7 +36,7 @@ class Captured:
 def capture(
     prepared: GraphModule,
     ops: Sequence[QuantOp],
-    batches: Iterable[Tensor],
+    batches: Iterable[Inputs],
     *,
     loss: Loss,
     with_gradient: bool,
@@ -86,7 +87,7 @@ def capture(
     with recording(prepared, captured, record), recording(prepared, finished, record_quantized):
         for batch in batches:
             with torch.set_grad_enabled(with_gradient):
-                output = prepared(batch)
+                output = prepared(*batch)
             if with_gradient:
                 losses = loss(output)
                 losses = [losses] if isinstance(losses, Tensor) else losses

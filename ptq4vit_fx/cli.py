@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, demo."""
+"""The command line: quantize, eval, inspect, demo, coverage."""
 
 from __future__ import annotations
 
@@ -143,3 +143,19 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the ONNX files and t
         from ptq4vit_fx.demo import run_demo
 
         run_demo(out, console)
+
+
+@app.command()
+def coverage(
+    family: Annotated[list[str] | None, typer.Option(help="family to try, repeatable (default: all)")] = None,
+    out: Annotated[Path, typer.Option(help="folder for coverage.md and coverage.json")] = Path("out"),
+) -> None:
+    """Take a model of every family, random weights, through tracing, quantization, export and ONNX Runtime."""
+    with _readable_errors():
+        from ptq4vit_fx.coverage import run_coverage
+        from ptq4vit_fx.families import FAMILIES, find_family
+
+        families = [find_family(name) for name in family] if family else FAMILIES
+        rows = run_coverage(families, out, lambda line: console.print(line, markup=False))
+    if any(row.problem for row in rows):
+        raise typer.Exit(1)

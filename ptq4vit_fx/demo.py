@@ -135,7 +135,7 @@ def draw_grids(path: Path) -> None:
     FigureCanvasAgg(figure)
     for row, source in enumerate(("softmax", "gelu")):
         op = next(op for op in plan.ops if op.lhs_source == source)
-        seen = capture(prepared, [op], [images], loss=pseudo_label, with_gradient=False)[op.name]
+        seen = capture(prepared, [op], [(images,)], loss=pseudo_label, with_gradient=False)[op.name]
         values = torch.cat(seen.lhs).flatten()
         twin, params = plan.quantizers[f"{op.name}:lhs"], calibration.params[f"{op.name}:lhs"]
         assert isinstance(twin, TwinUniform)

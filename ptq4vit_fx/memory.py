@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.plan import QuantOp
 
@@ -59,12 +59,12 @@ class MemoryBudget:
                 captured[name] = sum(_bytes(tensor) for tensor in tensors) // images
         return MemoryBudget(limit, captured, round(BACKWARD_FACTOR * total / images))
 
-    def split(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def split(self, batches: Sequence[Inputs]) -> list[Inputs]:
         """Return the batches, cut so that forward and backward of one take their share of the limit at most."""
         size = max(1, int(BACKWARD_SHARE * self.limit / max(1, self.backward)))
         if self.backward > BACKWARD_SHARE * self.limit:
             self._warn("forward and backward of one image", self.backward)
-        return [part for batch in batches for part in torch.split(batch, size)]
+        return [part for batch in batches for part in zip(*(torch.split(x, size) for x in batch), strict=True)]
 
     def groups(self, ops: Sequence[QuantOp], images: int) -> list[list[QuantOp]]:
         """Split the ops, in order, into groups whose capture and search fit into the limit; at least one op each."""

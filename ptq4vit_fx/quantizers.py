@@ -14,14 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.errors import failure
 
 Granularity = Literal["tensor", "head", "channel", "group"]
 TwinForm = Literal["softmax", "gelu"]
-
-#: Minimum of x * Phi(x) (at x = -0.7518) and of its tanh approximation (at x = -0.7525).
-GELU_MINIMUM = 0.16997120747990369
-GELU_TANH_MINIMUM = 0.17004075057125412
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class TwinUniform:
 
     bits: int = 8
     form: TwinForm = "softmax"
-    minimum: float = GELU_MINIMUM
+    minimum: float = NEGATIVE_RANGE["gelu"]
 
     def __post_init__(self) -> None:
         check_bits("TwinUniform", self.bits)

@@ -107,7 +107,7 @@ def test_less_memory_means_more_passes_and_the_same_scales(small_vit, small_imag
 
 def weights_of(model, images, loss, name="head"):
     prepared = prepared_for(model, images)
-    seen = capture(prepared, [prepared.plan.op(name)], [images], loss=loss, with_gradient=True)
+    seen = capture(prepared, [prepared.plan.op(name)], [(images,)], loss=loss, with_gradient=True)
     return captured_product(prepared.plan.op(name), seen[name]).element_weight[0, 0].numpy()
 
 

@@ -70,7 +70,7 @@ def test_softmax_twin_has_no_offset_and_a_fifth_of_the_uniform_error(trained, na
     images = trained.load_images("calib", 8, size)[0]
     prepared = ptq.prepare_fx(model, ptq.recipes.ptq4vit(4, 4), images[:1])
     attention = [op for op in prepared.plan.ops if op.lhs_source == "softmax"]
-    seen = capture(prepared, attention, images.split(4), loss=pseudo_label, with_gradient=False)
+    seen = capture(prepared, attention, [(part,) for part in images.split(4)], loss=pseudo_label, with_gradient=False)
     twin, uniform = ptq.TwinUniform(4, "softmax"), ptq.Uniform(4)
     shift = math.ceil(math.log2(4 * tokens / twin.levels))
     for op in attention:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vit_fx import PTQError, TwinUniform, Uniform
-from ptq4vit_fx.quantizers import GELU_MINIMUM
+from ptq4vit_fx.activations import NEGATIVE_RANGE
 
 BITS = st.integers(2, 8)
 
@@ -55,7 +55,7 @@ def test_gelu_twin_covers_the_negatives_and_decodes_bit_for_bit(bits, scale, see
     twin = TwinUniform(bits, "gelu")
     params = twin.gelu_params(torch.tensor(scale))
     half = 2 ** (bits - 1)
-    assert float(params.fine_scale) * half >= GELU_MINIMUM * (1 - 1e-6)
+    assert float(params.fine_scale) * half >= NEGATIVE_RANGE["gelu"] * (1 - 1e-6)
     assert float(params.fine_scale) * 2**params.shift == pytest.approx(float(params.coarse_scale), rel=0)
     actual = twin.fake_quantize(x.clone(), params)
     codes = twin.codes(x, params)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
+from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.products import to_product
-from ptq4vit_fx.quantizers import GELU_MINIMUM
 from ptq4vit_fx.search import search_op
 
 BITS = 4
@@ -90,8 +90,8 @@ def test_separate_scales_for_the_rows_of_q_k_and_v(seed):
 def gelu_twin(x, coarse):
     """Two ranges: steps `coarse` for positives, and the finest coarse / 2^m that covers -0.16997 for negatives."""
     half = 2 ** (BITS - 1)
-    coarse = max(coarse, GELU_MINIMUM / half)
-    fine = coarse / 2 ** max(m for m in range(20) if half * coarse / 2**m >= GELU_MINIMUM * (1 - 1e-9))
+    coarse = max(coarse, NEGATIVE_RANGE["gelu"] / half)
+    fine = coarse / 2 ** max(m for m in range(20) if half * coarse / 2**m >= NEGATIVE_RANGE["gelu"] * (1 - 1e-9))
     return coarse * np.clip(np.rint(x / coarse), 0, half - 1) + fine * np.clip(np.rint(x / fine), -half, 0)
 
 
@@ -120,10 +120,10 @@ def test_linear_search_is_brute_force(seed, gelu):
     scales = [np.float64(factor) * start for factor in SETTINGS.factors]
     left = brute_force(scales, lambda s: quantize(x, s), lambda q: q @ uniform(w, right).T, g, target)
     chosen = result.lhs.coarse_scale if gelu else result.lhs.scale
-    assert float(chosen) == pytest.approx(max(left, GELU_MINIMUM / half) if gelu else left, rel=1e-6)
+    assert float(chosen) == pytest.approx(max(left, NEGATIVE_RANGE["gelu"] / half) if gelu else left, rel=1e-6)
     if gelu:
         fine = float(result.lhs.fine_scale)
-        assert half * fine >= GELU_MINIMUM * (1 - 1e-6)
+        assert half * fine >= NEGATIVE_RANGE["gelu"] * (1 - 1e-6)
         assert float(chosen) / fine == pytest.approx(2**result.lhs.shift, rel=1e-6)
 
 

@@ -1,0 +1,86 @@
+"""Compute once what depends on no input: standardized weights, position encodings, relative position biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from ptq4vit_fx.passes.contract import graph_pass
+from ptq4vit_fx.passes.dataflow import adopt_meta, module_path, origin
+from ptq4vit_fx.passes.stages import PRODUCT_TARGETS, Stage
+
+#: Name of a weight that was computed from a parameter `weight`.
+FOLDED_WEIGHT = "weight_folded"
+#: Where a GraphModule keeps the names of the layers that ran on constants and are gone.
+FOLDED_LAYERS = "ptq4vit_folded_layers"
+
+
+@graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
+def fold_constants(graph_module: GraphModule) -> int:
+    """Replace every value that is computed from parameters alone by a buffer with that value, bit for bit.
+
+    A parameter that is only moved (an expanded class token) stays as it is, unless a product multiplies by it: weights
+    are attributes. The layers that disappear are listed in the GraphModule's meta.
+    """
+    values = _constant_values(graph_module)
+    frontier = [
+        node for node in values if any(user not in values for user in node.users) and _is_worth_it(node, values)
+    ]
+    for node in frontier:
+        target = _register(graph_module, node, values[node])
+        with graph_module.graph.inserting_after(node):
+            constant = adopt_meta(graph_module.graph.get_attr(target), node)
+        node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
+    folded = []
+    for node in reversed(list(values)):
+        if not node.users and node.op != "get_attr":
+            if node.target in PRODUCT_TARGETS and isinstance(node.args[1], Node):
+                folded.append(str(node.args[1].target).removesuffix(".weight"))
+            graph_module.graph.erase_node(node)
+    graph_module.meta[FOLDED_LAYERS] = tuple(reversed(folded))
+    return len(frontier)
+
+
+def _constant_values(graph_module: GraphModule) -> dict[Node, Any]:
+    """Evaluate every node that depends on no placeholder."""
+    interpreter = Interpreter(graph_module)
+    values = interpreter.env
+    with torch.no_grad():
+        for node in graph_module.graph.nodes:
+            if node.op not in ("placeholder", "output") and all(n in values for n in node.all_input_nodes):
+                values[node] = interpreter.run_node(node)
+    return values
+
+
+def _is_worth_it(node: Node, values: dict[Node, Any]) -> bool:
+    if node.op == "get_attr" or not isinstance(values[node], Tensor):
+        return False
+    multiplied = any(user.target in PRODUCT_TARGETS and user.args[1] is node for user in node.users)
+    return multiplied or origin(node).op != "get_attr"
+
+
+def _register(graph_module: GraphModule, node: Node, value: Tensor) -> str:
+    """Hold the value in the module that computed it; return its path."""
+    path, leaf = module_path(node), f"{node.name}_folded"
+    weight = next((str(n.target) for n in _sources(node) if str(n.target).endswith(".weight")), None)
+    if weight is not None and any(user.target in PRODUCT_TARGETS and user.args[1] is node for user in node.users):
+        path, leaf = weight.removesuffix(".weight"), FOLDED_WEIGHT
+    owner: nn.Module = graph_module
+    for name in filter(None, path.split(".")):
+        if not isinstance(getattr(owner, name, None), nn.Module):
+            owner.add_module(name, nn.Module())
+        owner = getattr(owner, name)
+    if hasattr(owner, leaf):
+        leaf = node.name
+    owner.register_buffer(leaf, value.detach().contiguous())
+    return f"{path}.{leaf}" if path else leaf
+
+
+def _sources(node: Node) -> list[Node]:
+    """Return the parameters that the value is computed from."""
+    if node.op == "get_attr":
+        return [node]
+    return [source for operand in node.all_input_nodes for source in _sources(operand)]

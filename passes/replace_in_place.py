@@ -1,0 +1,76 @@
+"""Write operations that change a tensor in place as operations that return a new one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ptq4vit_fx.passes.contract import graph_pass
+from ptq4vit_fx.passes.dataflow import moves_only, origin, overwrites
+from ptq4vit_fx.passes.from_aten import SAME_ARGUMENTS
+from ptq4vit_fx.passes.stages import Stage
+
+
+@graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
+def replace_in_place(graph_module: GraphModule) -> int:
+    """Replace F.relu(x, inplace=True), x.add_(y) and their like by the pure forms.
+
+    Calibration keeps operands until the search: a call that changes them later would change what is searched. All that
+    reads x afterwards reads the result. Where another view of the same memory is read afterwards, the call is left
+    alone, and so are writes into a part (copy_, setitem).
+    """
+    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        changed = _changed_argument(node)
+        if changed is None or _has_other_views(node, changed, order):
+            continue
+        _make_pure(node)
+        for user in [user for user in changed.users if order[user] > order[node]]:
+            user.replace_input_with(changed, node)
+        count += 1
+    return count
+
+
+def _changed_argument(node: Node) -> Node | None:
+    """Return the node whose value this call overwrites, None if it overwrites none or has no pure form."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, Node) or not overwrites(node):
+        return None
+    has_pure_form = (
+        hasattr(torch.Tensor, str(node.target)[:-1])
+        if node.op == "call_method"
+        else "inplace" in node.kwargs or _pure_overload(node.target) is not None
+    )
+    return first if has_pure_form else None
+
+
+def _pure_overload(target: Any) -> Any:
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    packet, overload = str(target).removeprefix("aten.").split(".")
+    pure = getattr(torch.ops.aten, packet.removesuffix("_"), None) if packet not in ("copy_", "index_put_") else None
+    return getattr(pure, overload, None)
+
+
+def _has_other_views(node: Node, changed: Node, order: dict[Node, int]) -> bool:
+    """Return whether other nodes that may share memory with `changed` are read after `node`."""
+    root = origin(changed)
+    queue, shared = [root], [root]
+    while queue:
+        views = [user for user in queue.pop().users if moves_only(user) and user not in shared]
+        queue += views
+        shared += views
+    return any(order[user] > order[node] for view in shared if view is not changed for user in view.users)
+
+
+def _make_pure(node: Node) -> None:
+    if node.op == "call_method":
+        node.target = str(node.target)[:-1]
+    elif "inplace" in node.kwargs:
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    else:
+        pure = _pure_overload(node.target)
+        node.target = SAME_ARGUMENTS.get(pure, pure)

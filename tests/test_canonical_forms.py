@@ -1,0 +1,331 @@
+"""Passes towards one canonical form: each fires, leaves its near miss alone, and changes no number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.activations import NEGATIVE_RANGE
+from ptq4vit_fx.api import prepare_traced
+from ptq4vit_fx.passes.canonicalize import canonicalize
+from ptq4vit_fx.passes.contract import history
+from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS, fold_constants
+from ptq4vit_fx.passes.from_aten import from_aten
+from ptq4vit_fx.passes.open_einsum import open_einsum
+from ptq4vit_fx.passes.record_shapes import record_shapes
+from ptq4vit_fx.passes.replace_in_place import replace_in_place
+from ptq4vit_fx.passes.trace import trace
+from ptq4vit_fx.passes.trace_by_export import trace_by_export
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Call(nn.Module):
+    """A function of the input, and modules that it may use."""
+
+    def __init__(self, function, **modules) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def model_of(function, **modules):
+    torch.manual_seed(0)
+    return Call(function, **modules).eval()
+
+
+def count(graph_module):
+    return history(graph_module)[-1].count
+
+
+def targets(graph_module):
+    return [node.target for node in graph_module.graph.nodes]
+
+
+def exported(model):
+    """A graph of torch.export at the stage that trace leaves."""
+    graph_module = trace(nn.Identity())
+    by_export = trace_by_export(model, (X,))
+    by_export.meta.update(graph_module.meta)
+    return by_export
+
+
+ATEN = {
+    "linear": (lambda m, x: m.a(x), {"a": nn.Linear(8, 4)}, F.linear),
+    "conv": (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding=1)}, F.conv2d),
+    "conv, padding by name": (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding="same")}, F.conv2d),
+    "matmul": (lambda m, x: x @ x, {}, torch.matmul),
+    "bmm": (lambda m, x: torch.bmm(x[:, 0], x[:, 1]), {}, torch.matmul),
+    "einsum": (lambda m, x: torch.einsum("bcij,bcjk->bcik", x, x), {}, torch.einsum),
+    "attention": (lambda m, x: F.scaled_dot_product_attention(x, x, x), {}, F.scaled_dot_product_attention),
+    "softmax": (lambda m, x: x.softmax(-1), {}, F.softmax),
+    "gelu": (lambda m, x: F.gelu(x, approximate="tanh"), {}, F.gelu),
+    "silu in place": (lambda m, x: F.silu(x + 1, inplace=True), {}, F.silu),
+    "relu6": (lambda m, x: F.relu6(x), {}, F.relu6),
+    "layer norm": (lambda m, x: m.a(x), {"a": nn.LayerNorm(8)}, F.layer_norm),
+    "dropout": (lambda m, x: F.dropout(x, 0.5, training=False) + 0, {}, F.dropout),
+}
+
+
+@pytest.mark.parametrize("case", ATEN)
+def test_from_aten(case):
+    function, modules, target = ATEN[case]
+    model = model_of(function, **modules)
+    graph = exported(model)
+    from_aten(graph)
+    assert target in targets(graph)
+    assert count(graph) >= 1
+    for batch in (1, 2):
+        assert torch.equal(graph(X[:batch]), model(X[:batch]))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: x.softmax(-1, dtype=torch.float64), lambda m, x: F.hardtanh(x), lambda m, x: x.log_softmax(-1)],
+    ids=["softmax in float64", "hardtanh that is not relu6", "log softmax"],
+)
+def test_from_aten_leaves_near_misses_alone(function):
+    graph = exported(model_of(function))
+    from_aten(graph)
+    assert count(graph) == 0
+
+
+def recorded(model):
+    graph = trace(model)
+    record_shapes(graph, (X,))
+    return graph
+
+
+EINSUMS = {
+    "attention": ("bhqd,bhkd->bhqk", lambda x: (x, x)),
+    "values": ("bhqk,bhkd->bqhd", lambda x: (x, x)),
+    "two summed": ("bchw,bcxw->bhx", lambda x: (x, x)),
+    "two on the left": ("bchw,bdw->bchd", lambda x: (x, x[:, 0])),
+    "two on the right, the batch inside": ("wd,bchw->dbch", lambda x: (x[0, 0], x)),
+    "vector": ("bchw,bw->bch", lambda x: (x, x[:, 0, 0])),
+    "ellipsis": ("...ij,...kj->...ik", lambda x: (x, x)),
+}
+
+
+@pytest.mark.parametrize("case", EINSUMS)
+def test_open_einsum(case):
+    equation, operands = EINSUMS[case]
+    graph = recorded(model_of(lambda m, x: torch.einsum(equation, *operands(x))))
+    open_einsum(graph)
+    assert count(graph) == 1
+    assert torch.matmul in targets(graph)
+    for batch in (1, 2):
+        expected = torch.einsum(equation, *operands(X[:batch]))
+        torch.testing.assert_close(graph(X[:batch]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("equation", "operands"),
+    [
+        ("bij,bjk,bkl->bil", lambda x: (x[:, 0], x[:, 1], x[:, 2])),
+        ("bii,bij->bj", lambda x: (x[:, 0], x[:, 1])),
+        ("bij,bkl->bik", lambda x: (x[:, 0], x[:, 1])),
+        ("bij,bij->bij", lambda x: (x[:, 0], x[:, 1])),
+        ("bij,bjk->bik", lambda x: (x[:, 0, :, :1], x[:, 1])),
+    ],
+    ids=["three operands", "diagonal", "summed within one operand", "no sum", "broadcast"],
+)
+def test_open_einsum_leaves_near_misses_alone(equation, operands):
+    graph = recorded(model_of(lambda m, x: torch.einsum(equation, *operands(x))))
+    open_einsum(graph)
+    assert count(graph) == 0
+
+
+def test_an_einsum_that_stays_is_listed_as_float():
+    model = model_of(lambda m, x: torch.einsum("bij,bjk,bkl->bil", x[:, 0], m.a(x[:, 1]), x[:, 2]), a=nn.Linear(8, 8))
+    with pytest.warns(ptq.PTQWarning, match="einsum is not supported"):
+        plan = ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X).plan
+    assert [op.reason for op in plan.float_ops] == ["einsum is not supported"]
+
+
+def add_then_use(m, x):
+    y = x + 1
+    y.add_(2)
+    return y * 2
+
+
+IN_PLACE = {
+    "module": (lambda m, x: m.a(x + 1) * 2, {"a": nn.ReLU(inplace=True)}),
+    "function": (lambda m, x: F.silu(x + 1, inplace=True) * 2, {}),
+    "positional": (lambda m, x: F.relu(x + 1, True), {}),
+    "method": (add_then_use, {}),
+}
+
+
+@pytest.mark.parametrize("tracer", [trace, exported], ids=["fx", "export"])
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_replace_in_place(case, tracer):
+    function, modules = IN_PLACE[case]
+    model = model_of(function, **modules)
+    graph = tracer(model)
+    from_aten(graph)
+    canonicalize(graph)
+    replace_in_place(graph)
+    assert count(graph) == 1
+    assert not any("inplace" in node.kwargs or str(node.target).endswith("_") for node in graph.graph.nodes)
+    assert torch.equal(graph(X.clone()), model(X.clone()))
+
+
+def view_is_read_later(m, x):
+    y = x + 1
+    rows = y.flatten(1)
+    y.mul_(2)
+    return rows + 1
+
+
+def part_is_written(m, x):
+    y = x + 1
+    y[:, 0].zero_()
+    return y
+
+
+@pytest.mark.parametrize("function", [view_is_read_later, part_is_written])
+def test_replace_in_place_leaves_shared_memory_alone(function):
+    model = model_of(function)
+    graph = trace(model)
+    canonicalize(graph)
+    replace_in_place(graph)
+    assert count(graph) == 0
+    assert torch.equal(graph(X), model(X))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is computed from its parameter."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) * 2
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+def test_fold_constants_computes_weights_and_biases_once():
+    table = nn.Linear(2, 8)
+    grid = torch.arange(16.0).view(8, 2)
+    model = model_of(lambda m, x: m.a(x) + m.table(grid).t(), a=Standardized(3, 4, 3), table=table)
+    plan = ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X).plan
+    assert [(op.name, op.rhs_is_weight) for op in plan.ops] == [("a", True)]
+    graph = trace(model)
+    canonicalize(graph)
+    fold_constants(graph)
+    assert count(graph) == 2
+    assert graph.meta[FOLDED_LAYERS] == ("table",)
+    assert F.linear not in targets(graph)
+    assert torch.equal(graph(X), model(X))
+
+
+def test_fold_constants_leaves_moved_parameters_and_the_batch_alone():
+    model = model_of(lambda m, x: m.a(x) + m.a.bias.view(1, 1, 1, -1).expand(x.shape[0], -1, -1, -1), a=nn.Linear(8, 8))
+    graph = trace(model)
+    canonicalize(graph)
+    fold_constants(graph)
+    assert count(graph) == 0
+    for batch in (1, 2):
+        assert torch.equal(graph(X[:batch]), model(X[:batch]))
+
+
+def test_a_weight_that_depends_on_the_input_stays_float():
+    model = model_of(lambda m, x: F.linear(m.a(x), x[0, 0]), a=nn.Linear(8, 8))
+    with pytest.warns(ptq.PTQWarning, match="its weight depends on the input"):
+        ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("gelu", F.gelu),
+        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ("silu", F.silu),
+        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
+        ("hardswish", F.hardswish),
+        ("relu", F.relu),
+        ("sigmoid", torch.sigmoid),
+        ("softmax", lambda x: F.softmax(x, 0)),
+    ],
+)
+def test_negative_ranges_are_the_minima_of_the_functions(name, function):
+    values = function(torch.linspace(-30, 30, 6_000_001, dtype=torch.float64))
+    assert -float(values.min().clamp_max(0)) == pytest.approx(NEGATIVE_RANGE[name], abs=1e-10)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "quick gelu": (QuickGELU(), "quick_gelu"),
+    "quick gelu, the other way round": (lambda x: torch.sigmoid(x * 1.702).mul(x), "quick_gelu"),
+    "another factor": (lambda x: x * torch.sigmoid(1.5 * x), None),
+    "swish written out": (lambda x: x * x.sigmoid(), "silu"),
+    "silu module in place": (nn.SiLU(inplace=True), "silu"),
+    "silu": (F.silu, "silu"),
+    "hardswish": (nn.Hardswish(), "hardswish"),
+    "tanh gelu": (nn.GELU("tanh"), "gelu_tanh"),
+    "relu method": (lambda x: x.relu(), "relu"),
+    "relu module": (nn.ReLU(), "relu"),
+    "relu6": (nn.ReLU6(inplace=True), "relu"),
+    "sigmoid": (nn.Sigmoid(), "sigmoid"),
+    "gated by another": (lambda x: x * torch.sigmoid(x.flip(-1)), None),
+    "swiglu": (lambda x: F.silu(x) * x, None),
+    "shifted": (lambda x: F.silu(x) + 1, None),
+    "tanh": (torch.tanh, None),
+}
+
+
+class Activated(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.function = nn.Linear(8, 16), nn.Linear(16, 4), function
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x))).mean((1, 2))
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_activations_choose_the_quantizer(case, tracer):
+    function, source = ACTIVATIONS[case]
+    model = Activated(function).eval()
+    graph = trace(model) if tracer == "fx" else exported(model)
+    prepared = prepare_traced(graph, ptq.recipes.ptq4vit(), (X,))
+    assert prepared.plan.op("b").lhs_source == source
+    assert torch.equal(prepared(X), model(X))
+    expected = ptq.Uniform(8)
+    if source is not None and NEGATIVE_RANGE[source]:
+        expected = ptq.TwinUniform(8, form="gelu", minimum=NEGATIVE_RANGE[source])
+    elif source is not None:
+        expected = ptq.Uniform(8, signed=False)
+    assert prepared.plan.quantizers["b:lhs"] == expected
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), QuickGELU()])
+def test_lowered_activations_compute_what_is_simulated(activation, bits, tmp_path):
+    model = Activated(activation).eval()
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    converted = ptq.quantize(model, images, qconfig_mapping=ptq.recipes.ptq4vit(8, bits), progress=False)
+    error = (converted(images) - model(images)).norm() / model(images).norm()
+    assert error < {8: 0.02, 6: 0.08, 4: 0.35}[bits]
+    ptq.export_onnx(converted, tmp_path / "model.onnx", images[:1])
+    assert ptq.verify_onnx(tmp_path / "model.onnx", converted, images).simulation.cosine > 0.9999
+
+
+def test_both_tracers_give_the_same_plan(small_vit, small_images):
+    mapping = ptq.recipes.ptq4vit()
+    plans = []
+    for graph in (trace(small_vit), trace_by_export(small_vit, (small_images[:1],))):
+        graph.meta.update(trace(nn.Identity()).meta)
+        plans.append(prepare_traced(graph, mapping, (small_images[:1],)).plan)
+    assert plans[0] == plans[1]

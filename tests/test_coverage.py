@@ -1,0 +1,55 @@
+"""Every family, one small model each: traced bit-equal, every product quantized or listed, the file agrees."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx import coverage
+from ptq4vit_fx.cli import app
+from ptq4vit_fx.coverage_table import Row
+from ptq4vit_fx.families import FAMILIES, Family, find_family
+
+#: The scales do not matter here, that they are found for every product does: a search of seconds.
+QUICK = ptq.recipes.ptq4vit().with_search(n=4, rounds=1, screen_rows=32, confirm=1, max_shift=3)
+
+#: Products that stay float, by family; no other family has any.
+FLOAT = {"coat": {"aggregate": "Conv1d is not supported"}}
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_family(name):
+    family = find_family(name)
+    if family.source == "huggingface":
+        pytest.importorskip("transformers", reason="the extra hf is not installed")
+    row = coverage.cover(family, QUICK)
+    assert row.problem is None
+    assert row.float_ops == FLOAT.get(name, {})
+    assert row.quantized_layers + row.folded_layers == row.layers
+    assert row.quantized_attention == row.attention
+    assert row.twins > 0
+    assert row.multiplies > 0.99 or name == "coat"
+    assert row.cosine >= 0.999
+
+
+def test_a_family_that_cannot_is_a_row_with_the_reason_and_exit_code_1(tmp_path, monkeypatch):
+    broken = Family("broken", "timm", "vit_tiny_patch16_224", 63, {"img_size": 64})
+    works = Row("fine", "model", tracer="trace", layers=2, quantized_layers=2)
+    cover = coverage.cover
+    monkeypatch.setattr(coverage, "cover", lambda family: cover(family) if family is broken else works)
+    rows = coverage.run_coverage([broken, find_family("vit")], tmp_path, lambda line: None)
+    assert rows[0].problem is not None
+    assert "63" in rows[0].problem
+    assert "1 of 2 families work." in (tmp_path / "coverage.md").read_text()
+    assert [row["family"] for row in json.loads((tmp_path / "coverage.json").read_text())] == ["broken", "fine"]
+    monkeypatch.setattr(coverage, "cover", lambda family: rows[0])
+    assert CliRunner().invoke(app, ["coverage", "--family", "vit", "--out", str(tmp_path)]).exit_code == 1
+
+
+def test_an_unknown_family_names_near_ones():
+    result = CliRunner().invoke(app, ["coverage", "--family", "swim"])
+    assert result.exit_code == 1
+    assert "did you mean swin" in result.output
