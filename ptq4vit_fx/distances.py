@@ -52,7 +52,7 @@ def quantized_operand(parts: Parts, candidates: Candidates, indices: Tensor, ope
     shared: Tensor | None = None
     for part, _ in parts:
         x = part.lhs if operand == "lhs" else part.rhs
-        if operand == "rhs" and part.rhs.shape[0] == 1:
+        if operand == "rhs" and part.shares_rhs:
             shared = candidates.fake_quantize(x, indices) if shared is None else shared
             yield shared
         else:
@@ -182,7 +182,7 @@ def has_row_weights(parts: Parts, metric: Metric) -> bool:
     """Return whether the distance is a quadratic form of a shared weight: squared errors, one weight per row."""
     part = parts[0][0]
     one_weight_per_row = part.element_weight is None or part.element_weight.shape[-1] == 1
-    return metric.is_squared_error and one_weight_per_row and part.rhs.shape[0] == 1
+    return metric.is_squared_error and one_weight_per_row and part.shares_rhs
 
 
 def row_mass(parts: Parts, metric: Metric, candidates: dict[Operand, Candidates]) -> Tensor:
@@ -208,7 +208,7 @@ def _pilot_mass(parts: Parts, quantized: list[Tensor], operand: Operand) -> Tens
     for (part, target), x in zip(parts, quantized, strict=True):
         error = part.output(x, part.rhs) if operand == "lhs" else part.output(part.lhs, x)
         rows.append(_weighted_squares(error.sub_(target), part).sum(-1))
-    mass = torch.cat(rows, 0 if parts[0][0].lhs.shape[0] > 1 else 2)
+    mass = torch.cat(rows, 2 if parts[0][0].shares_rhs else 0)
     return mass / mass.sum((0, 2), keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
 
 

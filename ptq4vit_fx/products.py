@@ -21,7 +21,8 @@ CHUNK_ELEMENTS = 1 << 20
 class Product:
     """out = lhs @ rhs + bias, with the weight of each output element in the distance.
 
-    lhs: (batch, heads, rows, inner). rhs: (batch or 1, heads, inner, columns). bias: (heads, 1, columns) or None.
+    lhs: (batch, heads, rows, inner). rhs: (batch, heads, inner, columns); with shares_rhs it is a weight and the batch
+    is 1. bias: (heads, 1, columns) or None.
     element_weight: (batch, heads, rows, columns or 1), or None for 1 everywhere. A linear layer has batch 1, heads 1
     and all tokens as rows; the heads of a convolution are its groups.
     """
@@ -30,11 +31,12 @@ class Product:
     rhs: Tensor
     bias: Tensor | None = None
     element_weight: Tensor | None = None
+    shares_rhs: bool = True
 
     def to(self, device: torch.device) -> Product:
         """Return the product on another device."""
         bias, weight = (None if x is None else x.to(device) for x in (self.bias, self.element_weight))
-        return Product(self.lhs.to(device), self.rhs.to(device), bias, weight)
+        return replace(self, lhs=self.lhs.to(device), rhs=self.rhs.to(device), bias=bias, element_weight=weight)
 
     def output(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """Return lhs @ rhs + bias: (batch, heads, rows, columns)."""
@@ -42,10 +44,10 @@ class Product:
         return out if self.bias is None else out.add_(self.bias)
 
     def chunks(self) -> Iterator[Product]:
-        """Yield the product in parts of bounded output size, along the batch or, for batch 1, along the rows."""
+        """Yield the product in parts of bounded output size, along the rows of a shared rhs, else along the batch."""
         batch, heads, rows, _ = self.lhs.shape
         row_elements = heads * self.rhs.shape[-1]
-        if batch > 1:
+        if not self.shares_rhs:
             step = max(1, CHUNK_ELEMENTS // (row_elements * rows))
             for start in range(0, batch, step):
                 part = slice(start, start + step)
@@ -59,7 +61,7 @@ class Product:
         return replace(
             self,
             lhs=self.lhs[batch, :, rows],
-            rhs=self.rhs if self.rhs.shape[0] == 1 else self.rhs[batch],
+            rhs=self.rhs if self.shares_rhs else self.rhs[batch],
             element_weight=None if self.element_weight is None else self.element_weight[batch, :, rows],
         )
 
@@ -85,7 +87,8 @@ def to_product(
     def split(x: Tensor) -> Tensor:
         return x.reshape(-1, heads, *x.shape[-2:])
 
-    return Product(split(lhs), split(rhs), None, None if weight is None else split(weight))
+    importance = None if weight is None else split(weight)
+    return Product(split(lhs), split(rhs), element_weight=importance, shares_rhs=False)
 
 
 def _conv_product(op: QuantOp, x: Tensor, kernel: Tensor, bias: Tensor | None, weight: Tensor | None) -> Product:

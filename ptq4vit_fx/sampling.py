@@ -92,7 +92,7 @@ def _take_batch(product: Product, chosen: Tensor, factor: Tensor) -> Product:
     return replace(
         product,
         lhs=product.lhs[chosen],
-        rhs=product.rhs if product.rhs.shape[0] == 1 else product.rhs[chosen],
+        rhs=product.rhs if product.shares_rhs else product.rhs[chosen],
         element_weight=factor.expand(-1, *product.lhs.shape[1:3], 1) if weight is None else weight[chosen] * factor,
     )
 

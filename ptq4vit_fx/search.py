@@ -163,7 +163,7 @@ def _samples(
     if few is product:
         return everything, None
     tiny = None
-    if product.rhs.shape[0] > 1:
+    if not product.shares_rhs:
         fewer = sample_rows(product, mass, max(TINY_MINIMUM, size // TINY_PART), generator)
         tiny = product_parts(fewer)
     return product_parts(few), tiny

@@ -71,6 +71,20 @@ def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
     assert type(make_evaluation(parts, L1, candidates, choice, "rhs")) is OutputEvaluation
 
 
+@pytest.mark.parametrize("screen_rows", [None, 128])
+@pytest.mark.parametrize("make", [linear, attention])
+def test_chunks_change_nothing(monkeypatch, make, screen_rows):
+    """Images of a large attention are evaluated one by one: each has a right operand of its own."""
+    op = LINEAR if make is linear else QuantOp("qk", "matmul")
+    quantizers = (Uniform(6), Uniform(6, granularity="channel" if make is linear else "head"))
+    settings = SearchSettings(n=20, screen_rows=screen_rows)
+    whole = search_op(op, make(3), *quantizers, settings)
+    monkeypatch.setattr("ptq4vit_fx.products.CHUNK_ELEMENTS", 1)
+    chunked = search_op(op, make(3), *quantizers, settings)
+    assert chunked.distance_after == pytest.approx(whole.distance_after, rel=1e-5)
+    assert torch.equal(chunked.rhs.scale, whole.rhs.scale)
+
+
 def test_narrowed_evaluation_is_that_of_its_columns():
     product = linear(1)
     candidates = {
