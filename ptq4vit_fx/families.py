@@ -48,7 +48,8 @@ class Family:
             model(torch.randn(8, 3, self.image, self.image))
             for norm in norms:
                 norm.eval().momentum = 0.1
-        return model
+        # torch.matmul sums in another order where an operand requires a gradient, even under no_grad
+        return model.requires_grad_(False)
 
     def _construct(self) -> nn.Module:
         model: nn.Module
