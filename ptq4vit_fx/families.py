@@ -48,8 +48,7 @@ class Family:
             model(torch.randn(8, 3, self.image, self.image))
             for norm in norms:
                 norm.eval().momentum = 0.1
-        # torch.matmul sums in another order where an operand requires a gradient, even under no_grad
-        return model.requires_grad_(False)
+        return model
 
     def _construct(self) -> nn.Module:
         model: nn.Module
