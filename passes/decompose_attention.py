@@ -43,7 +43,18 @@ def decompose_attention(graph_module: GraphModule) -> int:
             result = _open(graph_module.graph, node, arguments, scale)
         node.replace_all_uses_with(result)
         graph_module.graph.erase_node(node)
+    if found:
+        _reshape_views(graph_module.graph)
     return len(found)
+
+
+def _reshape_views(graph: Graph) -> None:
+    """Let `view` copy where it must: fused kernels return (batch, tokens, heads, dim) in memory, products do not."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"
+        elif node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _open(graph: Graph, fused: Node, arguments: dict[str, Any], scale: Any) -> Node:
