@@ -118,6 +118,19 @@ def test_decompose_attention(mask, scale):
     torch.testing.assert_close(graph(X), before)
 
 
+def test_views_behind_an_opened_attention_may_copy():
+    graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x).view(2, 3, 64))
+    before = graph(X)
+    for node in graph.graph.nodes:
+        node.meta["tensor_meta"] = X
+    decompose_attention(graph)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_method"] == ["reshape"]
+    torch.testing.assert_close(graph(X), before)
+    without = traced(lambda m, x: x.view(2, 192))
+    decompose_attention(without)
+    assert [node.target for node in without.graph.nodes if node.op == "call_method"] == ["view"]
+
+
 def test_decompose_attention_refuses_what_it_cannot_open():
     graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True))
     with pytest.raises(ptq.PTQError, match=r"expected no is_causal, got is_causal=True; write this attention out"):
