@@ -90,6 +90,7 @@ def _hugging_face(name: str, model: str, **arguments: Any) -> Family:
     return Family(name, "huggingface", model, 64, {"image_size": 64} | arguments)
 
 
+_MAXVIT: dict[str, Any] = {"embed_dim": (32, 64, 96, 128), "stem_width": (16, 32)}
 _METAFORMER: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)}
 _HF_COLUMNS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
@@ -156,8 +157,8 @@ FAMILIES = (
     _plain("convit", "convit_tiny", depth=2, local_up_to_layer=1, embed_dim=24),
     _timm("levit", "levit.Levit", 64, img_size=64, embed_dim=(32, 64), key_dim=16, depth=(1, 1), num_heads=(2, 4)),
     _timm("mvitv2", "mvitv2.MultiScaleVit", 64, img_size=64, cfg=mvitv2()),
-    _timm("maxvit", "test_maxvit", 160),
-    _timm("coatnet", "test_coatnet", 160),
+    _timm("maxvit", "maxvit_pico_rw_256", 160, img_size=160, depths=(1, 1, 1, 1), **_MAXVIT),
+    _timm("coatnet", "coatnet_nano_rw_224", 160, img_size=160, depths=(1, 1, 2, 1), **_MAXVIT),
     _timm("maxxvit", "maxxvitv2_nano_rw_256", 64, img_size=64, depths=(1, 1, 1, 1)),
     _timm(
         "gcvit",
