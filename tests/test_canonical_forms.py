@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import count, model_of
 from torch import nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.canonicalize import canonicalize
-from ptq4vit_fx.passes.contract import history
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS, fold_constants
 from ptq4vit_fx.passes.from_aten import from_aten
 from ptq4vit_fx.passes.open_einsum import open_einsum
@@ -19,28 +19,6 @@ from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Call(nn.Module):
-    """A function of the input, and modules that it may use."""
-
-    def __init__(self, function, **modules) -> None:
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def model_of(function, **modules):
-    torch.manual_seed(0)
-    return Call(function, **modules).eval()
-
-
-def count(graph_module):
-    return history(graph_module)[-1].count
 
 
 def targets(graph_module):

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import count, model_of
 from torch import nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.operators import DEQUANTIZE, INTEGER_MATMUL
 from ptq4vit_fx.passes.canonicalize import canonicalize
-from ptq4vit_fx.passes.contract import history, stage_of
+from ptq4vit_fx.passes.contract import stage_of
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.stages import Stage
@@ -20,26 +21,8 @@ from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.write_qdq import write_qdq
 
 
-class Call(nn.Module):
-    """A function of the input, and modules that it may use."""
-
-    def __init__(self, function, **modules) -> None:
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def traced(function, **modules):
-    torch.manual_seed(0)
-    return trace(Call(function, **modules).eval())
-
-
-def count(graph_module):
-    return history(graph_module)[-1].count
+    return trace(model_of(function, **modules))
 
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
