@@ -24,6 +24,9 @@ Parts = list[tuple[Product, Tensor]]
 #: The chosen candidate of each scale, (heads, columns) per operand.
 Choice = dict[Operand, Tensor]
 
+#: The operand that keeps its choice while one is searched.
+OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
+
 #: Shares of the candidates at which `row_mass` looks: a scale that clips a lot, and one near where most searches end.
 PILOTS = (0.5, 0.8)
 
@@ -65,7 +68,7 @@ class OutputEvaluation:
     def __init__(
         self, parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: Choice, operand: Operand
     ) -> None:
-        other: Operand = "rhs" if operand == "lhs" else "lhs"
+        other = OTHER[operand]
         self.parts, self.metric, self.operand, self.searched = parts, metric, operand, candidates[operand]
         self._fixed = list(quantized_operand(parts, candidates[other], choice[other], other))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptq4vit_fx.candidates import Candidates, make_candidates, uniform_choice
 from ptq4vit_fx.distances import (
+    OTHER,
     Choice,
     OutputEvaluation,
     Parts,
@@ -35,7 +36,6 @@ from ptq4vit_fx.screening import best_of, evaluate_all, leaders, screen
 
 #: PTQ4ViT, Algorithm 1: the weight (or right operand) first.
 SEARCH_ORDER: tuple[Operand, Operand] = ("rhs", "lhs")
-OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 #: A sample of this part of the screening sample says which candidates of an attention product are promising.
 TINY_PART = 16
 TINY_MINIMUM = 16
@@ -121,11 +121,10 @@ def _search_screened(
             if operand in beside and torch.equal(beside[operand], other):
                 continue  # nothing has changed since the round before
             beside[operand] = other
-            rows = screened_on[operand]
             prior = tables.get(operand)
             if prior is None and tiny is not None and candidates[operand].ordered:
                 prior = evaluate_all(make_evaluation(tiny, metric, candidates, choice, operand))
-            tables[operand] = screen(make_evaluation(rows, metric, candidates, choice, operand), prior)
+            tables[operand] = screen(make_evaluation(screened_on[operand], metric, candidates, choice, operand), prior)
             choice = choice | {operand: best_of(tables[operand])}
     if sample is everything:
         return choice
