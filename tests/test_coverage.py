@@ -53,3 +53,11 @@ def test_an_unknown_family_names_near_ones():
     result = CliRunner().invoke(app, ["coverage", "--family", "swim"])
     assert result.exit_code == 1
     assert "did you mean swin" in result.output
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_family_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["coverage", "--family", "vit", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 1
+    assert "error: coverage --out" in result.output
+    assert "vit: works" not in result.output
