@@ -6,8 +6,10 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +79,9 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
     limit = default_memory_limit(device) if options.memory_limit is None else options.memory_limit
     budget = MemoryBudget.of(prepared, limit)
     images = sum(len(batch[0]) for batch in batches)
-    groups = [[op] for op in left] if options.sequential else budget.groups(left, images)
+    searched_on = torch.device(options.search_device or device)
+    searches = budget.searches(left, images, torch.get_num_threads()) if searched_on.type == "cpu" else 1
+    groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
     batches = budget.split(batches)
     bar = Progress(
         TextColumn("calibrate {task.description}"),
@@ -95,10 +99,9 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
                 bar.update(task, description="capture operands and gradients")
                 with run.timed("capture"):
                     captured = _capture(prepared, run, group, _on(device, batches))
-                for op in group:
-                    bar.update(task, description=op.name)
-                    _search(run, op, captured.pop(op.name), torch.device(options.search_device or device), home)
-                    bar.advance(task)
+                with run.timed("search"):
+                    for op in _search_all(run, group, captured, searched_on, home, searches):
+                        bar.update(task, description=op.name, advance=1)
     finally:
         prepared.to(home)
     seconds = {"seconds": round(time.perf_counter() - started, 3)}
@@ -159,14 +162,43 @@ def _capture(prepared: GraphModule, run: _Run, group: list[QuantOp], batches: It
     )
 
 
-def _search(run: _Run, op: QuantOp, seen: Captured, device: torch.device, home: torch.device) -> None:
-    """Search one product on `device` and keep its parameters on `home`, beside the model."""
+def _search_all(
+    run: _Run,
+    ops: list[QuantOp],
+    captured: dict[str, Captured],
+    device: torch.device,
+    home: torch.device,
+    searches: int,
+) -> Iterator[QuantOp]:
+    """Search products, so many at the same time, and yield each when it is done.
+
+    On a CPU every search has one thread: its operations are small, and threads of their own keep the cores busier than
+    threads within them. It also makes the result independent of how many run beside it.
+    """
+    threads = torch.get_num_threads()
+    single = partial(torch.set_num_threads, 1) if device.type == "cpu" else None
+    pool = ThreadPoolExecutor(searches, "search", initializer=single)
+    waiting = {pool.submit(_search, run, op, captured, device, home): op for op in ops}
+    try:
+        for done in as_completed(list(waiting)):
+            run.add(waiting[done], *done.result())
+            yield waiting.pop(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+        for future, op in waiting.items():  # after Ctrl-C: what was being searched is done by now
+            if not future.cancelled() and future.exception() is None:
+                run.add(op, *future.result())
+
+
+def _search(
+    run: _Run, op: QuantOp, captured: dict[str, Captured], device: torch.device, home: torch.device
+) -> tuple[SearchResult, float]:
+    """Search one product on `device`; return its parameters on `home`, beside the model, and the seconds it took."""
     started = time.perf_counter()
-    product = captured_product(op, seen).to(device)
-    seen.clear()
+    product = captured_product(op, captured.pop(op.name)).to(device)
     op_seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
     lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in ("lhs", "rhs"))
-    with run.timed("search"):
-        result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
+    result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
     result = replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home))
-    run.add(op, result, time.perf_counter() - started)
+    return result, time.perf_counter() - started

@@ -21,8 +21,12 @@ class Candidates(Protocol):
     groups: ScaleGroups
     ordered: bool
 
-    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Return x quantized with candidate indices[head, column] for each scale."""
+    def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
+        """Return x, (batch, heads, i, columns), quantized with candidate indices[head, column] for each scale.
+
+        With an axis (2 or 3), indices are (count, heads, columns) and x has a dimension of 1 there, which becomes
+        `count`: x quantized with each choice of candidates.
+        """
         ...
 
     def params(self, indices: Tensor) -> QParams:
@@ -53,9 +57,9 @@ class _UniformCandidates:
     def scales(self, indices: Tensor) -> Tensor:
         return self.factors[indices] * self.initial
 
-    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
-        scale = self.groups.expand(self.scales(indices), x.shape[1], x.shape[3])
-        return self.quantizer.fake_quantize(x, scale)
+    def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
+        scale = self.groups.expand(self.scales(indices), x.shape[1], x.shape[-1])
+        return self.quantizer.fake_quantize(x, scale if axis is None else scale.movedim(0, axis - 1))
 
     def params(self, indices: Tensor) -> QParams:
         return site_params(self.op, self.groups, self.scales(indices), self.product, is_weight=self.is_weight)
@@ -84,8 +88,14 @@ class _TwinCandidates:
     def params(self, indices: Tensor) -> TwinParams:
         return self.choices[int(indices)]
 
-    def fake_quantize(self, x: Tensor, indices: Tensor) -> Tensor:
-        return self.quantizer.fake_quantize(x, self.params(indices))
+    def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
+        if axis is None:
+            return self.quantizer.fake_quantize(x, self.params(indices))
+        choices = [self.choices[number] for number in indices.flatten().tolist()]
+        shape = (-1, *[1] * (x.ndim - axis - 1))
+        fine = torch.stack([choice.fine_scale for choice in choices]).view(shape)
+        coarse = torch.stack([choice.coarse_scale for choice in choices]).view(shape)
+        return self.quantizer.fake_quantize(x, TwinParams(fine, coarse))
 
     def narrow(self, columns: Tensor) -> Candidates:
         raise NotImplementedError("a twin has one choice per tensor")

@@ -28,10 +28,6 @@ class Captured:
     importance: list[Tensor] = field(default_factory=list)
     bias: Tensor | None = None
 
-    def clear(self) -> None:
-        """Let go of the tensors."""
-        self.lhs, self.rhs, self.importance = [], [], []
-
 
 def capture(
     prepared: GraphModule,

@@ -27,17 +27,26 @@ Choice = dict[Operand, Tensor]
 #: The operand that keeps its choice while one is searched.
 OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 
+#: Several candidates are evaluated at once where all that one computes has no more elements than this: small
+#: products would spend their time in calls.
+STACKED_ELEMENTS = 1 << 20
+MOST_STACKED = 16
+
 #: Shares of the candidates at which `row_mass` looks: a scale that clips a lot, and one near where most searches end.
 PILOTS = (0.5, 0.8)
 
 
 class Evaluation(Protocol):
-    """Distances of one operand's candidates while the other operand keeps its last choice."""
+    """Distances of one operand's candidates while the other operand keeps its last choice.
+
+    at_once: so many choices cost little more than one.
+    """
 
     searched: Candidates
+    at_once: int
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """Return the distance per scale, float64 (heads, columns), of candidates `indices` of the same shape."""
+        """Return the distance per scale, float64 (count, heads, columns), of candidates `indices` of the same shape."""
         ...
 
     def narrow(self, columns: Tensor) -> Evaluation | None:
@@ -63,7 +72,10 @@ def quantized_operand(parts: Parts, candidates: Candidates, indices: Tensor, ope
 
 
 class OutputEvaluation:
-    """Distances by computing the product: any metric, either operand."""
+    """Distances by computing the product: any metric, either operand.
+
+    Choices of candidates are stacked along the rows of the lhs or the columns of the rhs: one larger product.
+    """
 
     def __init__(
         self, parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: Choice, operand: Operand
@@ -71,28 +83,43 @@ class OutputEvaluation:
         other = OTHER[operand]
         self.parts, self.metric, self.operand, self.searched = parts, metric, operand, candidates[operand]
         self._fixed = list(quantized_operand(parts, candidates[other], choice[other], other))
+        elements = sum(max(part.lhs.numel(), part.rhs.numel(), target.numel()) for part, target in parts)
+        self.at_once = min(max(1, STACKED_ELEMENTS // elements), MOST_STACKED)
 
     def __call__(self, indices: Tensor) -> Tensor:
-        tried = quantized_operand(self.parts, self.searched, indices, self.operand)
-        sums: Tensor | None = None
-        for (part, target), fixed, candidate in zip(self.parts, self._fixed, tried, strict=True):
-            operands = (candidate, fixed) if self.operand == "lhs" else (fixed, candidate)
-            terms = self._sums(part, target, part.output(*operands))
-            sums = terms if sums is None else sums + terms
-        assert sums is not None
-        return self.metric.finish(sums).cpu()
+        return torch.cat([self._stacked(some) for some in torch.split(indices, self.at_once)])
 
     def narrow(self, columns: Tensor) -> None:
         """Say that some scales cost as much as all."""
 
-    def _sums(self, part: Product, target: Tensor, estimate: Tensor) -> Tensor:
-        statistics = self.metric.statistics(target, estimate)
-        weight = part.element_weight
-        if self.searched.groups == ScaleGroups() and (weight is None or weight.shape == target.shape):
-            totals = [s.sum() if weight is None else torch.dot(s.flatten(), weight.flatten()) for s in statistics]
-            return torch.stack(totals).double()[:, None, None]
+    def _stacked(self, indices: Tensor) -> Tensor:
+        axis = 2 if self.operand == "lhs" else 3
+        shared: Tensor | None = None
+        sums: Tensor | None = None
+        for (part, target), fixed in zip(self.parts, self._fixed, strict=True):
+            if self.operand == "lhs":
+                tried = self.searched.fake_quantize(part.lhs.unsqueeze(axis), indices, axis).flatten(2, 3)
+                out = torch.unflatten(torch.matmul(tried, fixed), 2, (len(indices), -1))
+            else:
+                tried = self._tried_rhs(part, indices) if shared is None else shared
+                shared = tried if part.shares_rhs else None
+                out = torch.unflatten(torch.matmul(fixed, tried), 3, (len(indices), -1))
+            terms = self._sums(part, target.unsqueeze(axis), out, axis)
+            sums = terms if sums is None else sums + terms
+        assert sums is not None
+        return self.metric.finish(sums).cpu()
+
+    def _tried_rhs(self, part: Product, indices: Tensor) -> Tensor:
+        return self.searched.fake_quantize(part.rhs.unsqueeze(3), indices, 3).flatten(3, 4)
+
+    def _sums(self, part: Product, target: Tensor, out: Tensor, axis: int) -> Tensor:
+        """Return the metric's sums per scale: (statistics, count, heads, columns)."""
+        out = out if part.bias is None else out.add_(part.bias.unsqueeze(-2))
+        statistics = (s.expand_as(out) for s in self.metric.statistics(target, out))
+        weight = None if part.element_weight is None else part.element_weight.unsqueeze(axis)
         weighted = [s if weight is None else s * weight for s in statistics]
-        return self.searched.groups.reduce(torch.stack([w.sum((0, 2)) for w in weighted]).double())
+        totals = torch.stack([w.sum((0, 5 - axis)) for w in weighted])  # (statistics, heads, count, columns)
+        return self.searched.groups.reduce(totals.transpose(1, 2).double())
 
 
 class WeightEvaluation:
@@ -102,6 +129,8 @@ class WeightEvaluation:
 
         d' (x^' R x^) d + 2 d' (x^' R (x^ - x) w) + constant
     """
+
+    at_once = 1
 
     def __init__(self, parts: Parts, candidates: dict[Operand, Candidates], choice: Choice) -> None:
         self.searched = candidates["rhs"]
@@ -119,6 +148,9 @@ class WeightEvaluation:
             self._constant += _weighted_squares(error, part).sum((0, 2)).double()
 
     def __call__(self, indices: Tensor) -> Tensor:
+        return torch.stack([self._distance(choice) for choice in indices])
+
+    def _distance(self, indices: Tensor) -> Tensor:
         change = self.searched.fake_quantize(self._weight, indices).sub_(self._weight)
         distance = (self._square @ change).add_(self._linear).mul_(change).sum((0, 2)).double()
         return self.searched.groups.reduce(distance + self._constant).cpu()
@@ -142,6 +174,8 @@ class ActivationEvaluation:
         d (w^ w^') d' + 2 d (w^ (w^ - w)' x') + constant
     """
 
+    at_once = 1
+
     def __init__(self, parts: Parts, candidates: dict[Operand, Candidates], choice: Choice) -> None:
         self.searched = candidates["lhs"]
         self.parts = parts
@@ -155,13 +189,16 @@ class ActivationEvaluation:
             self._constant += float(_weighted_squares(error, part).sum(dtype=torch.float64))
 
     def __call__(self, indices: Tensor) -> Tensor:
+        return torch.tensor([self._distance(choice) for choice in indices], dtype=torch.float64)[:, None, None]
+
+    def _distance(self, indices: Tensor) -> float:
         total = self._constant
         for (part, _), linear in zip(self.parts, self._linear, strict=True):
             change = self.searched.fake_quantize(part.lhs, indices).sub_(part.lhs)
             rows = (change @ self._square).add_(linear).mul_(change).sum(-1, keepdim=True)
             rows = rows if part.element_weight is None else rows.mul_(part.element_weight)
             total += float(rows.sum(dtype=torch.float64))
-        return torch.tensor([[total]], dtype=torch.float64)
+        return total
 
     def narrow(self, columns: Tensor) -> None:
         """Say that there is one scale only."""

@@ -24,6 +24,9 @@ BACKWARD_FACTOR = 1.5
 #: Share of the limit that forward and backward of one batch may take.
 BACKWARD_SHARE = 0.3
 
+#: Share of the limit that searches beside each other may take.
+SEARCH_SHARE = 0.5
+
 
 def default_memory_limit(device: torch.device) -> int:
     """Return half of the memory that is free on the device, in bytes."""
@@ -66,13 +69,20 @@ class MemoryBudget:
             self._warn("forward and backward of one image", self.backward)
         return [part for batch in batches for part in zip(*(torch.split(x, size) for x in batch), strict=True)]
 
-    def groups(self, ops: Sequence[QuantOp], images: int) -> list[list[QuantOp]]:
-        """Split the ops, in order, into groups whose capture and search fit into the limit; at least one op each."""
+    def searches(self, ops: Sequence[QuantOp], images: int, threads: int) -> int:
+        """Return how many products may be searched at the same time, at most `threads`, at least one."""
+        largest = SEARCH_FACTOR * images * max((self.captured.get(op.name, 0) for op in ops), default=0)
+        return max(1, min(threads, int(SEARCH_SHARE * self.limit / max(1.0, largest))))
+
+    def groups(self, ops: Sequence[QuantOp], images: int, searches: int = 1) -> list[list[QuantOp]]:
+        """Split the ops, in order, into groups whose capture and searches fit into the limit; at least one op each."""
         groups: list[list[QuantOp]] = []
         held = 0.0
+        largest = max((self.captured.get(op.name, 0) for op in ops), default=0) * images
         for op in ops:
             need = self.captured.get(op.name, 0) * images
-            room = self.limit - max(SEARCH_FACTOR * need, BACKWARD_SHARE * self.limit)
+            searching = SEARCH_FACTOR * (need if searches == 1 else searches * largest)
+            room = self.limit - max(searching, BACKWARD_SHARE * self.limit)
             if need > room:
                 self._warn(op.name, round((1 + SEARCH_FACTOR) * need))
             if not groups or held + need > room:

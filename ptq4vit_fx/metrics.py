@@ -19,8 +19,9 @@ from ptq4vit_fx.errors import failure, near_names
 class Metric:
     """A distance.
 
-    statistics(target, estimate) returns element-wise tensors, each of the shape of `target`; the search multiplies
-    each by the element weight and sums them; finish(sums) turns the sums, shape (statistics, ...), into distances.
+    statistics(target, estimate) returns element-wise tensors, of the shape of either, and may overwrite the estimate;
+    the search multiplies each by the element weight and sums them; finish(sums) turns the sums, shape
+    (statistics, ...), into distances.
     weighted_by_gradient: multiply by (dL/dout)^2, the diagonal Fisher approximation of the Hessian
     (PTQ4ViT, section 3.3, equation 7).
     """
@@ -37,12 +38,11 @@ class Metric:
 
 
 def _squared(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
-    error = estimate - target
-    return (error.mul_(error),)
+    return (estimate.sub_(target).square_(),)
 
 
 def _absolute(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:
-    return ((estimate - target).abs_(),)
+    return (estimate.sub_(target).abs_(),)
 
 
 def _products(target: Tensor, estimate: Tensor) -> tuple[Tensor, ...]:

@@ -138,10 +138,10 @@ class ScaleGroups:
         return self._grouped(operand.abs().amax((0, 2))).amax((-3, -1))
 
     def expand(self, values: Tensor, heads: int, columns: int) -> Tensor:
-        """Return one value per head and column, broadcastable over a (batch, heads, i, columns) operand."""
-        values = values.repeat_interleave(heads // self.heads, 0) if self.heads > 1 else values
-        values = values.repeat_interleave(columns // self.columns, 1) if self.columns > 1 else values
-        return values[:, None, :]
+        """Return (..., self.heads, self.columns) values as (..., heads or 1, 1, columns or 1), to broadcast."""
+        values = values.repeat_interleave(heads // self.heads, -2) if self.heads > 1 else values
+        values = values.repeat_interleave(columns // self.columns, -1) if self.columns > 1 else values
+        return values.unsqueeze(-2)
 
     def _grouped(self, x: Tensor) -> Tensor:
         heads, columns = x.shape[-2:]

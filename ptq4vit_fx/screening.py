@@ -9,37 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.candidates import uniform_choice
+from ptq4vit_fx.candidates import Candidates
 from ptq4vit_fx.distances import Evaluation
 
 #: Without a prior table, every COARSE_STRIDE-th candidate is evaluated, and then the promising ones in between.
 COARSE_STRIDE = 6
 #: Promising candidates that are evaluated in any case: they tell how far the expectation can be trusted.
 FIRST_FEW = 6
+#: How much luckier than the luckiest one so far a candidate may be, in distances of that one from the average.
+MARGIN = 2.0
 #: Where the best candidate has unknown neighbours, this many of them are looked at on each side.
-REACH = 4
+REACH = 2
 
 
 def evaluate_all(evaluation: Evaluation) -> Tensor:
     """Return the table of every candidate."""
-    candidates = evaluation.searched
-    return torch.stack([evaluation(uniform_choice(candidates, number)) for number in range(candidates.count)])
+    return evaluation(_same_for_all(evaluation.searched, range(evaluation.searched.count)))
 
 
-def screen(evaluation: Evaluation, prior: Tensor | None) -> Tensor:
-    """Return a table of the candidates that may be the best; prior: a table from elsewhere, without gaps or with."""
+def screen(evaluation: Evaluation, prior: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a table of the candidates that may be the best, and what to expect of all of them.
+
+    prior: the expected distances, from elsewhere.
+    """
     candidates = evaluation.searched
     if not candidates.ordered or candidates.count <= 4 * COARSE_STRIDE:
-        return evaluate_all(evaluation)
+        table = evaluate_all(evaluation)
+        return table, table
     shape = (candidates.count, candidates.groups.heads, candidates.groups.columns)
     table = torch.full(shape, torch.inf, dtype=torch.float64)
     if prior is None:
-        for number in range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE):
-            table[number] = evaluation(uniform_choice(candidates, number))
-    _evaluate_promising(evaluation, table, _interpolate(table if prior is None else prior))
+        coarse = range(COARSE_STRIDE - 1, candidates.count, COARSE_STRIDE)
+        table[coarse] = evaluation(_same_for_all(candidates, coarse))
+    expected = _interpolate(table) if prior is None else prior
+    _evaluate_promising(evaluation, table, expected)
     while _explore(evaluation, table):
         pass
-    return table
+    known = table.isfinite()
+    error = torch.where(known, table - expected, 0.0).sum(0) / known.sum(0)
+    return table, torch.where(known, table, expected + error)
 
 
 def best_of(table: Tensor) -> Tensor:
@@ -55,47 +63,61 @@ def leaders(table: Tensor, count: int) -> Tensor:
 def _evaluate_promising(evaluation: Evaluation, table: Tensor, expected: Tensor) -> None:
     """Evaluate what the table lacks, the candidate with the smallest expected distance of each scale first.
 
-    A candidate's luck is its distance over the expected one. A scale is done when none of its candidates would win even
-    if it were as much luckier than the luckiest one so far as that one is than the average: a smooth landscape
-    needs few evaluations, a rough one many.
+    A candidate's luck is how far its distance is below the expected one. A scale is done when none of its candidates
+    would win even if it were as much luckier than the luckiest one so far as that one is than the average: a smooth
+    landscape needs few evaluations, a rough one many.
     """
-    left = expected.masked_fill(table.isfinite(), torch.inf)
-    order = left.argsort(dim=0, stable=True)
-    luckiest, total = torch.full_like(expected[0], torch.inf), torch.zeros_like(expected[0])
+    hoped, order = expected.masked_fill(table.isfinite(), torch.inf).sort(dim=0, stable=True)
+    best, luckiest = table.amin(0), torch.full_like(expected[0], torch.inf)
+    total = torch.zeros_like(luckiest)
     heads, columns = torch.arange(table.shape[1])[:, None], torch.arange(table.shape[2])  # that are not done
-    for rank in range(len(table)):
-        indices = order[rank, :, columns]
+    rank = 0
+    while rank < len(table):
+        following = rank + evaluation.at_once
+        indices = order[rank:following]
         distance = evaluation(indices)
         table[indices, heads, columns] = distance
-        hoped = expected[indices, heads, columns]
-        luck = torch.where(hoped > 0, distance / hoped, 1.0)
-        luckiest[:, columns] = torch.minimum(luckiest[:, columns], luck)
-        total[:, columns] += luck
-        if rank + 1 == len(table):
+        best = torch.minimum(best, distance.amin(0))
+        luck = distance - hoped[rank:following]
+        luckiest = torch.minimum(luckiest, luck.amin(0))
+        total += luck.sum(0)
+        rank = following
+        if rank >= len(table):
             return
-        if rank + 1 < FIRST_FEW:
+        if rank < FIRST_FEW:
             continue
-        hope = luckiest * luckiest / (total / (rank + 1))
-        following = left.gather(0, order[rank + 1 : rank + 2])[0] * hope
-        still = columns[(following <= table.amin(0)).any(0)[columns]]
-        if not len(still):
+        still = (hoped[rank] + luckiest + MARGIN * (luckiest - total / rank) <= best).any(0)
+        count = int(still.sum())
+        if not count:
             return
-        narrower = evaluation.narrow(torch.searchsorted(columns, still)) if 2 * len(still) <= len(columns) else None
-        if narrower is not None:
-            evaluation, columns = narrower, still
+        if 2 * count <= len(columns) and (narrower := evaluation.narrow(still.nonzero()[:, 0])) is not None:
+            evaluation, columns = narrower, columns[still]
+            hoped, order = hoped[..., still], order[..., still]
+            best, luckiest, total = best[:, still], luckiest[:, still], total[:, still]
 
 
 def _explore(evaluation: Evaluation, table: Tensor) -> bool:
     """Evaluate the unknown neighbours of the best candidates; return whether there were any."""
-    best, last = table.argmin(0), len(table) - 1
-    beside = [(best + offset).clamp(0, last) for offset in (-1, 1)]
-    if all(bool(table.gather(0, index[None]).isfinite().all()) for index in beside):
+    last = len(table) - 1
+    best = table.argmin(0)
+    beside = torch.stack([best - 1, best + 1]).clamp(0, last)
+    unknown = table.gather(0, beside).isinf().any(0).any(0)
+    columns = unknown.nonzero()[:, 0]
+    if not len(columns):
         return False
-    for distance in range(1, REACH + 1):
-        for offset in (-distance, distance):
-            indices = (best + offset).clamp(0, last)
-            table.scatter_(0, indices[None], evaluation(indices)[None])
+    narrower = evaluation.narrow(columns) if len(columns) < len(unknown) else None
+    if narrower is None:
+        columns = torch.arange(len(unknown))
+    offsets = torch.tensor([sign * distance for distance in range(1, REACH + 1) for sign in (-1, 1)])
+    indices = (best[:, columns] + offsets.view(-1, 1, 1)).clamp(0, last)
+    table[indices, torch.arange(table.shape[1])[:, None], columns] = (narrower or evaluation)(indices)
     return True
+
+
+def _same_for_all(candidates: Candidates, numbers: range) -> Tensor:
+    """Return indices (count, heads, columns) that take each of the candidates for every scale."""
+    shape = (len(numbers), candidates.groups.heads, candidates.groups.columns)
+    return torch.tensor(numbers).view(-1, 1, 1).expand(shape)
 
 
 def _interpolate(table: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ def _search_screened(
     if has_row_weights(everything, metric) and product.lhs.shape[3] < sum(part.lhs.shape[2] for part, _ in sample):
         screened_on["rhs"] = everything  # in closed form, cheaper there than on the sample
     tables: dict[Operand, Tensor] = {}
+    expected: dict[Operand, Tensor] = {}
     beside: Choice = {}
     for _ in range(settings.rounds):
         for operand in SEARCH_ORDER:
@@ -121,10 +122,11 @@ def _search_screened(
             if operand in beside and torch.equal(beside[operand], other):
                 continue  # nothing has changed since the round before
             beside[operand] = other
-            prior = tables.get(operand)
+            prior = expected.get(operand)
             if prior is None and tiny is not None and candidates[operand].ordered:
                 prior = evaluate_all(make_evaluation(tiny, metric, candidates, choice, operand))
-            tables[operand] = screen(make_evaluation(screened_on[operand], metric, candidates, choice, operand), prior)
+            evaluation = make_evaluation(screened_on[operand], metric, candidates, choice, operand)
+            tables[operand], expected[operand] = screen(evaluation, prior)
             choice = choice | {operand: best_of(tables[operand])}
     if sample is everything:
         return choice
@@ -134,11 +136,11 @@ def _search_screened(
         if screened_on[operand] is sample:
             evaluation = make_evaluation(everything, metric, candidates, choice, operand)
             few = leaders(tables[operand], settings.confirm)
-            best = torch.stack([evaluation(indices) for indices in few]).argmin(0)
+            best = evaluation(few).argmin(0)
             choice = choice | {operand: few.gather(0, best[None])[0]}
     if screened_on["rhs"] is everything and not torch.equal(beside["rhs"], choice["lhs"]):
         evaluation = make_evaluation(everything, metric, candidates, choice, "rhs")
-        choice = choice | {"rhs": best_of(screen(evaluation, tables["rhs"]))}
+        choice = choice | {"rhs": best_of(screen(evaluation, expected["rhs"])[0])}
     return choice
 
 
@@ -181,16 +183,14 @@ def _decide_pairs(
     Alternating searches of two operands end where neither can improve alone; pairs find the better places nearby.
     """
 
-    def distances(parts: Parts, left: Tensor, rights: list[Tensor]) -> list[Tensor]:
-        evaluation = OutputEvaluation(parts, metric, candidates, {"lhs": left}, "rhs")
-        return [evaluation(right) for right in rights]
+    def distances(parts: Parts, left: Tensor, rights: Tensor) -> Tensor:
+        return OutputEvaluation(parts, metric, candidates, {"lhs": left}, "rhs")(rights)
 
-    lefts, rights = (list(leaders(tables[operand], PAIRED)) for operand in OPERANDS)
-    screened = torch.stack([distance for left in lefts for distance in distances(sample, left, rights)])
-    best = leaders(screened, count)
-    left = torch.stack([left for left in lefts for _ in rights]).gather(0, best)
-    right = torch.stack(rights * len(lefts)).gather(0, best)
-    exact = torch.stack([distances(everything, a, [b])[0] for a, b in zip(left, right, strict=True)])
+    lefts, rights = (leaders(tables[operand], PAIRED) for operand in OPERANDS)
+    best = leaders(torch.cat([distances(sample, left, rights) for left in lefts]), count)
+    left = lefts.repeat_interleave(len(rights), 0).gather(0, best)
+    right = rights.repeat(len(lefts), 1, 1).gather(0, best)
+    exact = torch.cat([distances(everything, a, b[None]) for a, b in zip(left, right, strict=True)])
     first = exact.argmin(0)[None]
     return {"lhs": left.gather(0, first)[0], "rhs": right.gather(0, first)[0]}
 
@@ -219,7 +219,7 @@ def _with_usable_weights(op: QuantOp, product: Product, metric: Metric, rhs: Qua
 
 
 def _total(
-    parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: dict[Operand, Tensor]
+    parts: Parts, metric: Metric, candidates: dict[Operand, Candidates], choice: Choice
 ) -> tuple[float, dict[str, float]]:
     """Return the distance of the whole product, all scales together, and signal-to-noise ratios in dB."""
     sums: Tensor | None = None

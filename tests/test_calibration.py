@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -39,12 +40,13 @@ def searched(monkeypatch):
     class Names(list):
         stop = None
 
-    names, search_op = Names(), calibrator.search_op
+    names, search_op, lock = Names(), calibrator.search_op, Lock()
 
     def watched(op, *args, **kwargs):
-        if len(names) == names.stop:
-            raise KeyboardInterrupt
-        names.append(op.name)
+        with lock:
+            if len(names) == names.stop:
+                raise KeyboardInterrupt
+            names.append(op.name)
         return search_op(op, *args, **kwargs)
 
     monkeypatch.setattr(calibrator, "search_op", watched)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -145,18 +146,19 @@ def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
     before = sorted(workspace.rglob("*"))
     result = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx")
     assert result.exit_code == 130
-    assert len(searched) == 4
+    assert 4 <= len(searched) <= 4 + torch.get_num_threads()  # those beside it end, no other begins
     assert "interrupted: nothing was written" in result.output
     assert sorted(workspace.rglob("*")) == before
 
 
 def test_the_same_command_goes_on_from_a_checkpoint(workspace, monkeypatch):
-    searched, stop = [], [4]
+    searched, stop, lock = [], [4], Lock()
 
     def interrupted(op, *args, **kwargs):
-        if len(searched) == stop[0]:
-            raise KeyboardInterrupt
-        searched.append(op.name)
+        with lock:
+            if len(searched) == stop[0]:
+                raise KeyboardInterrupt
+            searched.append(op.name)
         return search_op(op, *args, **kwargs)
 
     monkeypatch.setattr("ptq4vit_fx.calibrator.search_op", interrupted)

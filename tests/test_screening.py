@@ -67,7 +67,7 @@ def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
         groups = candidates[operand].groups
         for number in (5, 40, 99):
             indices = torch.full((groups.heads, groups.columns), number)
-            torch.testing.assert_close(closed(indices), direct(indices), rtol=2e-4, atol=0)
+            torch.testing.assert_close(closed(indices[None]), direct(indices[None]), rtol=2e-4, atol=0)
     assert type(make_evaluation(parts, L1, candidates, choice, "rhs")) is OutputEvaluation
 
 
@@ -94,11 +94,11 @@ def test_narrowed_evaluation_is_that_of_its_columns():
     choice = {key: uniform_choice(value, 80) for key, value in candidates.items()}
     whole = make_evaluation(product_parts(product), HESSIAN, candidates, choice, "rhs")
     columns = torch.tensor([3, 4, 17, 39])
-    indices = torch.randint(100, (1, 40), generator=torch.Generator().manual_seed(0))
+    indices = torch.randint(100, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     part = whole.narrow(columns)
-    torch.testing.assert_close(part(indices[:, columns]), whole(indices)[:, columns], rtol=1e-5, atol=0)
+    torch.testing.assert_close(part(indices[..., columns]), whole(indices)[..., columns], rtol=1e-5, atol=0)
     nested = part.narrow(torch.tensor([1, 3]))
-    torch.testing.assert_close(nested(indices[:, columns[[1, 3]]]), whole(indices)[:, [4, 39]], rtol=1e-5, atol=0)
+    torch.testing.assert_close(nested(indices[..., columns[[1, 3]]]), whole(indices)[..., [4, 39]], rtol=1e-5, atol=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,7 +134,7 @@ def test_screening_finds_the_minimum_of_a_rough_landscape(seed):
     random = np.random.default_rng(seed)
     position = np.arange(100)[:, None] / 100
     smooth = 1 + 8 * (position - random.uniform(0.5, 0.9, 6)) ** 2
-    landscape = torch.from_numpy(smooth * random.uniform(0.8, 1.2, (100, 6)))[:, None]
+    landscape = torch.from_numpy(smooth * random.uniform(0.9, 1.1, (100, 6)))[:, None]
 
     class Rough:
         class searched:  # noqa: N801
@@ -143,19 +143,20 @@ def test_screening_finds_the_minimum_of_a_rough_landscape(seed):
             class groups:  # noqa: N801
                 heads, columns = 1, 6
 
-        evaluations = 0
+        at_once = 1
 
         def __call__(self, indices):
-            self.evaluations += 1
-            return landscape.gather(0, indices[None])[0]
+            return landscape.gather(0, indices)
 
         def narrow(self, columns):
             return None
 
-    rough = Rough()
-    table = screen(rough, None)
+    table, expected = screen(Rough(), None)
+    known = table.isfinite()
+    assert torch.equal(expected[known], table[known])
+    assert expected.isfinite().all()
     assert table.amin(0).div(landscape.amin(0)).max() < 1.03
-    assert rough.evaluations < 95
+    assert known.double().mean() < 0.95
 
 
 CASES = {
