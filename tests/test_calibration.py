@@ -15,6 +15,7 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx import calibrator
 from ptq4vit_fx.capture import capture, captured_product
 from ptq4vit_fx.losses import fisher, pseudo_label
+from ptq4vit_fx.memory import SEARCH_FACTOR, MemoryBudget
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 
@@ -241,3 +242,29 @@ def test_infinite_activations_are_named(small_images):
     nn.init.constant_(model.blocks[0].mlp.fc1.weight, 1e38)
     with pytest.raises(ptq.PTQError, match=r"input of blocks.0.mlp.fc2: expected finite values, got NaN or infinity"):
         calibrate(prepared_for(model, small_images), small_images)
+
+
+def test_the_number_of_threads_changes_no_scale(small_vit, small_images):
+    threads = torch.get_num_threads()
+    prints = set()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            prints.add(calibrate(prepared_for(small_vit, small_images), small_images).fingerprint())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert len(prints) == 1
+
+
+def test_searches_beside_each_other_fit_into_the_limit(small_vit, small_images):
+    prepared = prepared_for(small_vit, small_images)
+    ops = prepared.plan.ops
+    largest = max(MemoryBudget.of(prepared, 1).captured[op.name] for op in ops)
+    for limit, searches in ((10 * largest, 2), (100 * largest, 4), (largest, 1)):
+        budget = MemoryBudget.of(prepared, limit)
+        assert budget.searches(ops, 1, 4) == searches
+        if limit > 5 * largest:
+            for group in budget.groups(ops, 1, searches):
+                held = sum(budget.captured[op.name] for op in group)
+                assert held + searches * SEARCH_FACTOR * largest <= limit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from ptq4vit_fx.distances import (
     make_evaluation,
     product_parts,
 )
-from ptq4vit_fx.metrics import HESSIAN, L1
+from ptq4vit_fx.metrics import HESSIAN, L1, get_metric
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.products import to_product
 from ptq4vit_fx.sampling import _draw, sample_rows
@@ -69,6 +71,41 @@ def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
             indices = torch.full((groups.heads, groups.columns), number)
             torch.testing.assert_close(closed(indices[None]), direct(indices[None]), rtol=2e-4, atol=0)
     assert type(make_evaluation(parts, L1, candidates, choice, "rhs")) is OutputEvaluation
+
+
+@pytest.mark.parametrize("metric", ["hessian", "cosine", "pearson"])
+@pytest.mark.parametrize("operand", ["lhs", "rhs"])
+@pytest.mark.parametrize("case", ["q @ k", "softmax @ v", "linear"])
+def test_stacked_choices_are_evaluated_like_single_ones(case, operand, metric):
+    if case == "linear":
+        product, op, lhs, rhs = linear(2, rows=60), LINEAR, Uniform(6), Uniform(6, granularity="channel")
+    else:
+        product, op = attention(2, images=3, tokens=9), QuantOp("qk", "matmul")
+        lhs, rhs = Uniform(6, granularity="head"), Uniform(6, granularity="head")
+        if case == "softmax @ v":
+            product, lhs = replace(product, lhs=product.lhs.softmax(-1)), TwinUniform(6, "softmax")
+    candidates = {o: make_candidates(q, op, product, o, SearchSettings()) for o, q in (("lhs", lhs), ("rhs", rhs))}
+    choice = {key: uniform_choice(value, min(60, value.count - 1)) for key, value in candidates.items()}
+    evaluation = OutputEvaluation(product_parts(product), get_metric(metric), candidates, choice, operand)
+    searched = candidates[operand]
+    shape = (7, searched.groups.heads, searched.groups.columns)
+    indices = torch.randint(searched.count, shape, generator=torch.Generator().manual_seed(0))
+    assert evaluation.at_once > 1
+    evaluation.at_once = 3
+    stacked = evaluation(indices)
+    evaluation.at_once = 1
+    # 1 - cosine is a small difference of sums in float32
+    torch.testing.assert_close(stacked, evaluation(indices), rtol=1e-5, atol=0 if metric == "hessian" else 1e-6)
+    quantized = searched.fake_quantize(product.lhs if operand == "lhs" else product.rhs, indices[4])
+    other = candidates["rhs" if operand == "lhs" else "lhs"]
+    fixed = other.fake_quantize(
+        product.rhs if operand == "lhs" else product.lhs, choice["rhs" if operand == "lhs" else "lhs"]
+    )
+    out = product.output(*((quantized, fixed) if operand == "lhs" else (fixed, quantized)))
+    target = product.output(product.lhs, product.rhs)
+    if metric == "hessian":
+        per_scale = ((out - target).square() * product.element_weight).sum((0, 2)).double()
+        torch.testing.assert_close(stacked[4], searched.groups.reduce(per_scale), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("screen_rows", [None, 128])
