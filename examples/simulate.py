@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.losses import DEFAULT_LOSS
 from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -47,6 +48,8 @@ def main(
     bits: Annotated[list[int], typer.Option(help="of weights and activations, repeatable")] = [8, 6, 4],  # noqa: B006
     first: Annotated[list[int], typer.Option(help="number of the first of the 32 images, repeatable")] = [0],  # noqa: B006
     recipe: str = "ptq4vit",
+    loss: str = DEFAULT_LOSS,
+    metric: Annotated[str | None, typer.Option(help="of the search (default: the recipe's)")] = None,
     images: Annotated[int, typer.Option(help="validation images")] = 5000,
     scales: Annotated[Path, typer.Option(help="folder of finished scales")] = Path("out/scales"),
 ) -> None:
@@ -57,13 +60,16 @@ def main(
     network, size = source.load_model(model)
     scales.mkdir(parents=True, exist_ok=True)
     rows = []
+    name = recipe + (f", {metric}" if metric else "") + (f", {loss}" if loss != DEFAULT_LOSS else "")
     for width in bits:
         scores = []
         for start in first:
             calibration_images = source.load_images("calib", 32, size, start)[0]
-            prepared = ptq.prepare_fx(network, getattr(ptq.recipes, recipe)(width, width), calibration_images[:1])
-            kept = scales / f"{model}_{recipe}_{width}_{start}.safetensors"
-            calibration = ptq.calibrate(prepared, calibration_images, checkpoint=kept)
+            mapping = getattr(ptq.recipes, recipe)(width, width)
+            mapping = mapping if metric is None else mapping.with_search(metric=metric)
+            prepared = ptq.prepare_fx(network, mapping, calibration_images[:1])
+            kept = scales / f"{model}_{recipe}_{metric}_{loss}_{width}_{start}.safetensors"
+            calibration = ptq.calibrate(prepared, calibration_images, loss=loss, checkpoint=kept)
             simulated = copy.deepcopy(prepared)
             insert_quantizers(simulated, calibration.plan.quantizers, calibration.params)
             loaded = (
@@ -73,7 +79,7 @@ def main(
             scores.append(top1(simulated, loaded, f"W{width}A{width}, images from {start}"))
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         cells = " | ".join(f"{score:.2%}" for score in scores)
-        rows.append(f"| {recipe} | W{width}A{width} | {cells} | {statistics.mean(scores):.2%} | {spread:.2%} |")
+        rows.append(f"| {name} | W{width}A{width} | {cells} | {statistics.mean(scores):.2%} | {spread:.2%} |")
     print(f"\n{model}, {images} images of `val`\n")
     print(
         "| recipe | bits | " + " | ".join(f"images from {start}" for start in first) + " | mean | standard deviation |"
