@@ -99,6 +99,7 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
                 bar.update(task, description="capture operands and gradients")
                 with run.timed("capture"):
                     captured = _capture(prepared, run, group, _on(device, batches))
+                bar.update(task, description=group[0].name)
                 with run.timed("search"):
                     for op in _search_all(run, group, captured, searched_on, home, searches):
                         bar.update(task, description=op.name, advance=1)
