@@ -40,18 +40,45 @@ def to_signed(model: onnx.ModelProto) -> onnx.ModelProto:
     A symmetric grid (zero point 128) gets zero point 0. Codes 0 .. 255 of an unsigned grid or of a twin's branch do not
     fit int8 with zero point 0, so they get zero point -128 (127 for the negatives of a GELU twin).
     """
-    copy = _copy(model)
-    initializers = {tensor.name: tensor for tensor in copy.graph.initializer}
-    moved: set[str] = set()
-    for node in activation_quantizers(copy):
-        zero_point = initializers[node.input[2]]
-        if zero_point.data_type != TensorProto.UINT8 or zero_point.name in moved:
-            continue
-        value = numpy_helper.to_array(zero_point).astype(np.int16) - 128
-        zero_point.CopyFrom(numpy_helper.from_array(value.astype(np.int8), zero_point.name))
-        moved.add(zero_point.name)
-    _forget_types(copy)
+    copy = copy_of(model)
+    _shift_activations(copy, UINT8, INT8)
     return copy
+
+
+def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy whose int8 activation codes are uint8, zero points raised by 128: the inverse of `to_signed`."""
+    copy = copy_of(model)
+    _shift_activations(copy, INT8, UINT8)
+    return copy
+
+
+def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy whose constant int8 weights are uint8 with the zero point raised by 128: the same values.
+
+    u8 x u8 kernels are exact on every x86 CPU; those with VNNI run u8 x s8 faster.
+    """
+    copy = copy_of(model)
+    initializers = {initializer.name: initializer for initializer in copy.graph.initializer}
+    for node in copy.graph.node:
+        if node.op_type == DEQUANTIZE and node.input[0] in initializers:
+            for name in (node.input[0], node.input[2]):
+                _shift(initializers[name], INT8, UINT8)
+    forget_types(copy)
+    return copy
+
+
+def _shift_activations(model: onnx.ModelProto, old: Container, new: Container) -> None:
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in activation_quantizers(model):
+        _shift(initializers[node.input[2]], old, new)
+    forget_types(model)
+
+
+def _shift(tensor: onnx.TensorProto, old: Container, new: Container) -> None:
+    """Move codes or a zero point from the lowest code of one type to that of the other; other types stay."""
+    if tensor.data_type == old.data_type:
+        values = numpy_helper.to_array(tensor).astype(np.int16) - old.low + new.low
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(new.dtype), tensor.name))
 
 
 def without_zero_points(
@@ -62,7 +89,7 @@ def without_zero_points(
     allowed: containers in the order of preference. A quantizer is left as it is if it is legal already, or if no
     container holds all codes that its grid uses (0 .. 255 or, of a softmax twin, 0 .. 128 in int8).
     """
-    copy = _copy(model)
+    copy = copy_of(model)
     initializers = {tensor.name: tensor for tensor in copy.graph.initializer}
     stuck = []
     for node in list(activation_quantizers(copy)):
@@ -79,7 +106,7 @@ def without_zero_points(
         bounds = (low if low > new.low else None, high if high < new.high else None)
         _clip(copy, node, bounds, numpy_helper.to_array(initializers[node.input[1]]))
         zero_point.CopyFrom(numpy_helper.from_array(np.zeros((), new.dtype), zero_point.name))
-    _forget_types(copy)
+    forget_types(copy)
     return copy, stuck
 
 
@@ -135,15 +162,17 @@ def _clip(
     model.graph.node.insert(position, helper.make_node("Clip", inputs, [clipped], name=f"{site_of(node)}/Clip"))
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that shares nothing."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy
 
 
-def _forget_types(model: onnx.ModelProto) -> None:
+def forget_types(model: onnx.ModelProto) -> None:
     """Drop the recorded types of codes, which may have changed; the checker infers them again."""
     codes = {name for node in activation_quantizers(model) for name in node.output}
+    codes |= {node.input[0] for node in model.graph.node if node.op_type == DEQUANTIZE}
     kept = [value for value in model.graph.value_info if value.name not in codes]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
@@ -22,7 +23,20 @@ def base_ptq(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
         matmul=Uniform(a_bits),
         search=SearchSettings(metric="cosine", alpha=0.5, rounds=1),
     )
-    return QConfigMapping().set_global(qconfig)
+    return QConfigMapping(f"base_ptq({w_bits}, {a_bits})").set_global(qconfig)
+
+
+def tensorrt(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
+    """PTQ4ViT as far as TensorRT holds it: int8 without zero points, one scale per activation, fused attention.
+
+    As `ptq4vit`, but softmax gets a uniform quantizer and attention one scale per operand: two branches behind softmax,
+    or scales per head behind a product, would break the fusion. The twin after GELU stays. Bits from 2 to 8, else
+    PTQError.
+    """
+    qconfig = ptq4vit(w_bits, a_bits).global_qconfig
+    assert qconfig is not None
+    changed = replace(qconfig, softmax=Uniform(a_bits), matmul=Uniform(a_bits))
+    return QConfigMapping(f"tensorrt({w_bits}, {a_bits})").set_global(changed)
 
 
 def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group"] = "channel") -> QConfigMapping:
@@ -46,4 +60,4 @@ def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group
         kernel=Uniform(w_bits, granularity="channel"),
         image=Uniform(8),
     )
-    return QConfigMapping().set_global(qconfig)
+    return QConfigMapping(f"ptq4vit({w_bits}, {a_bits}, weights={weights!r})").set_global(qconfig)
