@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -31,7 +31,7 @@ class OnnxGraph:
         """Return the node that computes an input; None for constants and the model's own inputs."""
         return self.makers.get(node.input[index])
 
-    def value(self, name: str) -> NDArray[np.generic]:
+    def value(self, name: str) -> NDArray[Any]:
         """Return a constant's value; KeyError if it is computed."""
         return numpy_helper.to_array(self.constants[name])
 

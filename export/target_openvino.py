@@ -5,6 +5,8 @@ Sources, all in https://github.com/openvinotoolkit/openvino:
   if either has a zero point; the weights of a linear layer must have none. Measured: with the default file's zero
   points two products of a block run in float, without them none (tests/test_openvino.py).
 - the same file, separateInStandaloneBranch: dequantization that several products read is split, as it is written here.
+- tests/test_openvino.py, test_why_bounds_stand_in_front_of_the_division: OpenVINO 2026.4 computes a division by scales
+  per head, a Clip and a QuantizeLinear wrongly; bounds per head in front of the division are computed right.
 - src/plugins/intel_cpu/src/transformations/transformation_pipeline.cpp: precisions of products are u8 or i8 on the
   left and i8 on the right; ONNX QuantizeLinear on 8 bits becomes a FakeQuantize of 256 levels.
 """
@@ -16,7 +18,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.errors import PTQWarning, failure
 from ptq4vit_fx.export.containers import DEQUANTIZE, INT8, QUANTIZE, UINT8, without_zero_points
@@ -29,7 +31,34 @@ def rewrite_openvino(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto
     """Return a copy without zero points (int8 for signed grids, uint8 for the rest) and without shared pairs."""
     without, stuck = without_zero_points(model, plan, (INT8, UINT8))
     assert not stuck  # every grid of at most 8 bits fits one of the two
-    return separate_pairs(without)
+    return separate_pairs(bound_in_front_of_division(without))
+
+
+def bound_in_front_of_division(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn Div by scales per head -> Clip into Min and Max per head -> Div; in place, and exact.
+
+    The Clip's bounds are codes here (the quantizer behind has the scale 1); a code times its scale divides back to it.
+    """
+    graph = OnnxGraph(model)
+    for clip in graph.nodes:
+        divide = graph.maker(clip, 0) if clip.op_type == "Clip" else None
+        if divide is None or divide.op_type != "Div" or divide.input[1] not in graph.constants:
+            continue
+        scales, source = graph.value(divide.input[1]), divide.input[0]
+        position = list(model.graph.node).index(divide)
+        for function, name in zip(("Max", "Min"), clip.input[1:], strict=False):
+            if not name:
+                continue
+            bound = f"{clip.output[0]}.{function.lower()}"
+            values = (graph.value(name) * scales).astype(np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(values, f"{bound}.bound"))
+            made = helper.make_node(function, [source, f"{bound}.bound"], [bound], name=f"{clip.name}_{function}")
+            model.graph.node.insert(position, made)
+            source, position = bound, position + 1
+        node = next(node for node in model.graph.node if node.name == divide.name)
+        node.input[0], node.output[0] = source, clip.output[0]
+        model.graph.node.remove(clip)
+    return model
 
 
 def separate_pairs(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -105,7 +105,9 @@ def quantize(
         with console.status("export to ONNX"):
             exported = ptq4vit_fx.export_onnx(converted, out, pixels[:1], target=target, opset=opset, batch=batch)
         with console.status("verify in ONNX Runtime"):
-            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(pixels, batch_size)))
+            # A file of a fixed batch takes no other: repeat the first images until the last batch is full.
+            shown = pixels if batch is None else pixels[torch.arange(-(-len(pixels) // batch) * batch) % len(pixels)]
+            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(shown, batch or batch_size)))
         plan = plan_of(prepared)
         console.print(
             f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "
