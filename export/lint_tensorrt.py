@@ -17,10 +17,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE, site_of
 from ptq4vit_fx.export.onnx_graph import MOVES, PRODUCTS, OnnxGraph
 
-WITHOUT_TWINS = "quantize with recipes.tensorrt(), whose grids are signed and which has no softmax twin"
+WITHOUT_TWINS = "quantize with recipes.tensorrt(), which has no softmax twin"
+SEVEN_BITS = "give this product QConfig(activation=Uniform(7), ...): unsigned codes 0 .. 127 fit int8"
+EIGHT_BITS = "quantize activations to 8 bits, as recipes.tensorrt() does: fewer need a Clip"
 PER_TENSOR = "quantize attention per tensor, with recipes.tensorrt() or QConfig(matmul=Uniform(8))"
 
 
@@ -52,7 +54,8 @@ def _int8(graph: OnnxGraph) -> Iterator[Violation]:
     for node in _pairs(graph):
         kind = graph.constants[node.input[2]].data_type if len(node.input) > 2 else TensorProto.UINT8
         if kind != TensorProto.INT8:
-            yield Violation(node.name, "int8", f"{TensorProto.DataType.Name(kind)} codes", WITHOUT_TWINS)
+            do = WITHOUT_TWINS if site_of(node).endswith(("_fine", "_coarse")) else SEVEN_BITS
+            yield Violation(node.name, "int8", f"{TensorProto.DataType.Name(kind)} codes", do)
 
 
 def _zero_point(graph: OnnxGraph) -> Iterator[Violation]:
@@ -141,8 +144,9 @@ def _softmax(graph: OnnxGraph) -> Iterator[Violation]:
     for softmax, first, _ in _attentions(graph):
         users = graph.users(softmax)
         if _is_quantized(graph, first) and [user.op_type for user in users] != [QUANTIZE]:
-            got = f"read by {', '.join(user.op_type for user in users)}"
-            yield Violation(softmax.name, "one Q behind softmax", got, WITHOUT_TWINS)
+            kinds = [user.op_type for user in users]
+            do = EIGHT_BITS if kinds == ["Clip"] else WITHOUT_TWINS
+            yield Violation(softmax.name, "one Q behind softmax", f"read by {', '.join(kinds)}", do)
 
 
 def _behind_second(graph: OnnxGraph) -> Iterator[Violation]:
@@ -152,7 +156,11 @@ def _behind_second(graph: OnnxGraph) -> Iterator[Violation]:
             for node in _behind_moves(graph, second):
                 if node.op_type != QUANTIZE:
                     got = f"{node.op_type} {node.name}"
-                    do = f"{PER_TENSOR}; or leave both attention products float"
+                    do = (
+                        EIGHT_BITS
+                        if node.op_type == "Clip"
+                        else f"{PER_TENSOR}; or leave both attention products float"
+                    )
                     yield Violation(second.name, "Q behind the second product", got, do)
 
 

@@ -45,25 +45,24 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
     nothing is left out unsaid.
     """
     graph = OnnxGraph(load_file(path))
-    names = [node.name for node in graph.nodes if node.op_type in PRODUCTS]
+    products = {node.name: node for node in graph.nodes if node.op_type in PRODUCTS}
     layers = [_Layer.of(layer) for layer in compile_openvino(path, device).get_runtime_model().get_ops()]
     layers = [layer for layer in layers if layer.kind in PRODUCT_LAYERS]
-    found = _match(names, layers)
+    found = _match(list(products.values()), layers)
     kernels = {name: f"{layer.kind} {layer.precision} {layer.kernel}" for name, layer in found.items()}
-    missing = [name for name in names if name not in kernels]
+    missing = [name for name in products if name not in kernels]
     if missing:
         raise failure(
             "openvino_graph",
             str(path),
-            expected=f"{len(names)} products in OpenVINO's runtime graph",
+            expected=f"{len(products)} products in OpenVINO's runtime graph",
             got=f"no layer for {', '.join(missing[:3])}",
             do="report this with your version of OpenVINO",
         )
-    by_name = {node.name: node for node in graph.nodes}
-    in_float = [name for name in names if found[name].precision not in INTEGERS]
+    in_float = [name for name in products if found[name].precision not in INTEGERS]
     return OpenvinoGraph(
-        tuple(name for name in names if found[name].precision in INTEGERS),
-        {name: _why_float(graph, by_name[name], kernels[name]) for name in in_float},
+        tuple(name for name in products if found[name].precision in INTEGERS),
+        {name: _why_float(graph, products[name], kernels[name]) for name in in_float},
         kernels,
     )
 
@@ -115,10 +114,10 @@ def _facts(node: Any) -> dict[str, str]:
     return {key: value.astype(str) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
 
 
-def _match(names: list[str], layers: list[_Layer]) -> dict[str, _Layer]:
-    """Return the layer of each product of the file that can be found.
+def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _Layer]:
+    """Return the layer of each product of the file that can be found, by the product's name.
 
-    Names that start with the product's decide first. A fused layer may only be named after another operator of the same
+    Names that start with the product's, or are its output's, decide first. A fused layer may only be named after another operator of the same
     module or site, and those are given to the products that are left.
     """
     found: dict[str, _Layer] = {}
@@ -127,10 +126,11 @@ def _match(names: list[str], layers: list[_Layer]) -> dict[str, _Layer]:
             if layer in found.values():
                 continue
             paths = {name.partition("/")[0].partition(":")[0] for name in layer.names}
-            for name in names:
-                same = name.partition("/")[0] in paths if by_path else _is_part(name, layer.names)
-                if same and name not in found:
-                    found[name] = layer
+            for node in products:
+                path = node.name.partition("/")[0]
+                same = path in paths if by_path else _is_part(node.name, layer.names) or node.output[0] in layer.names
+                if same and node.name not in found:
+                    found[node.name] = layer
                     break
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from ptq4vit_fx.errors import failure
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
 
@@ -30,12 +31,15 @@ def tensorrt(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
     """PTQ4ViT as far as TensorRT holds it: int8 without zero points, one scale per activation, fused attention.
 
     As `ptq4vit`, but softmax gets a uniform quantizer and attention one scale per operand: two branches behind softmax,
-    or scales per head behind a product, would break the fusion. The twin after GELU stays. Bits from 2 to 8, else
-    PTQError.
+    or scales per head behind a product, would break the fusion. The twin after GELU stays. Raises PTQError unless w_bits
+    is 2 to 8 and a_bits is 8: activations of fewer bits need a clip in front of their quantizer, which breaks it too.
     """
+    if a_bits != 8:
+        do = "quantize weights alone to fewer bits, or choose another target"
+        raise failure("recipes.tensorrt", "a_bits", expected="8", got=repr(a_bits), do=do)
     qconfig = ptq4vit(w_bits, a_bits).global_qconfig
     assert qconfig is not None
-    changed = replace(qconfig, softmax=Uniform(a_bits), matmul=Uniform(a_bits))
+    changed = replace(qconfig, softmax=Uniform(8), matmul=Uniform(8))
     return QConfigMapping(f"tensorrt({w_bits}, {a_bits})").set_global(changed)
 
 
