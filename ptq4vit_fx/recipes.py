@@ -31,8 +31,8 @@ def tensorrt(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
     """PTQ4ViT as far as TensorRT holds it: int8 without zero points, one scale per activation, fused attention.
 
     As `ptq4vit`, but softmax gets a uniform quantizer and attention one scale per operand: two branches behind softmax,
-    or scales per head behind a product, would break the fusion. The twin after GELU stays. Raises PTQError unless w_bits
-    is 2 to 8 and a_bits is 8: activations of fewer bits need a clip in front of their quantizer, which breaks it too.
+    or scales per head behind a product, would break the fusion. The twin after GELU stays. Raises PTQError unless
+    w_bits is 2 to 8 and a_bits is 8: fewer need a clip in front of their quantizer, which breaks it too.
     """
     if a_bits != 8:
         do = "quantize weights alone to fewer bits, or choose another target"

@@ -57,6 +57,22 @@ def test_quantize_eval_inspect(workspace):
     assert "twin8/softmax" in shown.output
 
 
+def test_quantize_for_a_target_with_a_fixed_batch(workspace):
+    out, images = workspace / "model.onnx", workspace / "images"
+    options = ["--weights", workspace / "weights.safetensors", *ARGS, "--opset", 17, "--batch", 4]
+    arguments = ["quantize", "deit_tiny_patch16_224", "--data", images, "--out", out, *options, "--target", "tensorrt"]
+    refused = run(*arguments)
+    assert refused.exit_code == 1
+    assert "quantize with recipes.tensorrt()" in refused.output
+    assert not out.exists()
+    done = run(*arguments, "--recipe", "tensorrt")
+    assert done.exit_code == 0, done.output
+    assert "opset 17, target tensorrt" in done.output
+    scored = run("eval", out, "--data", images)
+    assert scored.exit_code == 0, scored.output
+    assert "of 6 images, 1 skipped" in scored.output
+
+
 def test_eval_wants_every_class_or_numbers(workspace):
     out, images = workspace / "model.onnx", workspace / "images"
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3).eval()
