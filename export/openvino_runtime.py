@@ -117,8 +117,8 @@ def _facts(node: Any) -> dict[str, str]:
 def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _Layer]:
     """Return the layer of each product of the file that can be found, by the product's name.
 
-    Names that start with the product's, or are its output's, decide first. A fused layer may only be named after another
-    operator of the same module or site, and those are given to the products that are left.
+    Names that start with the product's, or are its output's, decide first. A fused layer may be named after
+    another operator of the same module or site only, and those are given to the products that are left.
     """
     found: dict[str, _Layer] = {}
     for by_path in (False, True):
