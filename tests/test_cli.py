@@ -112,7 +112,7 @@ BAD = {
     "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
     "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),
     "bits": ([*GOOD, "--w-bits", "9"], "expected an integer from 2 to 8, got 9"),
-    "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit or base, got 'best'"),
+    "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit, tensorrt or base, got 'best'"),
     "model argument": ([*GOOD, "--model-arg", "depth"], "expected key=value"),
     "NaN weights": ([*GOOD[:4], "{w}/nan.safetensors", *ARGS], "parameter norm.weight: expected finite values"),
 }
