@@ -79,7 +79,8 @@ def quantize(
         named = ptq4vit_fx.recipes
         recipes = {"ptq4vit": named.ptq4vit, "tensorrt": named.tensorrt, "base": named.base_ptq}
         if recipe not in recipes:
-            raise failure("quantize", "--recipe", expected="ptq4vit, tensorrt or base", got=repr(recipe), do="choose one")
+            expected = "ptq4vit, tensorrt or base"
+            raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
         check_writable(out, "quantize --out")  # before the minutes, not after
         mapping = recipes[recipe](w_bits, a_bits)
         network = create_model(model, weights, model_arg or [])
