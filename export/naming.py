@@ -34,6 +34,25 @@ def _innermost(scopes: str) -> str:
     return str(names[-1]) if names else ""
 
 
+def own_head_scales(model: onnx.ModelProto) -> None:
+    """Give every division by scales per head its own constant, named after its site: `<site, : as .>_head.scale`.
+
+    The exporter merges equal constants under the name of the first, and a reader of the file looks for each site's.
+    """
+    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        divide = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if divide is None or divide.op_type != "Div" or not divide.input[1].endswith("_head.scale"):
+            continue
+        name = f"{node.name.removesuffix('/QuantizeLinear').replace(':', '.')}_head.scale"
+        if name not in initializers:
+            initializers[name] = model.graph.initializer.add()
+            initializers[name].CopyFrom(initializers[divide.input[1]])
+            initializers[name].name = name
+        divide.input[1] = name
+
+
 def own_parameters(model: onnx.ModelProto) -> None:
     """Give every Q/DQ node its own scale and zero point, named after its site: `<node>.scale`, `<node>.zero_point`.
 

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
 import os
-import warnings
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx
-import onnxscript
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ptq4vit_fx.batches import Inputs, example_tensors
+from ptq4vit_fx.batches import example_tensors
 from ptq4vit_fx.errors import failure, near_names
-from ptq4vit_fx.export.naming import name_nodes, own_parameters
+from ptq4vit_fx.export.model_files import write_model
+from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
+from ptq4vit_fx.export.opsets import LOWEST_OPSET, at_opset, newest_opset, translated_opset
 from ptq4vit_fx.export.targets import TARGETS, Target
-from ptq4vit_fx.files import atomic_path
-from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.export.translate import translate
+from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.passes.contract import calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
+from ptq4vit_fx.plan import QuantPlan
 
 #: Metadata keys of the ONNX file.
-PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY = (
-    f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target")
+PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY, RECIPE_KEY = (
+    f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target", "recipe")
 )
-BATCH_NORM = torch.ops.aten.batch_norm.default
-AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
-#: A protobuf file cannot be larger than this; bigger models keep their weights beside it.
-PROTOBUF_LIMIT = 2**31 - 2**20
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: path, size in bytes, size of the float weights, node counts by operator, sites."""
+    """What was written: path, size in bytes (with the data file), size of the float weights, node counts, sites."""
 
     path: Path
     bytes: int
@@ -68,42 +62,42 @@ def export_onnx(
     *,
     target: str = "onnxruntime",
     opset: int = 20,
+    batch: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> ExportReport:
-    """Write a converted model to an ONNX file with a dynamic batch and int8 weights; return what was written.
+    """Write a converted model to an ONNX file with int8 weights; return what was written.
 
     example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs.
-    target: a name in `ptq4vit_fx.export.targets.TARGETS`. opset: 18 or newer. Every node is named after the module that
-    it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The input is `image`, or has the parameter's name
-    if there are several; the output is `logits`, or output_0, output_1 ... The plan, the library version and the
-    calibration's fingerprint are in the file's metadata. Raises PTQError if the model is not converted, the target or
-    opset is not supported, or the path is not writable; nothing is left behind then.
+    target: a name in `ptq4vit_fx.export.targets.TARGETS` (docs/targets.md). opset: 17 to the newest that onnx knows.
+    batch: a fixed number of images; the default is a dynamic batch. input_names, output_names: by default the input is
+    `image`, or has the parameter's name if there are several, and the output is `logits`, or output_0, output_1 ...
+
+    Every node is named after the module that it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan,
+    the recipe and search settings, the library version and the calibration's fingerprint are in the file's metadata.
+    Weights above 2 GB lie in `<name>.data` beside the file. Raises PTQError if the model is not converted, if the
+    target cannot hold it or is not known, if the opset is not supported, if names are missing or repeat, or if the path
+    is not writable; nothing is left behind then.
     """
-    rules = _check(converted, target, opset)
+    rules = _check(converted, target, opset, batch)
+    names = _names(converted, input_names, output_names)
     inputs = example_tensors(example_inputs, "export_onnx")
-    with atomic_path(path, "export_onnx") as temporary:
-        model = _to_onnx(write_qdq(copy.deepcopy(converted)), inputs, opset)
-        name_nodes(model)
-        own_parameters(model)
-        model = rules.rewrite(model)
-        rules.check(model)
-        _add_metadata(model, converted, target)
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, temporary)
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return ExportReport(
-        Path(path),
-        os.path.getsize(path),
-        _float_bytes(model),
-        counts,
-        len(plan_of(converted).quantizers),
-        opset,
-        target,
-    )
+    check_writable(path, "export_onnx")  # before the work, not after
+    model = translate(write_qdq(copy.deepcopy(converted)), inputs, translated_opset(opset), batch, names)
+    name_nodes(model)
+    own_head_scales(model)
+    own_parameters(model)
+    model = at_opset(model, opset)
+    model = rules.rewrite(model, plan_of(converted))
+    rules.check(model)
+    _add_metadata(model, converted, target)
+    size = write_model(model, path, "export_onnx")
+    counts = dict(Counter(node.op_type for node in model.graph.node))
+    sites = len(plan_of(converted).quantizers)
+    return ExportReport(Path(path), size, _float_bytes(model), counts, sites, opset, target)
 
 
-def _check(converted: GraphModule, target: str, opset: int) -> Target:
+def _check(converted: GraphModule, target: str, opset: int, batch: int | None) -> Target:
     stage = stage_of(converted) if isinstance(converted, GraphModule) else None
     if stage is not Stage.CONVERTED:
         raise failure(
@@ -121,123 +115,43 @@ def _check(converted: GraphModule, target: str, opset: int) -> Target:
             got=repr(target),
             do=f"did you mean {near_names(target, TARGETS, 1)}?",
         )
-    newest = onnx.defs.onnx_opset_version()
-    if not 18 <= opset <= newest:
-        raise failure("export_onnx", "opset", expected=f"18 to {newest}", got=str(opset), do="use 20, the default")
+    if not LOWEST_OPSET <= opset <= newest_opset():
+        expected = f"{LOWEST_OPSET} to {newest_opset()}"
+        raise failure("export_onnx", "opset", expected=expected, got=str(opset), do="use 20, the default")
+    if batch is not None and batch < 1:
+        do = "leave it out for a dynamic batch"
+        raise failure("export_onnx", "batch", expected="1 or more", got=str(batch), do=do)
     return TARGETS[target]
 
 
-def _to_onnx(converted: GraphModule, inputs: Inputs, opset: int) -> onnx.ModelProto:
-    operators: Any = getattr(onnxscript, f"opset{min(opset, 20)}")
-
-    def quantize(x, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
-        return operators.QuantizeLinear(x, scale, zero_point, axis=axis)
-
-    def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
-        return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
-
-    def batch_norm(x, weight, bias, mean, variance, training, momentum, eps: float, cudnn):  # type: ignore[no-untyped-def]
-        return operators.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
-
-    def average_pool(x, size):  # type: ignore[no-untyped-def]
-        if list(size) != [1, 1]:
-            raise NotImplementedError("only the average of whole maps: the exporter's decompositions know the others")
-        return operators.GlobalAveragePool(x)
-
-    device = next((b.device for b in converted.buffers()), inputs[0].device)
-    # A batch of 2: export treats 1 as a constant.
-    batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in inputs)
-    dynamic = {0: torch.export.Dim("batch", min=1)}
-    with _quiet():
-        try:
-            captured = torch.export.export(
-                converted, batches, dynamic_shapes=tuple(dynamic for _ in batches), strict=False
-            )
-            program = _translate(
-                captured,
-                *_names(converted),
-                opset,
-                {QUANTIZE: quantize, DEQUANTIZE: dequantize},
-                {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool},
-            )
-        except Exception as error:
-            raise failure(
-                "export_onnx",
-                "torch.onnx.export",
-                expected="a graph that it can translate with a dynamic batch",
-                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                do="check that the model's forward does not depend on the batch size",
-            ) from error
-    return program.model_proto
-
-
-def _names(converted: GraphModule) -> tuple[list[str], list[str]]:
-    """Return the names of the file's inputs and outputs: image and logits, or one name each if they are several."""
-    inputs = [node.name for node in converted.graph.nodes if node.op == "placeholder"]
-    outputs = tree_leaves(next(node.args[0] for node in converted.graph.nodes if node.op == "output"))
-    return (
-        inputs if len(inputs) > 1 else ["image"],
-        [f"output_{number}" for number in range(len(outputs))] if len(outputs) > 1 else ["logits"],
-    )
-
-
-def _translate(
-    captured: torch.export.ExportedProgram,
-    inputs: list[str],
-    outputs: list[str],
-    opset: int,
-    table: dict[Any, Any],
-    undecomposed: dict[Any, Any],
-) -> torch.onnx.ONNXProgram:
-    """Translate a captured program, without the exporter's decompositions if it can.
-
-    The operators of the usual transformer have translations of their own. Decomposing them first gives the same file
-    and takes more than half of the time, because every operator is traced again with symbolic shapes. undecomposed:
-    translations of operators that only the exporter's decompositions know.
-    """
-
-    def translate(table: dict[Any, Any]) -> torch.onnx.ONNXProgram:
-        program = torch.onnx.export(
-            captured,
-            dynamo=True,
-            opset_version=opset,
-            input_names=inputs,
-            output_names=outputs,
-            custom_translation_table=table,
-            verbose=False,
-        )
-        assert program is not None
-        return program
-
-    captured.run_decompositions = lambda *_, **__: captured
-    try:
-        return translate(table | undecomposed)
-    except torch.onnx.OnnxExporterError:  # an operator without a translation of its own
-        del captured.run_decompositions
-        return translate(table)
-
-
-@contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
-    """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-        levels = [logger.level for logger in loggers]
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+def _names(
+    converted: GraphModule, inputs: Sequence[str] | None, outputs: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Return the names of the file's inputs and outputs: the chosen ones, or image and logits, or one for each."""
+    parameters = [node.name for node in converted.graph.nodes if node.op == "placeholder"]
+    results = tree_leaves(next(node.args[0] for node in converted.graph.nodes if node.op == "output"))
+    chosen = []
+    for argument, given, usual in (
+        ("input_names", inputs, parameters if len(parameters) > 1 else ["image"]),
+        ("output_names", outputs, [f"output_{i}" for i in range(len(results))] if len(results) > 1 else ["logits"]),
+    ):
+        names = usual if given is None else list(given)
+        if len(names) != len(usual) or not all(names):
+            expected = f"{len(usual)} names, as {', '.join(usual)}"
+            raise failure("export_onnx", argument, expected=expected, got=repr(given), do="name each of them")
+        chosen.append(names)
+    if len(set(chosen[0] + chosen[1])) < len(chosen[0] + chosen[1]):
+        got = ", ".join(chosen[0] + chosen[1])
+        raise failure("export_onnx", "names", expected="names that differ", got=got, do="rename one of them")
+    return chosen[0], chosen[1]
 
 
 def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -> None:
-    calibration = calibration_of(converted)
+    calibration, plan = calibration_of(converted), plan_of(converted)
     assert calibration is not None  # convert_fx refuses a model without
     values = {
-        PLAN_KEY: plan_of(converted).to_json(),
+        PLAN_KEY: plan.to_json(),
+        RECIPE_KEY: json.dumps({"recipe": plan.recipe, "searches": _searches(plan)}),
         VERSION_KEY: version("ptq4vit-fx"),
         CALIBRATION_KEY: calibration.fingerprint(),
         PROVENANCE_KEY: json.dumps(calibration.provenance),
@@ -245,6 +159,14 @@ def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -
     }
     onnx.helper.set_model_props(model, values)
     model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
+
+
+def _searches(plan: QuantPlan) -> list[dict[str, object]]:
+    """Return every search setting once, with the products that it was used for."""
+    products: dict[str, list[str]] = {}
+    for name, settings in plan.searches.items():
+        products.setdefault(json.dumps(asdict(settings)), []).append(name)
+    return [{"settings": json.loads(settings), "products": names} for settings, names in products.items()]
 
 
 def _float_bytes(model: onnx.ModelProto) -> int:

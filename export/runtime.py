@@ -15,6 +15,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.containers import to_unsigned, with_unsigned_weights
+from ptq4vit_fx.export.model_files import is_too_large, session_of
 
 #: Operators that multiply matrices, by the type that they compute in (ONNX Runtime's contrib operators included).
 INTEGER_PRODUCTS = frozenset(
@@ -49,7 +51,7 @@ class RuntimeGraph:
 
 
 def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read an ONNX file; raises PTQError if it is missing or no ONNX file."""
+    """Read an ONNX file, with the weights beside it if it has any; raises PTQError if one is missing or no ONNX."""
     try:
         return onnx.load(os.fspath(path))
     except Exception as error:
@@ -65,16 +67,14 @@ def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
-    exact: on a CPU whose u8 x s8 kernels saturate, constant int8 weights are rewritten to uint8 in memory, which
+    exact: on a CPU whose u8 x s8 kernels saturate, int8 weights and activations are rewritten to uint8 in memory, which
     takes the slower kernels that do not; elsewhere, and with exact=False, the file runs as it is.
     threads: 0 lets the runtime choose.
     """
     model = load_file(path)
     if exact and products_saturate():
-        model = with_unsigned_weights(model)
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), quiet_options(threads), providers=["CPUExecutionProvider"]
-    )
+        model = with_unsigned_weights(to_unsigned(model))
+    return session_of(model, quiet_options(threads))
 
 
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
@@ -90,8 +90,11 @@ def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
     with tempfile.TemporaryDirectory() as folder:
         options = quiet_options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        optimized = onnx.load(options.optimized_model_filepath)
+        if is_too_large(model):  # the optimized copy is too large as well
+            key = "session.optimized_model_external_initializers_file_name"
+            options.add_session_config_entry(key, "optimized.data")
+        session_of(model, options)
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
     makers = {output: node for node in optimized.graph.node for output in node.output}
     return RuntimeGraph(
         dict(Counter(node.op_type for node in model.graph.node)),
@@ -130,27 +133,3 @@ def products_saturate() -> bool:
     )
     (result,) = session.run(None, {"x": np.full((16, inner), 255, np.uint8)})
     return bool((result != 255 * 127 * inner).any())
-
-
-def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy whose constant int8 weights are uint8 with the zero point raised by 128: the same values.
-
-    u8 x u8 kernels are exact on every x86 CPU; those with VNNI run u8 x s8 faster.
-    """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    initializers = {initializer.name: initializer for initializer in copy.graph.initializer}
-    shifted: set[str] = set()
-    for node in copy.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in initializers:
-            continue
-        for name in (node.input[0], node.input[2]):
-            tensor = initializers[name]
-            if tensor.data_type == TensorProto.INT8 and name not in shifted:
-                values = numpy_helper.to_array(tensor).astype(np.int16) + 128
-                tensor.CopyFrom(numpy_helper.from_array(values.astype(np.uint8), name))
-                shifted.add(name)
-    kept = [value for value in copy.graph.value_info if value.name not in shifted]  # they still say int8
-    del copy.graph.value_info[:]
-    copy.graph.value_info.extend(kept)
-    return copy

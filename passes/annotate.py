@@ -75,7 +75,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
         )
     for float_op in float_ops:
         warnings.warn(f"{float_op.name} stays float: {float_op.reason}", PTQWarning, stacklevel=4)
-    attach(graph_module, plan=QuantPlan(tuple(ops), quantizers, searches, tuple(float_ops)))
+    attach(graph_module, plan=QuantPlan(tuple(ops), quantizers, searches, tuple(float_ops), mapping.recipe))
     return len(ops)
 
 

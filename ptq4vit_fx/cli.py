@@ -50,12 +50,16 @@ def quantize(
     out: Annotated[Path, typer.Option(help="ONNX file to write")],
     weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
-    recipe: Annotated[str, typer.Option(help="ptq4vit or base")] = "ptq4vit",
+    recipe: Annotated[str, typer.Option(help="ptq4vit, tensorrt (for that target) or base")] = "ptq4vit",
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
     a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
     images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="images per forward and backward")] = 8,
-    target: Annotated[str, typer.Option(help="onnxruntime, or onnxruntime-avx2 for CPUs without VNNI")] = "onnxruntime",
+    target: Annotated[
+        str, typer.Option(help="onnxruntime, onnxruntime-avx2, onnxruntime-arm, openvino, tensorrt or generic")
+    ] = "onnxruntime",
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 17 or newer")] = 20,
+    batch: Annotated[int | None, typer.Option(min=1, help="images per run of the file (default: any number)")] = None,
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
     loss: Annotated[str, typer.Option(help="whose gradient weighs the search: pseudo_label or fisher")] = DEFAULT_LOSS,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
@@ -72,9 +76,11 @@ def quantize(
         from ptq4vit_fx.models import create_model, data_config, load_images
         from ptq4vit_fx.passes.contract import plan_of
 
-        recipes = {"ptq4vit": ptq4vit_fx.recipes.ptq4vit, "base": ptq4vit_fx.recipes.base_ptq}
+        named = ptq4vit_fx.recipes
+        recipes = {"ptq4vit": named.ptq4vit, "tensorrt": named.tensorrt, "base": named.base_ptq}
         if recipe not in recipes:
-            raise failure("quantize", "--recipe", expected="ptq4vit or base", got=repr(recipe), do="choose one")
+            expected = "ptq4vit, tensorrt or base"
+            raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
         check_writable(out, "quantize --out")  # before the minutes, not after
         mapping = recipes[recipe](w_bits, a_bits)
         network = create_model(model, weights, model_arg or [])
@@ -98,9 +104,11 @@ def quantize(
         ptq4vit_fx.load_calibration(prepared, calibration)
         converted = ptq4vit_fx.convert_fx(prepared)
         with console.status("export to ONNX"):
-            exported = ptq4vit_fx.export_onnx(converted, out, pixels[:1], target=target)
+            exported = ptq4vit_fx.export_onnx(converted, out, pixels[:1], target=target, opset=opset, batch=batch)
         with console.status("verify in ONNX Runtime"):
-            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(pixels, batch_size)))
+            # A file of a fixed batch takes no other: repeat the first images until the last batch is full.
+            shown = pixels if batch is None else pixels[torch.arange(-(-len(pixels) // batch) * batch) % len(pixels)]
+            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(shown, batch or batch_size)))
         plan = plan_of(prepared)
         console.print(
             f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "

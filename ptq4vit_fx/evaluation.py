@@ -49,8 +49,13 @@ def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, co
     labels, skipped = np.asarray(folder.labels), list[str]()
     correct = images = 0
     bar = track(folder.paths, "eval", console=console)
-    for numbers, pixels in _batches(read_images(bar, transform, skipped), batch_size):
-        logits = session.run(None, {session.get_inputs()[0].name: pixels})[0]
+    fixed = session.get_inputs()[0].shape[0]
+    size = fixed if isinstance(fixed, int) else batch_size
+    for numbers, pixels in _batches(read_images(bar, transform, skipped), size):
+        # A file of a fixed batch takes no other: repeat the last image, drop its results.
+        missing = fixed - len(pixels) if isinstance(fixed, int) else 0
+        full = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
+        logits = session.run(None, {session.get_inputs()[0].name: full})[0][: len(numbers)]
         _check_classes(folder, logits.shape[1], data)
         correct += int((logits.argmax(1) == labels[numbers]).sum())
         images += len(numbers)

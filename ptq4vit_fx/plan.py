@@ -67,12 +67,16 @@ class FloatOp:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """What `annotate` decided: the products in execution order, a quantizer per site, the search per product."""
+    """What `annotate` decided: the products in execution order, a quantizer per site, the search per product.
+
+    recipe: the name of the mapping that it was made from; rules that were added to it show in the quantizers alone.
+    """
 
     ops: tuple[QuantOp, ...]
     quantizers: dict[Site, Quantizer]
     searches: dict[str, SearchSettings] = field(default_factory=dict)
     float_ops: tuple[FloatOp, ...] = ()
+    recipe: str = field(default="custom", compare=False)
 
     def op(self, name: str) -> QuantOp:
         """Return the product called `name`; KeyError if there is none."""
@@ -88,6 +92,7 @@ class QuantPlan:
             "quantizers": {key: quantizer_to_dict(value) for key, value in self.quantizers.items()},
             "searches": {key: asdict(value) for key, value in self.searches.items()},
             "float_ops": [asdict(op) for op in self.float_ops],
+            "recipe": self.recipe,
         }
         return json.dumps(record, indent=1)
 
@@ -100,6 +105,7 @@ class QuantPlan:
             quantizers={key: quantizer_from_dict(value) for key, value in record["quantizers"].items()},
             searches={key: SearchSettings(**value) for key, value in record["searches"].items()},
             float_ops=tuple(FloatOp(**op) for op in record["float_ops"]),
+            recipe=record.get("recipe", "custom"),
         )
 
     def table(self) -> str:

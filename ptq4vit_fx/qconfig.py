@@ -95,7 +95,9 @@ class QConfigMapping:
     Each method returns the mapping itself, so that calls chain.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: str = "custom") -> None:
+        """Start empty; recipe: a name for the record that plans and files keep, such as `ptq4vit(8, 8)`."""
+        self.recipe = recipe
         self.global_qconfig: QConfig | None = None
         self.object_types: dict[Any, QConfig | None] = {}
         self.module_name_regexes: dict[str, QConfig | None] = {}
@@ -180,7 +182,7 @@ class QConfigMapping:
         def changed(qconfig: QConfig | None) -> QConfig | None:
             return qconfig and replace(qconfig, search=replace(qconfig.search, **changes))
 
-        copy = QConfigMapping()
+        copy = QConfigMapping(self.recipe)
         copy.global_qconfig = changed(self.global_qconfig)
         copy.object_types = {key: changed(value) for key, value in self.object_types.items()}
         copy.module_name_regexes = {key: changed(value) for key, value in self.module_name_regexes.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
+from ptq4vit_fx.errors import failure
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
 
@@ -22,7 +24,23 @@ def base_ptq(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
         matmul=Uniform(a_bits),
         search=SearchSettings(metric="cosine", alpha=0.5, rounds=1),
     )
-    return QConfigMapping().set_global(qconfig)
+    return QConfigMapping(f"base_ptq({w_bits}, {a_bits})").set_global(qconfig)
+
+
+def tensorrt(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
+    """PTQ4ViT as far as TensorRT holds it: int8 without zero points, one scale per activation, fused attention.
+
+    As `ptq4vit`, but softmax gets a uniform quantizer and attention one scale per operand: two branches behind softmax,
+    or scales per head behind a product, would break the fusion. The twin after GELU stays. Raises PTQError unless
+    w_bits is 2 to 8 and a_bits is 8: fewer need a clip in front of their quantizer, which breaks it too.
+    """
+    if a_bits != 8:
+        do = "quantize weights alone to fewer bits, or choose another target"
+        raise failure("recipes.tensorrt", "a_bits", expected="8", got=repr(a_bits), do=do)
+    qconfig = ptq4vit(w_bits, a_bits).global_qconfig
+    assert qconfig is not None
+    changed = replace(qconfig, softmax=Uniform(8), matmul=Uniform(8))
+    return QConfigMapping(f"tensorrt({w_bits}, {a_bits})").set_global(changed)
 
 
 def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group"] = "channel") -> QConfigMapping:
@@ -46,4 +64,4 @@ def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group
         kernel=Uniform(w_bits, granularity="channel"),
         image=Uniform(8),
     )
-    return QConfigMapping().set_global(qconfig)
+    return QConfigMapping(f"ptq4vit({w_bits}, {a_bits}, weights={weights!r})").set_global(qconfig)

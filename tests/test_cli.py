@@ -58,6 +58,22 @@ def test_quantize_eval_inspect(workspace):
     assert "twin8/softmax" in shown.output
 
 
+def test_quantize_for_a_target_with_a_fixed_batch(workspace):
+    out, images = workspace / "model.onnx", workspace / "images"
+    options = ["--weights", workspace / "weights.safetensors", *ARGS, "--opset", 17, "--batch", 4]
+    arguments = ["quantize", "deit_tiny_patch16_224", "--data", images, "--out", out, *options, "--target", "tensorrt"]
+    refused = run(*arguments)
+    assert refused.exit_code == 1
+    assert "quantize with recipes.tensorrt()" in refused.output
+    assert not out.exists()
+    done = run(*arguments, "--recipe", "tensorrt")
+    assert done.exit_code == 0, done.output
+    assert "opset 17, target tensorrt" in done.output
+    scored = run("eval", out, "--data", images)
+    assert scored.exit_code == 0, scored.output
+    assert "of 6 images, 1 skipped" in scored.output
+
+
 def test_eval_wants_every_class_or_numbers(workspace):
     out, images = workspace / "model.onnx", workspace / "images"
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3).eval()
@@ -97,7 +113,7 @@ BAD = {
     "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
     "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),
     "bits": ([*GOOD, "--w-bits", "9"], "expected an integer from 2 to 8, got 9"),
-    "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit or base, got 'best'"),
+    "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit, tensorrt or base, got 'best'"),
     "model argument": ([*GOOD, "--model-arg", "depth"], "expected key=value"),
     "NaN weights": ([*GOOD[:4], "{w}/nan.safetensors", *ARGS], "parameter norm.weight: expected finite values"),
 }

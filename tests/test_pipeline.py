@@ -92,8 +92,8 @@ def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, converted, 
 @pytest.mark.parametrize("opset", [18, 21, 23])
 def test_other_opsets_compute_the_same(tmp_path, small_images, converted, opset):
     path = tmp_path / "model.onnx"
-    with pytest.raises(ptq.PTQError, match="expected 18 to"):
-        ptq.export_onnx(converted, path, small_images[:1], opset=17)
+    with pytest.raises(ptq.PTQError, match="expected 17 to"):
+        ptq.export_onnx(converted, path, small_images[:1], opset=16)
     assert not path.exists()
     ptq.export_onnx(converted, path, small_images[:1], opset=opset)
     assert {entry.version for entry in onnx.load(path).opset_import} == {opset}

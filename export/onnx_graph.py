@@ -1,0 +1,40 @@
+"""Who makes and who reads each tensor of an ONNX model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+#: Standard operators that multiply matrices.
+PRODUCTS = frozenset(["MatMul", "Gemm", "Conv"])
+#: Operators that move values and change none.
+MOVES = frozenset(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split", "Identity"])
+
+
+class OnnxGraph:
+    """An index of a model, for reading; edits of the model make it stale."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                self.readers[name].append(node)
+
+    def maker(self, node: onnx.NodeProto, index: int) -> onnx.NodeProto | None:
+        """Return the node that computes an input; None for constants and the model's own inputs."""
+        return self.makers.get(node.input[index])
+
+    def value(self, name: str) -> NDArray[Any]:
+        """Return a constant's value; KeyError if it is computed."""
+        return numpy_helper.to_array(self.constants[name])
+
+    def users(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Return the nodes that read the first output."""
+        return self.readers[node.output[0]]

@@ -1,0 +1,61 @@
+"""Read every scale of a file back, with onnx and numpy alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.onnx_export import PLAN_KEY
+from ptq4vit_fx.export.runtime import load_file
+from ptq4vit_fx.plan import QuantPlan, Site
+from ptq4vit_fx.quantizers import Quantizer, TwinUniform
+
+
+@dataclass(frozen=True)
+class SiteScales:
+    """The quantizer of a site and its scales in the file.
+
+    scale: float32, shape () per tensor, (heads,) per head, (channels,) per channel or group of a weight; of a twin the
+    fine scale, shape (). coarse_scale: of a twin, shape (), else None.
+    """
+
+    quantizer: Quantizer
+    scale: NDArray[np.float32]
+    coarse_scale: NDArray[np.float32] | None = None
+
+
+def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
+    """Return the scales of every site of a file that `export_onnx` wrote, bit for bit as they were calibrated.
+
+    They are initializers with the site's name: `<site>.scale`, `<site>_fine.scale` and `<site>_coarse.scale` of a twin,
+    and `<site with . for :>_head.scale` of scales per head (docs/targets.md reads them without this package). Raises
+    PTQError if the file has no plan, or lacks a scale that the plan promises.
+    """
+    model = load_file(path)
+    plan = next((entry.value for entry in model.metadata_props if entry.key == PLAN_KEY), None)
+    if plan is None:
+        do = "pass a file that export_onnx wrote"
+        raise failure("read_scales", str(path), expected="a quantization plan", got="none in its metadata", do=do)
+    tensors = {t.name: t for t in model.graph.initializer if t.name.endswith(".scale")}
+
+    def read(*names: str) -> NDArray[np.float32]:
+        name = next((name for name in names if name in tensors), None)
+        if name is None:
+            do = "export the file again"
+            raise failure("read_scales", str(path), expected=f"an initializer {names[-1]}", got="none", do=do)
+        return numpy_helper.to_array(tensors[name])
+
+    scales = {}
+    for site, quantizer in QuantPlan.from_json(plan).quantizers.items():
+        if isinstance(quantizer, TwinUniform):
+            scales[site] = SiteScales(quantizer, read(f"{site}_fine.scale"), read(f"{site}_coarse.scale"))
+        elif quantizer.granularity == "head":
+            scales[site] = SiteScales(quantizer, read(f"{site.replace(':', '.')}_head.scale").reshape(-1))
+        else:
+            scales[site] = SiteScales(quantizer, read(f"{site}.scale"))
+    return scales

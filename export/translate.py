@@ -1,0 +1,123 @@
+"""Translate a graph of Q/DQ nodes to ONNX with torch's exporter: standard operators, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+from torch.fx import GraphModule
+
+from ptq4vit_fx.batches import Inputs
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
+
+BATCH_NORM = torch.ops.aten.batch_norm.default
+AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
+
+
+def translate(
+    converted: GraphModule, inputs: Inputs, opset: int, batch: int | None, names: tuple[list[str], list[str]]
+) -> onnx.ModelProto:
+    """Return the ONNX model of a graph at stage QDQ.
+
+    inputs: one example per input, the batch first. batch: the fixed number of images, or None for a dynamic dimension.
+    names: of the inputs and the outputs. Raises PTQError with the exporter's reason.
+    """
+    operators: Any = getattr(onnxscript, f"opset{min(opset, 20)}")
+
+    def quantize(x, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
+        return operators.QuantizeLinear(x, scale, zero_point, axis=axis)
+
+    def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
+        return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    def batch_norm(x, weight, bias, mean, variance, training, momentum, eps: float, cudnn):  # type: ignore[no-untyped-def]
+        return operators.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
+
+    def average_pool(x, size):  # type: ignore[no-untyped-def]
+        if list(size) != [1, 1]:
+            raise NotImplementedError("only the average of whole maps: the exporter's decompositions know the others")
+        return operators.GlobalAveragePool(x)
+
+    device = next((b.device for b in converted.buffers()), inputs[0].device)
+    # Dynamic: an example of 2, because export treats 1 as a constant.
+    batches = tuple(x.detach()[:1].expand(batch or 2, *x.shape[1:]).contiguous().to(device) for x in inputs)
+    shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
+    do = "check that the model's forward does not depend on the batch size"
+    with _quiet():
+        try:
+            captured = torch.export.export(converted, batches, dynamic_shapes=shapes, strict=False)
+            program = _translate(
+                captured,
+                *names,
+                opset,
+                {QUANTIZE: quantize, DEQUANTIZE: dequantize},
+                {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool},
+            )
+        except Exception as error:
+            raise failure(
+                "export_onnx",
+                "torch.onnx.export",
+                expected=f"a graph that it can translate with a {'fixed' if batch else 'dynamic'} batch",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                do=do if batch else f"{do}, or pass batch=",
+            ) from error
+    return program.model_proto
+
+
+def _translate(
+    captured: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+    table: dict[Any, Any],
+    undecomposed: dict[Any, Any],
+) -> torch.onnx.ONNXProgram:
+    """Translate a captured program, without the exporter's decompositions if it can.
+
+    The operators of the usual transformer have translations of their own. Decomposing them first gives the same file
+    and takes more than half of the time, because every operator is traced again with symbolic shapes. undecomposed:
+    translations of operators that only the exporter's decompositions know.
+    """
+
+    def translate(table: dict[Any, Any]) -> torch.onnx.ONNXProgram:
+        program = torch.onnx.export(
+            captured,
+            dynamo=True,
+            opset_version=opset,
+            input_names=inputs,
+            output_names=outputs,
+            custom_translation_table=table,
+            verbose=False,
+        )
+        assert program is not None
+        return program
+
+    captured.run_decompositions = lambda *_, **__: captured
+    try:
+        return translate(table | undecomposed)
+    except torch.onnx.OnnxExporterError:  # an operator without a translation of its own
+        del captured.run_decompositions
+        return translate(table)
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
