@@ -67,9 +67,13 @@ def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: i
 
     exact: on a CPU whose u8 x s8 kernels saturate, constant int8 weights are rewritten to uint8 in memory, which
     takes the slower kernels that do not; elsewhere, and with exact=False, the file runs as it is.
-    threads: 0 lets the runtime choose.
+    threads: 0 lets the runtime choose. Raises PTQError if the file cannot be read.
     """
-    model = load_file(path)
+    return open_model(load_file(path), exact=exact, threads=threads)
+
+
+def open_model(model: onnx.ModelProto, *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Open a model in memory as `open_session` does a file."""
     if exact and products_saturate():
         model = with_unsigned_weights(model)
     return onnxruntime.InferenceSession(
@@ -87,18 +91,23 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
 def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
     """Let ONNX Runtime optimize the file for this machine and read the result back."""
     model = load_file(path)
+    after = optimized(model)
+    makers = {output: node for node in after.graph.node for output in node.output}
+    return RuntimeGraph(
+        dict(Counter(node.op_type for node in model.graph.node)),
+        dict(Counter(node.op_type for node in after.graph.node)),
+        tuple(node.name for node in after.graph.node if node.op_type in INTEGER_PRODUCTS),
+        {node.name: _why_float(node, makers) for node in after.graph.node if node.op_type in FLOAT_PRODUCTS},
+    )
+
+
+def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph that ONNX Runtime makes of a model on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         options = quiet_options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        optimized = onnx.load(options.optimized_model_filepath)
-    makers = {output: node for node in optimized.graph.node for output in node.output}
-    return RuntimeGraph(
-        dict(Counter(node.op_type for node in model.graph.node)),
-        dict(Counter(node.op_type for node in optimized.graph.node)),
-        tuple(node.name for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS),
-        {node.name: _why_float(node, makers) for node in optimized.graph.node if node.op_type in FLOAT_PRODUCTS},
-    )
+        return onnx.load(options.optimized_model_filepath)
 
 
 def _why_float(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.runtime import RuntimeGraph, open_session, products_saturate, runtime_graph
+from ptq4vit_fx.export.layers import LayerComparison, Layers, compare_layers
+from ptq4vit_fx.export.runtime import RuntimeGraph, load_file, open_model, products_saturate, runtime_graph
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -92,6 +94,7 @@ class VerifyReport:
     LayerNorm, softmax and GELU computed by ONNX Runtime's kernels (`RuntimeFunctions`): what is left then is a real
     difference between the file and the simulation. saturating: this CPU's default u8 x s8 kernels are inexact (no
     VNNI); both comparisons are then of an exact session, and `default_agreement` tells what a plain session does.
+    code_comparison: the integer codes of every site on the first images; None if not asked for.
     """
 
     simulation: Comparison
@@ -99,10 +102,21 @@ class VerifyReport:
     graph: RuntimeGraph
     saturating: bool
     default_agreement: float
+    code_comparison: Layers | None
 
     @property
     def images(self) -> int:
         return self.simulation.images
+
+    @property
+    def layers(self) -> tuple[LayerComparison, ...]:
+        """Every site in the order of execution; empty if layers were not compared."""
+        return () if self.code_comparison is None else self.code_comparison.sites
+
+    @property
+    def first_divergence(self) -> LayerComparison | None:
+        """The first site, in the order of execution, whose codes or scale differ; None if all are equal."""
+        return None if self.code_comparison is None else self.code_comparison.first_divergence
 
     def __str__(self) -> str:
         lines = [
@@ -111,6 +125,8 @@ class VerifyReport:
             f"  LayerNorm, softmax and GELU from PyTorch:     {self.simulation}",
             f"  {self._explanation()}",
         ]
+        if self.code_comparison is not None:
+            lines += [f"  {line}" for line in str(self.code_comparison).splitlines()]
         lines += [
             f"  other class on image {item.image}: the simulation prefers its own by {item.margin:.3g}; largest logit "
             f"difference {item.difference:.3g}, median over all images {self.simulation.median_difference:.3g}"
@@ -142,16 +158,21 @@ class VerifyReport:
         return "more than these functions differs: other float operators, or products that stay float (see below)"
 
 
-def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any]) -> VerifyReport:
+def verify_onnx(
+    path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any], *, layers: int = 8
+) -> VerifyReport:
     """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
 
-    data: as for `calibrate`: image batches, labels ignored. Raises PTQError if the file cannot be read or the
-    images do not fit.
+    data: as for `calibrate`: image batches, labels ignored. layers: number of images, the first ones, on which the
+    integer codes of every site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images
+    do not fit.
     """
     batches = batches_for(converted, data, "verify_onnx")
     saturating = products_saturate()
-    actual = _run(path, batches, exact=True)
-    default = _run(path, batches, exact=False) if saturating else actual
+    model = load_file(path)
+    session = open_model(model)
+    actual = _run(path, session, batches)
+    default = _run(path, open_model(model, exact=False), batches) if saturating else actual
     simulated = _simulate(converted, batches)
     return VerifyReport(
         simulation=compare(simulated, actual),
@@ -159,6 +180,7 @@ def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tens
         graph=runtime_graph(path),
         saturating=saturating,
         default_agreement=float((default.argmax(1) == simulated.argmax(1)).mean()),
+        code_comparison=compare_layers(converted, model, session, batches, layers) if layers > 0 else None,
     )
 
 
@@ -180,8 +202,7 @@ def _rows(output: Any) -> Logits:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-def _run(path: str | os.PathLike[str], batches: list[Inputs], *, exact: bool) -> Logits:
-    session = open_session(path, exact=exact)
+def _run(path: str | os.PathLike[str], session: InferenceSession, batches: list[Inputs]) -> Logits:
     names = [entry.name for entry in session.get_inputs()]
 
     def feed(batch: Inputs) -> dict[str, Any]:
