@@ -1,12 +1,10 @@
-"""ONNX Runtime sessions: what the runtime makes of a file, and whether its integer kernels are exact on this CPU."""
+"""ONNX Runtime sessions, and whether its integer kernels are exact on this CPU."""
 
 from __future__ import annotations
 
 import functools
 import os
 import tempfile
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,37 +13,6 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.errors import failure
-
-#: Operators that multiply matrices, by the type that they compute in (ONNX Runtime's contrib operators included).
-INTEGER_PRODUCTS = frozenset(
-    [
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "QLinearMatMul",
-        "QGemm",
-        "QLinearConv",
-        "ConvInteger",
-        "QAttention",
-        "MatMulNBits",
-    ]
-)
-FLOAT_PRODUCTS = frozenset(
-    ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
-)
-
-
-@dataclass(frozen=True)
-class RuntimeGraph:
-    """What ONNX Runtime will run: operator counts of the file and of the optimized graph, products by name.
-
-    float_products: name of the node -> why it runs in float.
-    """
-
-    before: dict[str, int]
-    after: dict[str, int]
-    integer_products: tuple[str, ...]
-    float_products: dict[str, str]
 
 
 def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -88,19 +55,6 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     return options
 
 
-def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
-    """Let ONNX Runtime optimize the file for this machine and read the result back."""
-    model = load_file(path)
-    after = optimized(model)
-    makers = {output: node for node in after.graph.node for output in node.output}
-    return RuntimeGraph(
-        dict(Counter(node.op_type for node in model.graph.node)),
-        dict(Counter(node.op_type for node in after.graph.node)),
-        tuple(node.name for node in after.graph.node if node.op_type in INTEGER_PRODUCTS),
-        {node.name: _why_float(node, makers) for node in after.graph.node if node.op_type in FLOAT_PRODUCTS},
-    )
-
-
 def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph that ONNX Runtime makes of a model on this machine."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,13 +62,6 @@ def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath)
-
-
-def _why_float(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
-    sources = [makers[name].op_type if name in makers else "a constant" for name in node.input[:2]]
-    if all(source == "DequantizeLinear" for source in sources):
-        return f"ONNX Runtime has no integer kernel for {node.op_type} with float output: quantized, computed in float"
-    return f"not quantized: its operands come from {' and '.join(sources)}"
 
 
 @functools.cache

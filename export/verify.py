@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.layers import LayerComparison, Layers, compare_layers
-from ptq4vit_fx.export.runtime import RuntimeGraph, load_file, open_model, products_saturate, runtime_graph
+from ptq4vit_fx.export.runtime import load_file, open_model, products_saturate
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
+from ptq4vit_fx.export.runtime_graph import RuntimeGraph, runtime_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -177,7 +178,7 @@ def verify_onnx(
     return VerifyReport(
         simulation=compare(simulated, actual),
         same_functions=compare(_simulate_with_runtime_functions(converted, batches), actual),
-        graph=runtime_graph(path),
+        graph=runtime_graph(model),
         saturating=saturating,
         default_agreement=float((default.argmax(1) == simulated.argmax(1)).mean()),
         code_comparison=compare_layers(converted, model, session, batches, layers) if layers > 0 else None,
