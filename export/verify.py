@@ -29,11 +29,13 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 class Disagreement:
     """An image on which the top-1 classes differ.
 
-    margin: how far the simulation's first class leads over the runtime's class, in logits. difference: the largest
-    logit difference on that image.
+    simulated, actual: the class that each chose. margin: how far the simulation's class leads over the runtime's, in
+    the simulation's logits. difference: the largest logit difference on that image.
     """
 
     image: int
+    simulated: int
+    actual: int
     margin: float
     difference: float
 
@@ -82,7 +84,8 @@ def compare(simulated: Logits, actual: Logits) -> Comparison:
         bit_equal=float((difference == 0).mean()),
         cosine=float(((actual * simulated).sum(1) / np.maximum(norms, tiny)).min()),
         disagreements=tuple(
-            Disagreement(int(i), float(margin[i]), float(difference[i])) for i in np.flatnonzero(top != mine)
+            Disagreement(int(i), int(mine[i]), int(top[i]), float(margin[i]), float(difference[i]))
+            for i in np.flatnonzero(top != mine)
         ),
     )
 
@@ -129,8 +132,9 @@ class VerifyReport:
         if self.code_comparison is not None:
             lines += [f"  {line}" for line in str(self.code_comparison).splitlines()]
         lines += [
-            f"  other class on image {item.image}: the simulation prefers its own by {item.margin:.3g}; largest logit "
-            f"difference {item.difference:.3g}, median over all images {self.simulation.median_difference:.3g}"
+            f"  other class on image {item.image}, {item.actual} instead of {item.simulated}: the simulation prefers "
+            f"its own by {item.margin:.3g}; largest logit difference {item.difference:.3g}, median over all images "
+            f"{self.simulation.median_difference:.3g}"
             for item in self.simulation.disagreements[:5]
         ]
         if self.saturating:
