@@ -76,7 +76,8 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> Array:
     image = crop(image, (width, height), fill)
     values = np.asarray(image, np.float32) / np.float32(255)
     mean, std = (np.array(config[key], np.float32) for key in ("mean", "std"))
-    return ((values - mean) / std).transpose(2, 0, 1)
+    normalized: Array = (values - mean) / std
+    return normalized.transpose(2, 0, 1)
 
 
 def resized_size(size: tuple[int, int], target: tuple[int, int], mode: str) -> tuple[int, int]:
@@ -126,10 +127,20 @@ def read_batches(paths: list[Path], config: dict[str, Any], size: int) -> Iterat
         yield read, np.stack(pixels)
 
 
+def run(session: onnxruntime.InferenceSession, pixels: Array) -> Array:
+    """Return the logits of up to a batch of images; a file of a fixed batch gets the last one until it is full."""
+    entry = session.get_inputs()[0]
+    missing = entry.shape[0] - len(pixels) if isinstance(entry.shape[0], int) else 0
+    filled = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
+    logits: Array = session.run(None, {entry.name: filled})[0][: len(pixels)]
+    return logits
+
+
 def probabilities(logits: Array) -> Array:
     """Return the softmax of logits, (images, classes)."""
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
-    return exponentials / exponentials.sum(1, keepdims=True)
+    total: Array = exponentials.sum(1, keepdims=True)
+    return exponentials / total
 
 
 def read_labels(path: Path | None, classes: int) -> list[str]:
@@ -156,8 +167,10 @@ def classify(arguments: argparse.Namespace) -> None:
     start = shown = time.monotonic()
     labels: list[str] | None = None
     done = 0
-    for batch, pixels in read_batches(paths, config, arguments.batch_size):
-        scores = probabilities(session.run(None, {session.get_inputs()[0].name: pixels})[0])
+    fixed = session.get_inputs()[0].shape[0]
+    size = fixed if isinstance(fixed, int) else arguments.batch_size
+    for batch, pixels in read_batches(paths, config, size):
+        scores = probabilities(run(session, pixels))
         if labels is None:
             labels = read_labels(arguments.labels, scores.shape[1])
             print(f"{'path':{width}}  class  probability" + ("  label" if labels else ""))

@@ -16,7 +16,7 @@ from ptq4vit_fx.export.instructions import Instructions, cpu_instructions
 from ptq4vit_fx.export.onnx_export import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
 from ptq4vit_fx.export.runtime import load_file
 from ptq4vit_fx.export.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
-from ptq4vit_fx.export.stored_sites import Array, StoredSite, stored_sites
+from ptq4vit_fx.export.stored_sites import StoredSite, stored_sites
 from ptq4vit_fx.plan import FloatOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, describe_quantizer
 
@@ -114,17 +114,12 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
         )
     plan = QuantPlan.from_json(properties[PLAN_KEY])
     stored = stored_sites(model)
-    per_head = {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in model.graph.initializer
-        if tensor.name.endswith("_head.scale")
-    }
     return FileReport(
         version=properties[VERSION_KEY],
         target=properties[TARGET_KEY],
         calibration=properties[CALIBRATION_KEY],
         inputs={entry.name: _shape(entry) for entry in model.graph.input},
-        sites=tuple(_record(site, quantizer, stored, per_head) for site, quantizer in plan.quantizers.items()),
+        sites=tuple(_record(site, quantizer, stored) for site, quantizer in plan.quantizers.items()),
         float_ops=plan.float_ops,
         graph=_with_planned_reasons(runtime_graph(model), plan),
         runtime=onnxruntime.__version__,
@@ -148,7 +143,7 @@ def _shape(entry: onnx.ValueInfoProto) -> tuple[int | str, ...]:
     return tuple("any" if d.dim_param else d.dim_value for d in entry.type.tensor_type.shape.dim)
 
 
-def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite], per_head: dict[str, Array]) -> SiteRecord:
+def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> SiteRecord:
     names = [f"{site}_fine", f"{site}_coarse"] if isinstance(quantizer, TwinUniform) else [site]
     missing = [name for name in names if name not in stored]
     if missing:
@@ -165,7 +160,7 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite], per_
         fine, coarse = (float(one.scale) for one in found)
         threshold = fine * quantizer.levels if quantizer.form == "softmax" else 0.0
         return SiteRecord(site, describe_quantizer(quantizer), (fine, coarse), threshold, merged)
-    scale = per_head.get(f"{site.replace(':', '.')}_head.scale", found[0].scale)
+    scale = found[0].scale if found[0].head_scale is None else found[0].head_scale
     limits = float(np.min(scale)), float(np.max(scale))
     return SiteRecord(site, describe_quantizer(quantizer), limits, None, merged)
 

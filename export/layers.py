@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.batches import Inputs
-from ptq4vit_fx.export.runtime import open_model
+from ptq4vit_fx.export.runtime import exact_here, load_file, open_model
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.stored_sites import Array, StoredSite, integers, stored_sites
 from ptq4vit_fx.operators import QUANTIZE
@@ -98,7 +99,7 @@ def _describe(site: LayerComparison) -> str:
 
 def compare_layers(
     converted: GraphModule,
-    model: onnx.ModelProto,
+    path: str | os.PathLike[str],
     plain: onnxruntime.InferenceSession,
     batches: Iterable[Inputs],
     images: int,
@@ -107,23 +108,27 @@ def compare_layers(
 
     PyTorch takes LayerNorm, softmax and GELU from the runtime. Its codes are compared as they appear, so that only ONNX
     Runtime's are held. The first image runs alone and tells how much memory one takes, the others in their batches: a
-    file with a dynamic batch must do both. plain: a session of the same file with its own outputs only.
+    file with a dynamic batch must do both. A file of a fixed batch runs whole batches. plain: `open_session(path)`.
     """
+    model = exact_here(load_file(path))
     stored = stored_sites(model)
     read = tuple({site.tensor for site in stored.values() if site.codes is None})
-    session = open_model(with_outputs(model, read))
+    session = open_model(add_outputs(model, read))
     simulation = _Simulation(copy.deepcopy(converted).cpu(), stored)
-    waiting, images_at_once, disturbed = _first_images(batches, images), 1, False
+    fixed = session.get_inputs()[0].shape[0]
+    at_once = fixed if isinstance(fixed, int) else 1
+    waiting, disturbed = _first_images(batches, images, cut=at_once != fixed), False
     while waiting:
         whole = waiting.pop(0)
-        batch = tuple(x[:images_at_once] for x in whole)
-        if len(whole[0]) > images_at_once:
-            waiting.insert(0, tuple(x[images_at_once:] for x in whole))
+        batch = tuple(x[:at_once] for x in whole)
+        if len(whole[0]) > at_once:
+            waiting.insert(0, tuple(x[at_once:] for x in whole))
         feed = {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), batch, strict=True)}
         logits = plain.run(None, feed)
         outputs = session.run(None, feed)
         disturbed |= any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(logits, outputs, strict=False))
-        images_at_once = max(1, CODES_AT_ONCE * len(batch[0]) // max(1, sum(array.nbytes for array in outputs)))
+        if at_once != fixed:
+            at_once = max(1, CODES_AT_ONCE * len(batch[0]) // max(1, sum(array.nbytes for array in outputs)))
         simulation.codes = dict(zip(read, outputs[len(logits) :], strict=True))
         simulation.images = len(batch[0])
         with torch.inference_mode():
@@ -132,27 +137,25 @@ def compare_layers(
     return Layers(sites, tuple(simulation.missing), disturbed)
 
 
-def _first_images(batches: Iterable[Inputs], count: int) -> list[Inputs]:
-    """Return the first `count` images, in their batches."""
+def _first_images(batches: Iterable[Inputs], count: int, *, cut: bool) -> list[Inputs]:
+    """Return the first `count` images in their batches, or with cut=False the whole batches that they are in."""
     first = []
     for batch in batches:
         if count <= 0:
             break
-        first.append(tuple(x[:count] for x in batch))
+        first.append(tuple(x[:count] for x in batch) if cut else batch)
         count -= len(batch[0])
     return first
 
 
-def with_outputs(model: onnx.ModelProto, tensors: tuple[str, ...]) -> onnx.ModelProto:
-    """Return a copy with these tensors as outputs, behind its own.
+def add_outputs(model: onnx.ModelProto, tensors: tuple[str, ...]) -> onnx.ModelProto:
+    """Add these tensors to the outputs of a model, in place, behind its own; return it.
 
     ONNX Runtime fuses the DequantizeLinear behind a code into the product, never the QuantizeLinear in front of it, so
     that a code that is read changes no fusion.
     """
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    return copied
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+    return model
 
 
 @dataclass(frozen=True)

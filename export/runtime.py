@@ -32,20 +32,27 @@ def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
-    exact: on a CPU whose u8 x s8 kernels saturate, constant int8 weights are rewritten to uint8 in memory, which
-    takes the slower kernels that do not; elsewhere, and with exact=False, the file runs as it is.
-    threads: 0 lets the runtime choose. Raises PTQError if the file cannot be read.
+    exact: open what `exact_here` makes of it; with exact=False the file runs as it is. threads: 0 lets the runtime
+    choose. Raises PTQError if the file cannot be read.
     """
-    return open_model(load_file(path), exact=exact, threads=threads)
+    model = load_file(path)
+    return open_model(exact_here(model) if exact else model, threads)
 
 
-def open_model(model: onnx.ModelProto, *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Open a model in memory as `open_session` does a file."""
-    if exact and products_saturate():
-        model = with_unsigned_weights(model)
+def open_model(model: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Open a model in memory, as it is, in ONNX Runtime's CPU provider."""
     return onnxruntime.InferenceSession(
         model.SerializeToString(), quiet_options(threads), providers=["CPUExecutionProvider"]
     )
+
+
+def exact_here(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with the same values that no kernel of this CPU gets wrong.
+
+    On a CPU whose u8 x s8 kernels saturate, constant int8 weights are rewritten to uint8, which takes the slower
+    kernels that do not; elsewhere it is the model itself.
+    """
+    return with_unsigned_weights(model) if products_saturate() else model
 
 
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:

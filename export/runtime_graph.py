@@ -34,7 +34,10 @@ MOVING = frozenset(
 
 @dataclass(frozen=True)
 class RuntimeProduct:
-    """One product of the optimized graph: node name, operator, the types of its operands ("" if float), and why."""
+    """One product of the optimized graph: node name, operator, and why it runs as it does.
+
+    types: of its operands, those of the codes if they are dequantized for a float product; "" if unknown.
+    """
 
     name: str
     integer: bool
@@ -89,7 +92,8 @@ def runtime_graph(model: onnx.ModelProto) -> RuntimeGraph:
         if node.op_type in INTEGER_PRODUCTS:
             products.append(RuntimeProduct(node.name, True, node.op_type, _types(node, types), _why_integer(node)))
         elif node.op_type in FLOAT_PRODUCTS:
-            products.append(RuntimeProduct(node.name, False, node.op_type, "", _why_float(node, makers)))
+            kinds = _dequantized_types(node, makers, types)
+            products.append(RuntimeProduct(node.name, False, node.op_type, kinds, _why_float(node, makers)))
     return RuntimeGraph(
         dict(Counter(node.op_type for node in model.graph.node)),
         dict(Counter(node.op_type for node in after.graph.node)),
@@ -102,8 +106,21 @@ def _types(node: onnx.NodeProto, types: dict[str, int]) -> str:
     positions = INTEGER_PRODUCTS[node.op_type]
     if positions is None or len(node.input) <= max(positions):
         return ""
-    names = (types.get(node.input[position]) for position in positions)
-    return " x ".join("?" if kind is None else TensorProto.DataType.Name(kind).lower() for kind in names)
+    return " x ".join(_type_name(types.get(node.input[position])) for position in positions)
+
+
+def _dequantized_types(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], types: dict[str, int]) -> str:
+    """Return the types of the codes that a float product's operands were, "float" for an operand that was none."""
+    found = []
+    for name in node.input[:2]:
+        maker = makers.get(name)
+        is_code = maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 2
+        found.append(_type_name(types.get(maker.input[2])) if maker is not None and is_code else "float")
+    return " x ".join(found)
+
+
+def _type_name(kind: int | None) -> str:
+    return "?" if kind is None else str(TensorProto.DataType.Name(kind)).lower()
 
 
 def _why_integer(node: onnx.NodeProto) -> str:
@@ -118,7 +135,7 @@ def _why_float(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
     sources = [makers[name].op_type if name in makers else "a constant" for name in node.input[:2]]
     dequantized = sources.count("DequantizeLinear")
     if dequantized == 2:
-        return f"ONNX Runtime has no integer kernel for {node.op_type} with float output: quantized, computed in float"
+        return f"no integer kernel for {node.op_type} of these types with float output: quantized, computed in float"
     if dequantized == 1:
         other = next(source for source in sources if source != "DequantizeLinear")
         return f"only one operand is codes for the runtime, the other comes from {other}"

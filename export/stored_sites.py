@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ class StoredSite:
 
     tensor: name of the integer tensor, the output of a QuantizeLinear or the name of a constant. codes: the integers of
     a constant, None of an activation. scale: float32, zero_point: int32, both of shape () or (channels,) along `axis`.
-    source: what the quantizer carries as its name; another site where two of them were merged.
+    source: what the quantizer carries as its name; another site where two of them were merged. head_scale: scales per
+    head, by which the values are divided in front of the quantizer; its own scale is 1 then.
     """
 
     tensor: str
@@ -29,6 +30,7 @@ class StoredSite:
     zero_point: Array
     axis: int
     source: str
+    head_scale: Array | None = None
 
 
 def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
@@ -45,7 +47,9 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
             name = _name(node)
             is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
             if name not in found and (is_constant or node.op_type == "QuantizeLinear"):
-                found[name] = _read(node, constants, is_constant)
+                found[name] = replace(
+                    _read(node, constants, is_constant), head_scale=_head_scale(node, constants, makers)
+                )
     for site, name in _through_products(model, makers).items():
         if name in found:
             found.setdefault(site, found[name])
@@ -67,6 +71,18 @@ def _read(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], is_const
         axis=next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1),
         source=_name(node),
     )
+
+
+def _head_scale(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], makers: dict[str, onnx.NodeProto]
+) -> Array | None:
+    """Return what the values are divided by in front of a QuantizeLinear, looking past a Clip; None if by nothing."""
+    maker = makers.get(node.input[0])
+    if maker is not None and maker.op_type == "Clip":
+        maker = makers.get(maker.input[0])
+    if maker is None or maker.op_type != "Div" or not maker.input[1].endswith("_head.scale"):
+        return None
+    return numpy_helper.to_array(constants[maker.input[1]]).astype(np.float32)
 
 
 def _through_products(model: onnx.ModelProto, makers: dict[str, onnx.NodeProto]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.layers import LayerComparison, Layers, compare_layers
-from ptq4vit_fx.export.runtime import load_file, open_model, products_saturate
+from ptq4vit_fx.export.runtime import load_file, open_session, products_saturate
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.runtime_graph import RuntimeGraph, runtime_graph
 
@@ -174,18 +174,17 @@ def verify_onnx(
     """
     batches = batches_for(converted, data, "verify_onnx")
     saturating = products_saturate()
-    model = load_file(path)
-    session = open_model(model)
+    session = open_session(path)
     actual = _run(path, session, batches)
-    default = _run(path, open_model(model, exact=False), batches) if saturating else actual
+    default = _run(path, open_session(path, exact=False), batches) if saturating else actual
     simulated = _simulate(converted, batches)
     return VerifyReport(
         simulation=compare(simulated, actual),
         same_functions=compare(_simulate_with_runtime_functions(converted, batches), actual),
-        graph=runtime_graph(model),
+        graph=runtime_graph(load_file(path)),
         saturating=saturating,
         default_agreement=float((default.argmax(1) == simulated.argmax(1)).mean()),
-        code_comparison=compare_layers(converted, model, session, batches, layers) if layers > 0 else None,
+        code_comparison=compare_layers(converted, path, session, batches, layers) if layers > 0 else None,
     )
 
 

@@ -103,6 +103,17 @@ def test_it_gives_the_classes_of_eval(tmp_path, deployed, photos):
     assert [line.split() for line in lines] == expected
 
 
+def test_a_fixed_batch_is_filled_up(tmp_path, deployed, photos):
+    model = onnx.load(deployed)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "fixed.onnx")
+    fixed, dynamic = run(tmp_path / "fixed.onnx", photos), run(deployed, photos)
+    assert fixed.returncode == 0, fixed.stderr
+    assert fixed.stdout == dynamic.stdout
+
+
 @pytest.mark.parametrize(
     ("mode", "crop_pct", "interpolation", "size"),
     [

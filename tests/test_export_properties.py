@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.runtime import load_file, open_model, quiet_options
+from ptq4vit_fx.export.runtime import exact_here, load_file, open_model, quiet_options
 from ptq4vit_fx.export.stored_sites import integers, stored_sites
 
 SEARCH = ptq.SearchSettings(metric="mse", n=8, rounds=1, max_shift=4)
@@ -130,7 +130,7 @@ def run_with_values(model, images, *, optimize):
     own = {output.name for output in model.graph.output}
     copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in own)
     if optimize:
-        session = open_model(copied, threads=1)
+        session = open_model(exact_here(copied), threads=1)
     else:
         options = quiet_options(threads=1)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

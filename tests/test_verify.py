@@ -12,8 +12,8 @@ from onnx import numpy_helper
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.layers import compare_layers, with_outputs
-from ptq4vit_fx.export.runtime import load_file, open_model, open_session, optimized
+from ptq4vit_fx.export.layers import add_outputs, compare_layers
+from ptq4vit_fx.export.runtime import load_file, open_session, optimized
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
 
 
@@ -85,20 +85,30 @@ def test_one_wrong_number_is_found_where_it_is(tmp_path, good_file, converted, s
 
 
 def test_batches_of_any_size_count_the_first_images(good_file, converted, small_images, monkeypatch):
-    model = load_file(good_file)
-    plain = open_model(model)
+    plain = open_session(good_file)
     ragged = [(batch,) for batch in small_images.split([1, 5, 2, 4])]
-    seven = compare_layers(converted, model, plain, ragged, 7)
+    seven = compare_layers(converted, good_file, plain, ragged, 7)
     assert {layer.images for layer in seven.sites} == {0, 7}
     assert seven.first_divergence is None
-    assert {layer.images for layer in compare_layers(converted, model, plain, ragged, 100).sites} == {0, 12}
+    assert {layer.images for layer in compare_layers(converted, good_file, plain, ragged, 100).sites} == {0, 12}
     monkeypatch.setattr("ptq4vit_fx.export.layers.CODES_AT_ONCE", 1)  # one image at a time
-    assert compare_layers(converted, model, plain, ragged, 7) == seven
+    assert compare_layers(converted, good_file, plain, ragged, 7) == seven
+
+
+def test_a_fixed_batch_runs_whole(tmp_path, good_file, converted, small_images):
+    model = onnx.load(good_file)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "fixed.onnx")
+    report = ptq.verify_onnx(tmp_path / "fixed.onnx", converted, small_images.split(3), layers=4)
+    assert {layer.images for layer in report.layers} == {0, 6}
+    assert report.first_divergence is None
 
 
 def test_codes_of_another_graph_are_said_to_be_so(tmp_path, good_file, converted, small_images):
     path = changed_file(good_file, tmp_path / "other.onnx", "head.bias", lambda values: values + 1)
-    compared = compare_layers(converted, load_file(good_file), open_session(path), [(small_images,)], 2)
+    compared = compare_layers(converted, good_file, open_session(path), [(small_images,)], 2)
     assert compared.first_divergence is None
     assert "it runs another graph then" in str(compared)
 
@@ -111,12 +121,23 @@ def test_layers_can_be_left_out(good_file, converted, small_images):
 
 
 def test_reading_the_codes_changes_no_fusion(good_file):
-    model = load_file(good_file)
-    read = tuple(site.tensor for site in stored_sites(model).values() if site.codes is None)
+    read = tuple(s.tensor for s in stored_sites(load_file(good_file)).values() if s.codes is None)
     kinds = [
-        sorted(node.op_type for node in optimized(variant).graph.node) for variant in (model, with_outputs(model, read))
+        sorted(node.op_type for node in optimized(model).graph.node)
+        for model in (load_file(good_file), add_outputs(load_file(good_file), read))
     ]
+    assert "MatMulIntegerToFloat" in kinds[0]
     assert kinds[0] == kinds[1]
+
+
+def test_scales_per_head_are_read_in_front_of_the_quantizer(good_file, converted):
+    stored = stored_sites(load_file(good_file))
+    per_head = [site for site, q in converted.plan.quantizers.items() if getattr(q, "granularity", "") == "head"]
+    assert len(per_head) == 6
+    for site in per_head:
+        scale = converted.calibration.params[site].scale
+        assert torch.equal(torch.from_numpy(stored[site].head_scale).flatten(), scale)
+    assert stored["head:lhs"].head_scale is None
 
 
 def test_containers_do_not_matter():
