@@ -76,8 +76,8 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> Array:
     image = crop(image, (width, height), fill)
     values = np.asarray(image, np.float32) / np.float32(255)
     mean, std = (np.array(config[key], np.float32) for key in ("mean", "std"))
-    normalized: Array = (values - mean) / std
-    return normalized.transpose(2, 0, 1)
+    pixels: Array = ((values - mean) / std).transpose(2, 0, 1)
+    return pixels
 
 
 def resized_size(size: tuple[int, int], target: tuple[int, int], mode: str) -> tuple[int, int]:
@@ -139,8 +139,8 @@ def run(session: onnxruntime.InferenceSession, pixels: Array) -> Array:
 def probabilities(logits: Array) -> Array:
     """Return the softmax of logits, (images, classes)."""
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
-    total: Array = exponentials.sum(1, keepdims=True)
-    return exponentials / total
+    shares: Array = exponentials / exponentials.sum(1, keepdims=True)
+    return shares
 
 
 def read_labels(path: Path | None, classes: int) -> list[str]:

@@ -121,7 +121,7 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
         inputs={entry.name: _shape(entry) for entry in model.graph.input},
         sites=tuple(_record(site, quantizer, stored) for site, quantizer in plan.quantizers.items()),
         float_ops=plan.float_ops,
-        graph=_with_planned_reasons(runtime_graph(model), plan),
+        graph=_with_planned_reasons(runtime_graph(load_file(path)), plan),  # a session may take a model's weights away
         runtime=onnxruntime.__version__,
         cpu=cpu_instructions(),
         wide_weights=_wide_weights(model),
