@@ -2,49 +2,171 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from onnx import numpy_helper
+import onnx
+import onnxruntime
+from onnx import TensorProto, numpy_helper
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.instructions import Instructions, cpu_instructions
 from ptq4vit_fx.export.onnx_export import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
-from ptq4vit_fx.export.runtime import load_file, runtime_graph
-from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.quantizers import TwinUniform, describe_quantizer
+from ptq4vit_fx.export.runtime import load_file
+from ptq4vit_fx.export.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
+from ptq4vit_fx.export.stored_sites import StoredSite, stored_sites
+from ptq4vit_fx.plan import FloatOp, QuantPlan
+from ptq4vit_fx.quantizers import Quantizer, TwinUniform, describe_quantizer
+
+#: Two products of 255 and a weight up to this size fit into 16 bits: kernels that saturate are exact then.
+SAFE_WEIGHT = 64
 
 
-def describe_file(path: str | os.PathLike[str]) -> str:
-    """Return the text of `ptq4vit inspect`. Raises PTQError if the file does not come from this package."""
+@dataclass(frozen=True)
+class SiteRecord:
+    """One site as stored: scales are (smallest, largest), or (fine, coarse) of a twin; threshold: of a twin."""
+
+    site: str
+    quantizer: str
+    scales: tuple[float, float]
+    threshold: float | None
+    merged_with: str | None
+
+    def __str__(self) -> str:
+        first, second = (f"{scale:.4g}" for scale in self.scales)
+        if self.threshold is not None:
+            scale = f"{first} | {second}"
+        else:
+            scale = first if self.scales[0] == self.scales[1] else f"{first} .. {second}"
+        note = "" if self.threshold is None else f"{self.threshold:.4g}"
+        if self.merged_with is not None:
+            note = f"{note} one quantizer with {self.merged_with}".strip()
+        return f"{self.site:40}{self.quantizer:24}{scale:>26}  {note}".rstrip()
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What `ptq4vit inspect` tells. inputs: name -> shape, with "any" for the batch, which may vary.
+
+    wide_weights: how many constant int8 weights hold codes beyond SAFE_WEIGHT, which saturating kernels get wrong.
+    """
+
+    version: str
+    target: str
+    calibration: str
+    inputs: dict[str, tuple[int | str, ...]]
+    sites: tuple[SiteRecord, ...]
+    float_ops: tuple[FloatOp, ...]
+    graph: RuntimeGraph
+    runtime: str
+    cpu: Instructions
+    wide_weights: int
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in self.inputs.items())
+        lines = [
+            f"ptq4vit_fx {self.version}, target {self.target}, calibration {self.calibration}, input {shapes}",
+            f"{'site':40}{'quantizer':24}{'scale':>26}  threshold",
+            *map(str, self.sites),
+            *(f"{op.name:40}float: {op.reason}" for op in self.float_ops),
+            f"ONNX Runtime {self.runtime}, the file as it is, on this machine: {len(self.graph.integer_products)} "
+            f"integer products, {len(self.graph.float_products)} in float",
+        ]
+        for product in self.graph.products:
+            kind = "integer" if product.integer else "float"
+            lines.append(f"  {kind:8}{product.name:40}{product.operator:22}{product.types:16}{product.reason}")
+        lines.append(f"{len(self.graph.leftovers)} DequantizeLinear left in the optimized graph")
+        lines += [f"  {leftover}" for leftover in self.graph.leftovers]
+        lines.append(str(self.cpu))
+        if self.cpu.saturates:
+            lines.append(f"  {self._saturation()}")
+        return "\n".join(lines)
+
+    def _saturation(self) -> str:
+        if not self.wide_weights:
+            return "this file has no int8 weight that is large enough to saturate: its results are exact here"
+        return (
+            f"{self.wide_weights} int8 weights of this file can saturate here: for such CPUs export with "
+            'target="onnxruntime-avx2" (uint8 weights), or quantize with w_bits=7'
+        )
+
+
+def inspect_file(path: str | os.PathLike[str]) -> FileReport:
+    """Return what is in a file and what ONNX Runtime makes of it on this machine.
+
+    Raises PTQError if the file does not come from this package, or if a site of its plan is not in its graph.
+    """
     model = load_file(path)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if PLAN_KEY not in properties:
-        do = "pass a file that export_onnx wrote"
         raise failure(
-            "inspect", str(path), expected="a file with a quantization plan", got="none in its metadata", do=do
+            "inspect",
+            str(path),
+            expected="a file with a quantization plan",
+            got="none in its metadata",
+            do="pass a file that export_onnx wrote",
         )
     plan = QuantPlan.from_json(properties[PLAN_KEY])
-    tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("scale")}
-    lines = [
-        f"ptq4vit_fx {properties[VERSION_KEY]}, target {properties[TARGET_KEY]}, calibration "
-        f"{properties[CALIBRATION_KEY]}",
-        f"{'site':40}{'quantizer':24}{'scale':>26}  threshold",
-    ]
-    for site, quantizer in plan.quantizers.items():
-        threshold = ""
-        if isinstance(quantizer, TwinUniform):
-            fine = float(tensors[f"{site}_fine.scale"])
-            scale = f"{fine:.4g} | {float(tensors[f'{site}_coarse.scale']):.4g}"
-            threshold = f"{fine * quantizer.levels if quantizer.form == 'softmax' else 0:.4g}"
-        else:
-            name = f"{site}.scale"
-            per_head = f"{site.replace(':', '.')}_head.scale"
-            values = np.atleast_1d(tensors[per_head if per_head in tensors else name])
-            low, high = float(values.min()), float(values.max())
-            scale = f"{low:.4g}" if values.size == 1 else f"{low:.4g} .. {high:.4g}"
-        lines.append(f"{site:40}{describe_quantizer(quantizer):24}{scale:>26}  {threshold}")
-    lines += [f"{op.name:40}float: {op.reason}" for op in plan.float_ops]
-    graph = runtime_graph(path)
-    lines.append(f"ONNX Runtime: {len(graph.integer_products)} integer products, {len(graph.float_products)} in float")
-    lines += [f"  float: {name}: {reason}" for name, reason in graph.float_products.items()]
-    return "\n".join(lines)
+    stored = stored_sites(model)
+    return FileReport(
+        version=properties[VERSION_KEY],
+        target=properties[TARGET_KEY],
+        calibration=properties[CALIBRATION_KEY],
+        inputs={entry.name: _shape(entry) for entry in model.graph.input},
+        sites=tuple(_record(site, quantizer, stored) for site, quantizer in plan.quantizers.items()),
+        float_ops=plan.float_ops,
+        graph=_with_planned_reasons(runtime_graph(load_file(path)), plan),  # a session may take a model's weights away
+        runtime=onnxruntime.__version__,
+        cpu=cpu_instructions(),
+        wide_weights=_wide_weights(model),
+    )
+
+
+def _with_planned_reasons(graph: RuntimeGraph, plan: QuantPlan) -> RuntimeGraph:
+    """Give products that the plan left float the plan's reason: the runtime's graph only shows that they are."""
+    reasons = {op.name: op.reason for op in plan.float_ops}
+
+    def explained(product: RuntimeProduct) -> RuntimeProduct:
+        reason = reasons.get(product.name.partition("/")[0])
+        return product if reason is None or product.integer else replace(product, reason=f"left float: {reason}")
+
+    return replace(graph, products=tuple(map(explained, graph.products)))
+
+
+def _shape(entry: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple("any" if d.dim_param else d.dim_value for d in entry.type.tensor_type.shape.dim)
+
+
+def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> SiteRecord:
+    names = [f"{site}_fine", f"{site}_coarse"] if isinstance(quantizer, TwinUniform) else [site]
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise failure(
+            "inspect",
+            f"site {missing[0]}",
+            expected="a quantizer or a weight of that name in the graph",
+            got="none",
+            do="export the file again: another program has rewritten its graph or its names",
+        )
+    found = [stored[name] for name in names]
+    merged = next((one.source for name, one in zip(names, found, strict=True) if one.source != name), None)
+    if isinstance(quantizer, TwinUniform):
+        fine, coarse = (float(one.scale) for one in found)
+        threshold = fine * quantizer.levels if quantizer.form == "softmax" else 0.0
+        return SiteRecord(site, describe_quantizer(quantizer), (fine, coarse), threshold, merged)
+    scale = found[0].scale if found[0].head_scale is None else found[0].head_scale
+    limits = float(np.min(scale)), float(np.max(scale))
+    return SiteRecord(site, describe_quantizer(quantizer), limits, None, merged)
+
+
+def _wide_weights(model: onnx.ModelProto) -> int:
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"} & constants.keys()
+    signed = [constants[name] for name in weights if constants[name].data_type == TensorProto.INT8]
+    return sum(bool((np.abs(numpy_helper.to_array(t).astype(np.int16)) > SAFE_WEIGHT).any()) for t in signed)

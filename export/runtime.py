@@ -1,12 +1,10 @@
-"""ONNX Runtime sessions: what the runtime makes of a file, and whether its integer kernels are exact on this CPU."""
+"""ONNX Runtime sessions, and whether its integer kernels are exact on this CPU."""
 
 from __future__ import annotations
 
 import functools
 import os
 import tempfile
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import to_unsigned, with_unsigned_weights
 from ptq4vit_fx.export.model_files import is_too_large, session_of
-
-#: Operators that multiply matrices, by the type that they compute in (ONNX Runtime's contrib operators included).
-INTEGER_PRODUCTS = frozenset(
-    [
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "QLinearMatMul",
-        "QGemm",
-        "QLinearConv",
-        "ConvInteger",
-        "QAttention",
-        "MatMulNBits",
-    ]
-)
-FLOAT_PRODUCTS = frozenset(
-    ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
-)
-
-
-@dataclass(frozen=True)
-class RuntimeGraph:
-    """What ONNX Runtime will run: operator counts of the file and of the optimized graph, products by name.
-
-    float_products: name of the node -> why it runs in float.
-    """
-
-    before: dict[str, int]
-    after: dict[str, int]
-    integer_products: tuple[str, ...]
-    float_products: dict[str, str]
 
 
 def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -67,14 +34,25 @@ def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
-    exact: on a CPU whose u8 x s8 kernels saturate, int8 weights and activations are rewritten to uint8 in memory, which
-    takes the slower kernels that do not; elsewhere, and with exact=False, the file runs as it is.
-    threads: 0 lets the runtime choose.
+    exact: open what `exact_here` makes of it; with exact=False the file runs as it is. threads: 0 lets the runtime
+    choose. Raises PTQError if the file cannot be read.
     """
     model = load_file(path)
-    if exact and products_saturate():
-        model = with_unsigned_weights(to_unsigned(model))
+    return open_model(exact_here(model) if exact else model, threads)
+
+
+def open_model(model: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Open a model in memory, as it is, in ONNX Runtime's CPU provider."""
     return session_of(model, quiet_options(threads))
+
+
+def exact_here(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with the same values that no kernel of this CPU gets wrong.
+
+    On a CPU whose u8 x s8 kernels saturate, int8 weights and activations are rewritten to uint8, which takes the
+    slower kernels that do not; elsewhere it is the model itself.
+    """
+    return with_unsigned_weights(to_unsigned(model)) if products_saturate() else model
 
 
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
@@ -84,9 +62,8 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     return options
 
 
-def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
-    """Let ONNX Runtime optimize the file for this machine and read the result back."""
-    model = load_file(path)
+def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph that ONNX Runtime makes of a model on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         options = quiet_options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
@@ -94,21 +71,7 @@ def runtime_graph(path: str | os.PathLike[str]) -> RuntimeGraph:
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, "optimized.data")
         session_of(model, options)
-        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    makers = {output: node for node in optimized.graph.node for output in node.output}
-    return RuntimeGraph(
-        dict(Counter(node.op_type for node in model.graph.node)),
-        dict(Counter(node.op_type for node in optimized.graph.node)),
-        tuple(node.name for node in optimized.graph.node if node.op_type in INTEGER_PRODUCTS),
-        {node.name: _why_float(node, makers) for node in optimized.graph.node if node.op_type in FLOAT_PRODUCTS},
-    )
-
-
-def _why_float(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
-    sources = [makers[name].op_type if name in makers else "a constant" for name in node.input[:2]]
-    if all(source == "DequantizeLinear" for source in sources):
-        return f"ONNX Runtime has no integer kernel for {node.op_type} with float output: quantized, computed in float"
-    return f"not quantized: its operands come from {' and '.join(sources)}"
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)
 
 
 @functools.cache

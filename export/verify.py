@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.runtime import RuntimeGraph, open_session, products_saturate, runtime_graph
+from ptq4vit_fx.export.layers import LayerComparison, Layers, compare_layers
+from ptq4vit_fx.export.runtime import load_file, open_session, products_saturate
 from ptq4vit_fx.export.runtime_functions import RuntimeFunctions
+from ptq4vit_fx.export.runtime_graph import RuntimeGraph, runtime_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -26,11 +29,13 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 class Disagreement:
     """An image on which the top-1 classes differ.
 
-    margin: how far the simulation's first class leads over the runtime's class, in logits. difference: the largest
-    logit difference on that image.
+    simulated, actual: the class that each chose. margin: how far the simulation's class leads over the runtime's, in
+    the simulation's logits. difference: the largest logit difference on that image.
     """
 
     image: int
+    simulated: int
+    actual: int
     margin: float
     difference: float
 
@@ -79,7 +84,8 @@ def compare(simulated: Logits, actual: Logits) -> Comparison:
         bit_equal=float((difference == 0).mean()),
         cosine=float(((actual * simulated).sum(1) / np.maximum(norms, tiny)).min()),
         disagreements=tuple(
-            Disagreement(int(i), float(margin[i]), float(difference[i])) for i in np.flatnonzero(top != mine)
+            Disagreement(int(i), int(mine[i]), int(top[i]), float(margin[i]), float(difference[i]))
+            for i in np.flatnonzero(top != mine)
         ),
     )
 
@@ -92,6 +98,7 @@ class VerifyReport:
     LayerNorm, softmax and GELU computed by ONNX Runtime's kernels (`RuntimeFunctions`): what is left then is a real
     difference between the file and the simulation. saturating: this CPU's default u8 x s8 kernels are inexact (no
     VNNI); both comparisons are then of an exact session, and `default_agreement` tells what a plain session does.
+    code_comparison: the integer codes of every site on the first images; None if not asked for.
     """
 
     simulation: Comparison
@@ -99,10 +106,21 @@ class VerifyReport:
     graph: RuntimeGraph
     saturating: bool
     default_agreement: float
+    code_comparison: Layers | None
 
     @property
     def images(self) -> int:
         return self.simulation.images
+
+    @property
+    def layers(self) -> tuple[LayerComparison, ...]:
+        """Every site in the order of execution; empty if layers were not compared."""
+        return () if self.code_comparison is None else self.code_comparison.sites
+
+    @property
+    def first_divergence(self) -> LayerComparison | None:
+        """The first site, in the order of execution, whose codes or scale differ; None if all are equal."""
+        return None if self.code_comparison is None else self.code_comparison.first_divergence
 
     def __str__(self) -> str:
         lines = [
@@ -111,9 +129,12 @@ class VerifyReport:
             f"  LayerNorm, softmax and GELU from PyTorch:     {self.simulation}",
             f"  {self._explanation()}",
         ]
+        if self.code_comparison is not None:
+            lines += [f"  {line}" for line in str(self.code_comparison).splitlines()]
         lines += [
-            f"  other class on image {item.image}: the simulation prefers its own by {item.margin:.3g}; largest logit "
-            f"difference {item.difference:.3g}, median over all images {self.simulation.median_difference:.3g}"
+            f"  other class on image {item.image}, {item.actual} instead of {item.simulated}: the simulation prefers "
+            f"its own by {item.margin:.3g}; largest logit difference {item.difference:.3g}, median over all images "
+            f"{self.simulation.median_difference:.3g}"
             for item in self.simulation.disagreements[:5]
         ]
         if self.saturating:
@@ -142,23 +163,28 @@ class VerifyReport:
         return "more than these functions differs: other float operators, or products that stay float (see below)"
 
 
-def verify_onnx(path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any]) -> VerifyReport:
+def verify_onnx(
+    path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any], *, layers: int = 8
+) -> VerifyReport:
     """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
 
-    data: as for `calibrate`: image batches, labels ignored. Raises PTQError if the file cannot be read or the
-    images do not fit.
+    data: as for `calibrate`: image batches, labels ignored. layers: number of images, the first ones, on which the
+    integer codes of every site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images
+    do not fit.
     """
     batches = batches_for(converted, data, "verify_onnx")
     saturating = products_saturate()
-    actual = _run(path, batches, exact=True)
-    default = _run(path, batches, exact=False) if saturating else actual
+    session = open_session(path)
+    actual = _run(path, session, batches)
+    default = _run(path, open_session(path, exact=False), batches) if saturating else actual
     simulated = _simulate(converted, batches)
     return VerifyReport(
         simulation=compare(simulated, actual),
         same_functions=compare(_simulate_with_runtime_functions(converted, batches), actual),
-        graph=runtime_graph(path),
+        graph=runtime_graph(load_file(path)),
         saturating=saturating,
         default_agreement=float((default.argmax(1) == simulated.argmax(1)).mean()),
+        code_comparison=compare_layers(converted, path, session, batches, layers) if layers > 0 else None,
     )
 
 
@@ -180,8 +206,7 @@ def _rows(output: Any) -> Logits:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-def _run(path: str | os.PathLike[str], batches: list[Inputs], *, exact: bool) -> Logits:
-    session = open_session(path, exact=exact)
+def _run(path: str | os.PathLike[str], session: InferenceSession, batches: list[Inputs]) -> Logits:
     names = [entry.name for entry in session.get_inputs()]
 
     def feed(batch: Inputs) -> dict[str, Any]:

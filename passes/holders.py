@@ -11,6 +11,10 @@ from ptq4vit_fx.passes.dataflow import adopt_meta
 class SiteTensors(nn.Module):
     """The integer codes, scale and zero point of one site: buffers only."""
 
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():

@@ -136,12 +136,16 @@ def evaluate(
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")]) -> None:
-    """Print sites, bits, scales, twin thresholds, and what ONNX Runtime runs as integers or in float."""
+def inspect(
+    file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
     with _readable_errors():
-        from ptq4vit_fx.export.inspection import describe_file
+        from ptq4vit_fx.export.inspection import inspect_file
 
-        console.print(describe_file(file), markup=False)
+        report = inspect_file(file)
+        console.print(report.to_json() if as_json else str(report), markup=False, highlight=not as_json)
 
 
 @app.command()

@@ -98,8 +98,9 @@ class MemoryBudget:
         return groups
 
     def _warn(self, what: str, need: int) -> None:
+        limit = self.limit / PLANNED_SHARE
         warnings.warn(
-            f"calibrate: {what} takes about {need / 2**20:.0f} MiB, memory_limit is {self.limit / PLANNED_SHARE / 2**20:.0f} MiB: "
+            f"calibrate: {what} takes about {need / 2**20:.0f} MiB, memory_limit is {limit / 2**20:.0f} MiB: "
             "it will be exceeded; use fewer images or raise it",
             PTQWarning,
             stacklevel=3,
