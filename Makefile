@@ -14,8 +14,9 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/ptq4vit demo --out out
 
+# A process per core; see tests/conftest.py for what stays together.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 coverage: setup
 	$(BIN)/ptq4vit coverage --out docs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,21 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+if WORKERS := int(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
+):  # threads of one worker must not wait for another's
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the programs that tests start
+
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process, where its fixtures are made once; families share none."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and item.path.name != "test_coverage.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export import model_files
 from ptq4vit_fx.export.containers import to_signed, to_unsigned
-from ptq4vit_fx.export.inspection import describe_file
+from ptq4vit_fx.export.inspection import inspect_file
 from ptq4vit_fx.export.onnx_export import PROVENANCE_KEY, RECIPE_KEY
 from ptq4vit_fx.export.opsets import at_opset, newest_opset
 from ptq4vit_fx.export.runtime import open_session, quiet_options
@@ -255,7 +255,7 @@ def test_a_large_model_keeps_its_weights_beside_the_file(tmp_path, monkeypatch, 
     verified = ptq.verify_onnx(path, converted, small_images)
     assert verified.same_functions.bit_equal == 1.0
     assert not verified.graph.float_products
-    assert "twin8/softmax" in describe_file(path)
+    assert "twin8/softmax" in str(inspect_file(path))
     assert set(read_scales(path)) == set(converted.plan.quantizers)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     (tmp_path / "model.onnx.data").unlink()
