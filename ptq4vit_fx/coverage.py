@@ -168,7 +168,7 @@ def _deploy(converted: GraphModule, images: Tensor, expected: Expected) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(converted, path, images[:1])
-        report = verify_onnx(path, converted, images)
+        report = verify_onnx(path, converted, images, layers=0)
     with torch.no_grad():
         similarity = torch.cosine_similarity(converted(images), expected.logits)
     return {"int8": float(similarity.min()), "cosine": report.simulation.cosine}
