@@ -43,7 +43,12 @@ def tensorrt(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
     return QConfigMapping(f"tensorrt({w_bits}, {a_bits})").set_global(changed)
 
 
-def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group"] = "channel") -> QConfigMapping:
+def ptq4vit(
+    w_bits: int = 8,
+    a_bits: int = 8,
+    weights: Literal["channel", "group"] = "channel",
+    twins: Literal["exact", "uniform"] = "exact",
+) -> QConfigMapping:
     """Twin uniform quantization and the Hessian-guided metric (PTQ4ViT, sections 3.2 and 3.3).
 
     Twin quantizers after softmax and GELU; separate scales for each head's attention operands; candidates from 0 to
@@ -52,6 +57,9 @@ def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group
     weights: "channel" gives every output channel of a weight its scale, which every integer runtime computes at no
     cost; "group" is the paper's, one scale per layer and separate ones for the q, k and v rows of a fused projection.
     Either way the patch convolution is quantized per channel and the image, which is 8-bit data, to 8 bits.
+
+    twins: "uniform" searches one uniform scale in the place of every twin: half the products behind softmax and GELU,
+    and less accuracy, most of all below 8 bits.
     """
     check_bits("recipes.ptq4vit", w_bits)
     check_bits("recipes.ptq4vit", a_bits)
@@ -59,9 +67,9 @@ def ptq4vit(w_bits: int = 8, a_bits: int = 8, weights: Literal["channel", "group
         activation=Uniform(a_bits),
         weight=Uniform(w_bits, granularity=weights),
         matmul=Uniform(a_bits, granularity="head"),
-        softmax=TwinUniform(a_bits, form="softmax"),
-        gelu=TwinUniform(a_bits, form="gelu"),
+        softmax=TwinUniform(a_bits, form="softmax") if twins == "exact" else None,
+        gelu=TwinUniform(a_bits, form="gelu") if twins == "exact" else None,
         kernel=Uniform(w_bits, granularity="channel"),
         image=Uniform(8),
     )
-    return QConfigMapping(f"ptq4vit({w_bits}, {a_bits}, weights={weights!r})").set_global(qconfig)
+    return QConfigMapping(f"ptq4vit({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})").set_global(qconfig)

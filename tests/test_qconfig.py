@@ -68,3 +68,17 @@ def test_unknown_object_types_and_broken_patterns_are_refused():
         ptq.QConfigMapping().set_object_type(torch.add, A)
     with pytest.raises(ptq.PTQError, match="expected a regular expression"):
         ptq.QConfigMapping().set_module_name_regex("(", A)
+
+
+def test_a_recipe_without_twins_has_none_and_the_same_products(small_vit, small_images):
+    plans = [
+        ptq.prepare_fx(small_vit, ptq.recipes.ptq4vit(twins=twins), small_images[:1]).plan
+        for twins in ("exact", "uniform")
+    ]
+    exact, uniform = plans
+    twins = {site for site, quantizer in exact.quantizers.items() if isinstance(quantizer, ptq.TwinUniform)}
+    assert len(twins) == 4
+    assert exact.ops == uniform.ops
+    for site, quantizer in uniform.quantizers.items():
+        assert isinstance(quantizer, ptq.Uniform)
+        assert site in twins or quantizer == exact.quantizers[site]

@@ -278,7 +278,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, converted, sm
 def test_the_file_says_how_it_was_made(default_file, converted):
     properties = {entry.key: entry.value for entry in onnx.load(default_file).metadata_props}
     record = json.loads(properties[RECIPE_KEY])
-    assert record["recipe"] == "ptq4vit(8, 8, weights='channel')"
+    assert record["recipe"] == "ptq4vit(8, 8, weights='channel', twins='exact')"
     (search,) = record["searches"]
     assert search["settings"]["metric"] == "hessian"
     assert search["products"] == [op.name for op in converted.plan.ops]
