@@ -84,7 +84,8 @@ def check_types(model: onnx.ModelProto, *, activations: int, weights: int) -> No
     for node in model.graph.node:
         if node.op_type not in (QUANTIZE, DEQUANTIZE):
             continue
-        wanted = weights if node.input[0] in types else activations
+        # A QuantizeLinear of a constant (a table that is multiplied like an activation) is an activation's.
+        wanted = weights if node.op_type == DEQUANTIZE and node.input[0] in types else activations
         if types[node.input[2]] != wanted:
             raise failure(
                 "export_onnx",
