@@ -14,9 +14,9 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/ptq4vit demo --out out
 
-# A process per core; see tests/conftest.py for what stays together.
+# A process per core; a file stays in one, where its fixtures are made once.
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 coverage: setup
 	$(BIN)/ptq4vit coverage --out docs

@@ -20,14 +20,6 @@ if WORKERS := int(
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, where its fixtures are made once; families share none."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None and item.path.name != "test_coverage.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def small_vit() -> nn.Module:
     torch.manual_seed(0)

@@ -19,10 +19,7 @@ IMAGES = {"deit_tiny_p8_64": 1000, "swin_micro_64": 1000, "vit_s14": 100}
 PARITY_IMAGES = {"deit_tiny_p8_64": 500, "swin_micro_64": 500, "vit_s14": 40}
 
 
-EACH_IN_A_PROCESS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in IMAGES]
-
-
-@pytest.fixture(scope="module", params=EACH_IN_A_PROCESS)
+@pytest.fixture(scope="module", params=IMAGES)
 def quantized(request, trained):
     model, size = trained.load_model(request.param)
     converted = ptq.quantize(model, trained.load_images("calib", 32, size)[0], progress=False)
