@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 
-from ptq4vit_fx.export.runtime import quiet_options
+from ptq4vit_fx.export.runtime import open_model
 
 #: The newest opset in which one of these functions changed (Gelu).
 OPSET = 20
@@ -114,4 +114,4 @@ def _session(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-    return onnxruntime.InferenceSession(model.SerializeToString(), quiet_options(), providers=["CPUExecutionProvider"])
+    return open_model(model)

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from ptq4vit_fx.export.onnx_graph import PRODUCTS
+
 Array = np.ndarray[Any, np.dtype[Any]]
-#: Operators that a product may be in the file.
-PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 @dataclass(frozen=True)

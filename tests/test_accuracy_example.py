@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 
 from ptq4vit_fx.export.verify import compare
 
@@ -17,10 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "accuracy.py"
 
 @pytest.fixture(scope="module")
 def accuracy():
-    spec = importlib.util.spec_from_file_location("accuracy", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def comparison(changed):

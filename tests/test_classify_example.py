@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from scripts import load_script
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.evaluation import _preprocessing
@@ -38,10 +38,7 @@ BLOCKED = ("torch", "torchvision", "timm", "ptq4vit_fx", "onnx", "onnxscript", "
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("classify_onnxruntime", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from scripts import load_script
 
 from ptq4vit_fx import PTQError
 from ptq4vit_fx.digits import build_model, load_digits_images, load_digits_model
@@ -18,10 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits_vit.py
 @pytest.fixture(scope="module")
 def script():
     pytest.importorskip("tqdm")
-    spec = importlib.util.spec_from_file_location("train_digits_vit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
