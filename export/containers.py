@@ -132,8 +132,8 @@ def _used_codes(plan: QuantPlan, branch: str, low: int, high: int) -> tuple[int,
         assert not isinstance(quantizer, Uniform)
         negative = quantizer.form == "gelu" and part == "fine"
         # Up to 2^(k-1) itself: the fine part of a softmax twin ends at its threshold, see lower_activations.py.
-        end = quantizer.levels if quantizer.form == "softmax" else quantizer.levels - 1
-        first, last = (-quantizer.levels, 0) if negative else (0, end)
+        end = quantizer.steps if quantizer.form == "softmax" else quantizer.levels - 1
+        first, last = (-quantizer.steps, 0) if negative else (0, end)
     return max(first, low), min(last, high)
 
 

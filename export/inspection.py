@@ -158,7 +158,7 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> S
     merged = next((one.source for name, one in zip(names, found, strict=True) if one.source != name), None)
     if isinstance(quantizer, TwinUniform):
         fine, coarse = (float(one.scale) for one in found)
-        threshold = fine * quantizer.levels if quantizer.form == "softmax" else 0.0
+        threshold = fine * quantizer.steps if quantizer.form == "softmax" else 0.0
         return SiteRecord(site, describe_quantizer(quantizer), (fine, coarse), threshold, merged)
     scale = found[0].scale if found[0].head_scale is None else found[0].head_scale
     limits = float(np.min(scale)), float(np.max(scale))

@@ -30,7 +30,14 @@ from ptq4vit_fx.plan import QuantPlan
 def rewrite_openvino(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     """Return a copy without zero points (int8 for signed grids, uint8 for the rest) and without shared pairs."""
     without, stuck = without_zero_points(model, plan, (INT8, UINT8))
-    assert not stuck  # every grid of at most 8 bits fits one of the two
+    if stuck:
+        raise failure(
+            "export_onnx",
+            f"node {stuck[0]}",
+            expected="codes that int8 or uint8 holds with zero point 0",
+            got=f"codes from -255 to 0, the first of {len(stuck)} wide GELU twins",
+            do='use recipes.ptq4vit(twins="exact"), or a target of ONNX Runtime',
+        )
     return separate_pairs(bound_in_front_of_division(without))
 
 

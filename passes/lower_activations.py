@@ -137,16 +137,16 @@ def _twin(graph_module: GraphModule, quantized: Node, module: TwinQuantizer) -> 
 
     if twin.form == "gelu":
         # Saturation alone splits the signs: zero point 255 drops the positives, zero point 0 the negatives.
-        fine = Branch("fine", params.fine_scale, -twin.levels, 0, below=False)
+        fine = Branch("fine", params.fine_scale, -twin.steps, 0, below=False)
         return [pair(x, fine), pair(x, Branch("coarse", params.coarse_scale, 0, top))]
     threshold = float(twin.threshold(params))
-    if params.shift <= twin.bits - 1:
-        # x = min(x, t) + max(x - t, 0), t a multiple of the coarse step: the fine part saturates at t by itself, the
-        # other one at zero. Two codes differ from the paper's quantizer, both to the better: the one just below t
-        # becomes t, and the one just below 1 becomes 1.
+    if twin.wide or params.shift <= twin.bits - 1:
+        # x = min(x, t) + max(x - t, 0): the fine part saturates at t by itself, the other one at zero. A wide twin is
+        # just that. The paper's is where t is a multiple of the coarse step, but for two codes, both to the better:
+        # the one just below t becomes t, and the one just below 1 becomes 1.
         rest = _call(graph_module, quantized, torch.sub, x, threshold)
-        fine = Branch("fine", params.fine_scale, 0, twin.levels, below=False)
-        coarse = Branch("coarse", params.coarse_scale, 0, twin.levels, above=False)
+        fine = Branch("fine", params.fine_scale, 0, twin.steps, below=False)
+        coarse = Branch("coarse", params.coarse_scale, 0, twin.steps, above=False)
         return [pair(x, fine), pair(rest, coarse)]
     # t is below one coarse step: mask, so that values from t to half a coarse step go to zero as in the paper.
     is_fine = _call(graph_module, quantized, torch.lt, x, threshold)

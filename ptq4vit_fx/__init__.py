@@ -9,6 +9,7 @@ from ptq4vit_fx.export.verify import VerifyReport, verify_onnx
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import TwinUniform, Uniform
+from ptq4vit_fx.twins import TwinReport, choose_twins
 
 __version__ = "0.1.0"
 
@@ -21,10 +22,12 @@ __all__ = [
     "QConfigMapping",
     "QuantPlan",
     "SearchSettings",
+    "TwinReport",
     "TwinUniform",
     "Uniform",
     "VerifyReport",
     "calibrate",
+    "choose_twins",
     "convert_fx",
     "export_onnx",
     "load_calibration",

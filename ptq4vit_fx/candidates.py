@@ -81,7 +81,7 @@ class _TwinCandidates:
         if quantizer.form == "softmax":
             self.choices = [quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)]
         else:
-            initial = Uniform(quantizer.bits).initial_scale(x.amax().clamp_min(0))
+            initial = Uniform(quantizer.bits, signed=not quantizer.wide).initial_scale(x.amax().clamp_min(0))
             self.choices = [quantizer.gelu_params(initial * factor) for factor in (*settings.factors, 1.0)]
         self.count = len(self.choices) - 1
 

@@ -123,23 +123,34 @@ class TwinUniform:
     the largest m >= 0 for which 2^(k-1) * fine_scale still covers `minimum`.
 
     Each range has 2^(k-1) codes: bits 2 to 8.
+
+    wide: another quantizer than the paper's, with 2^k codes in each range, as many as the container of a branch holds:
+    half the steps at the same integer products, but no k-bit code for both. A range is then 2^k - 1 steps long, its end
+    is one of its codes, and a softmax value above the threshold t = (2^k - 1) * fine_scale = 2^-m is t plus
+    coarse steps of 1 / (2^k - 1). Its code is the sum of both branches' codes; of form "gelu", k + 1 bits.
     """
 
     bits: int = 8
     form: TwinForm = "softmax"
     minimum: float = NEGATIVE_RANGE["gelu"]
+    wide: bool = False
 
     def __post_init__(self) -> None:
         check_bits("TwinUniform", self.bits)
 
     @property
     def levels(self) -> int:
-        """Codes per range, 2^(k-1)."""
-        return 1 << (self.bits - 1)
+        """Codes per range: 2^(k-1), or 2^k if wide."""
+        return 1 << (self.bits if self.wide else self.bits - 1)
+
+    @property
+    def steps(self) -> int:
+        """Steps from one end of a range to the other: 2^(k-1), the last without a code, or 2^k - 1 if wide."""
+        return self.levels - 1 if self.wide else self.levels
 
     def softmax_params(self, shift: int, like: Tensor) -> TwinParams:
         """Return the parameters with threshold t = 2^-shift (form "softmax"), on the device of `like`."""
-        coarse = torch.tensor(1.0 / self.levels, dtype=torch.float32, device=like.device)
+        coarse = torch.tensor(1.0 / self.steps, dtype=torch.float32, device=like.device)
         return TwinParams(coarse / 2**shift, coarse)
 
     def gelu_params(self, coarse_scale: Tensor) -> TwinParams:
@@ -147,28 +158,35 @@ class TwinUniform:
 
         A coarse scale too small to cover the negatives with m = 0 is raised to the smallest that does.
         """
-        floor = self.minimum / self.levels
+        floor = self.minimum / self.steps
         coarse = coarse_scale.clamp_min(floor)
         ratio = coarse.double() / floor
         shift = torch.floor(torch.log2(ratio) + 1e-9)
         return TwinParams((coarse.double() / torch.exp2(shift)).float(), coarse)
 
     def threshold(self, params: TwinParams) -> Tensor:
-        """Return where the ranges meet: t = 2^(k-1) * fine_scale (softmax) or 0 (gelu)."""
-        return params.fine_scale * (self.levels if self.form == "softmax" else 0)
+        """Return where the ranges meet: t = steps * fine_scale (softmax) or 0 (gelu)."""
+        return params.fine_scale * (self.steps if self.form == "softmax" else 0)
 
     def codes(self, x: Tensor, params: TwinParams) -> Tensor:
-        """Return int32 k-bit codes, 0 .. 2^k - 1, the range in the top bit."""
+        """Return int32 codes: of k bits, the range in the top bit; if wide, as the class says."""
         top = self.levels - 1
+        if self.wide and self.form == "softmax":
+            fine, coarse = (part.to(torch.int32) for part in self._wide_codes(x, params))
+            return fine + coarse
         coarse = torch.round(x / params.coarse_scale).clamp(0, top).to(torch.int32)
         if self.form == "softmax":
             fine = torch.round(x / params.fine_scale).clamp(0, top).to(torch.int32)
             return torch.where(x < self.threshold(params), fine, coarse + self.levels)
-        fine = torch.round(x / params.fine_scale).clamp(-self.levels, 0).to(torch.int32)
+        fine = torch.round(x / params.fine_scale).clamp(-self.steps, 0).to(torch.int32)
         return torch.where(fine < 0, fine + 2 * self.levels, coarse)
 
     def decode(self, codes: Tensor, params: TwinParams) -> Tensor:
         """Return the float32 values of int32 codes."""
+        if self.wide and self.form == "softmax":
+            top = self.levels - 1
+            fine, coarse = (part.to(torch.float32) for part in (codes.clamp(max=top), (codes - top).clamp(min=0)))
+            return fine * params.fine_scale + coarse * params.coarse_scale
         flagged = codes >= self.levels
         if self.form == "softmax":
             scale = torch.where(flagged, params.coarse_scale, params.fine_scale)
@@ -179,12 +197,22 @@ class TwinUniform:
     def fake_quantize(self, x: Tensor, params: TwinParams) -> Tensor:
         """Return decode(codes(x)) without the integer detour (bit-equal)."""
         top = self.levels - 1
+        if self.wide and self.form == "softmax":
+            low, high = self._wide_codes(x, params)
+            return low.mul_(params.fine_scale).add_(high.mul_(params.coarse_scale))
         coarse = (x / params.coarse_scale).round_().clamp_(0, top).mul_(params.coarse_scale)
         fine = (x / params.fine_scale).round_()
         if self.form == "softmax":
             fine = fine.clamp_(0, top).mul_(params.fine_scale)
             return torch.where(x < self.threshold(params), fine, coarse)
-        return fine.clamp_(-self.levels, 0).mul_(params.fine_scale).add_(coarse)
+        return fine.clamp_(-self.steps, 0).mul_(params.fine_scale).add_(coarse)
+
+    def _wide_codes(self, x: Tensor, params: TwinParams) -> tuple[Tensor, Tensor]:
+        """Return the codes of both branches of a wide softmax twin, float32: min(x, t) and what is above t."""
+        above = x - self.threshold(params)
+        branches = ((x, params.fine_scale), (above, params.coarse_scale))
+        fine, coarse = ((part / scale).round_().clamp_(0, self.levels - 1) for part, scale in branches)
+        return fine, coarse
 
 
 Quantizer = Uniform | TwinUniform
@@ -238,7 +266,7 @@ def quantizer_from_dict(record: dict[str, Any]) -> Quantizer:
 def describe_quantizer(quantizer: Quantizer) -> str:
     """Return a short name such as `uniform8/head` or `twin4/softmax`, for tables."""
     if isinstance(quantizer, TwinUniform):
-        return f"twin{quantizer.bits}/{quantizer.form}"
+        return f"twin{quantizer.bits}{' wide' if quantizer.wide else ''}/{quantizer.form}"
     groups = f"[{quantizer.groups}]" if quantizer.granularity == "group" else ""
     sign = "" if quantizer.signed else " unsigned"
     return f"uniform{quantizer.bits}{sign}/{quantizer.granularity}{groups}"

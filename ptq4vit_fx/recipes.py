@@ -47,7 +47,7 @@ def ptq4vit(
     w_bits: int = 8,
     a_bits: int = 8,
     weights: Literal["channel", "group"] = "channel",
-    twins: Literal["exact", "uniform"] = "exact",
+    twins: Literal["exact", "wide", "uniform"] = "exact",
 ) -> QConfigMapping:
     """Twin uniform quantization and the Hessian-guided metric (PTQ4ViT, sections 3.2 and 3.3).
 
@@ -58,17 +58,21 @@ def ptq4vit(
     cost; "group" is the paper's, one scale per layer and separate ones for the q, k and v rows of a fused projection.
     Either way the patch convolution is quantized per channel and the image, which is 8-bit data, to 8 bits.
 
-    twins: "uniform" searches one uniform scale in the place of every twin: half the products behind softmax and GELU,
-    and less accuracy, most of all below 8 bits.
+    twins: "exact" is the paper's, both ranges in one k-bit code; "wide" has 2^k codes in each range, half the steps at
+    the same cost in ONNX, where the two ranges are two products anyway; "uniform" searches one uniform scale in the
+    place of every twin: half the products behind softmax and GELU, and less accuracy, most of all below 8 bits.
     """
     check_bits("recipes.ptq4vit", w_bits)
     check_bits("recipes.ptq4vit", a_bits)
+    uniform, wide = twins == "uniform", twins == "wide"
     qconfig = QConfig(
         activation=Uniform(a_bits),
         weight=Uniform(w_bits, granularity=weights),
         matmul=Uniform(a_bits, granularity="head"),
-        softmax=TwinUniform(a_bits, form="softmax") if twins == "exact" else None,
-        gelu=TwinUniform(a_bits, form="gelu") if twins == "exact" else None,
+        softmax=Uniform(a_bits, signed=False, granularity="head")
+        if uniform
+        else TwinUniform(a_bits, "softmax", wide=wide),
+        gelu=None if uniform else TwinUniform(a_bits, "gelu", wide=wide),
         kernel=Uniform(w_bits, granularity="channel"),
         image=Uniform(8),
     )

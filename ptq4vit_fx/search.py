@@ -47,8 +47,9 @@ PAIRED = 6
 class SearchResult:
     """Parameters of both operands, and what they do on all rows.
 
-    distance_before is at the initial scales. snr: signal-to-noise ratio in dB, 10 log10(sum x^2 / sum (x^ - x)^2), of
-    "lhs", "rhs" and "out"; infinite where quantization changes nothing.
+    distance_before is at the initial scales; a metric with gradients gives sum((dL/dout)^2 (out^ - out)^2) over the
+    calibration images, which compares products with each other. snr: signal-to-noise ratio in dB, 10 log10(sum x^2 /
+    sum (x^ - x)^2), of "lhs", "rhs" and "out"; infinite where quantization changes nothing.
     """
 
     lhs: QParams
@@ -69,7 +70,7 @@ def search_op(
     all rows at the end. The result is never worse, on all rows, than the starting point.
     """
     metric = get_metric(settings.metric)
-    product, metric = _with_usable_weights(op, product, metric, rhs)
+    product, metric, unit = _with_usable_weights(op, product, metric, rhs)
     candidates: dict[Operand, Candidates] = {
         "lhs": make_candidates(lhs, op, product, "lhs", settings),
         "rhs": make_candidates(rhs, op, product, "rhs", settings),
@@ -85,7 +86,7 @@ def search_op(
     if after > before:
         choice, after, snr = start, before, initial_snr
     lhs_params, rhs_params = (candidates[operand].params(choice[operand]) for operand in OPERANDS)
-    return SearchResult(lhs_params, rhs_params, before, after, snr)
+    return SearchResult(lhs_params, rhs_params, before * unit, after * unit, snr)
 
 
 def _search_exhaustively(
@@ -195,14 +196,18 @@ def _decide_pairs(
     return {"lhs": left.gather(0, first)[0], "rhs": right.gather(0, first)[0]}
 
 
-def _with_usable_weights(op: QuantOp, product: Product, metric: Metric, rhs: Quantizer) -> tuple[Product, Metric]:
+def _with_usable_weights(
+    op: QuantOp, product: Product, metric: Metric, rhs: Quantizer
+) -> tuple[Product, Metric, float]:
     """Scale the weights of a gradient metric to a mean of 1; without any gradient, say so and use squared error.
+
+    The last value is what distances were divided by.
 
     A scale per output channel is chosen on one column of gradients, which a few images determine badly (the column of a
     class that none of them may be is zero): beside such scales every output of a row has the row's mean weight.
     """
     if not metric.weighted_by_gradient:
-        return replace(product, element_weight=None), metric
+        return replace(product, element_weight=None), metric, 1.0
     weight = product.element_weight
     mean = 0.0 if weight is None else float(weight.double().mean())
     if weight is None or mean == 0.0:
@@ -212,10 +217,10 @@ def _with_usable_weights(op: QuantOp, product: Product, metric: Metric, rhs: Qua
             PTQWarning,
             stacklevel=3,
         )
-        return replace(product, element_weight=None), MSE
+        return replace(product, element_weight=None), MSE, 1.0
     if isinstance(rhs, Uniform) and rhs.granularity == "channel":
         weight = weight.mean(-1, keepdim=True)
-    return replace(product, element_weight=weight / mean), metric
+    return replace(product, element_weight=weight / mean), metric, mean
 
 
 def _total(

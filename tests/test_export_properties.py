@@ -48,7 +48,7 @@ class Case:
     a_bits: int = 8
     weights: str = "channel"
     matmul: str = "head"
-    twins: bool = True
+    twins: str | None = "exact"
     magnitude: float = 1.0
     seed: int = 0
 
@@ -100,7 +100,10 @@ def quantized(case, folder):
     """Return the float model, the converted one, its file read back, and images that calibration has not seen."""
     torch.manual_seed(case.seed)
     images = case.magnitude * torch.randn(8, case.heads * case.head_dim, case.side, case.side)
-    twins = {form: ptq.TwinUniform(case.a_bits, form) if case.twins else None for form in ("softmax", "gelu")}
+    twins = {
+        form: ptq.TwinUniform(case.a_bits, form, wide=case.twins == "wide") if case.twins else None
+        for form in ("softmax", "gelu")
+    }
     qconfig = ptq.QConfig(
         activation=ptq.Uniform(case.a_bits),
         weight=ptq.Uniform(case.w_bits, granularity=case.weights),
@@ -163,6 +166,9 @@ def check_quantizers(converted, model, values):
 def _branch_limits(converted, site, branch):
     """The codes of a twin's branch, from the formulas in DESIGN: threshold reached from below by the fine branch."""
     twin, params = converted.plan.quantizers[site], converted.calibration.params[site]
+    if twin.wide:
+        top = 2**twin.bits - 1
+        return (-top, 0) if twin.form == "gelu" and branch == "fine" else (0, top)
     if twin.form == "gelu":
         return (-twin.levels, 0) if branch == "fine" else (0, twin.levels - 1)
     top = twin.levels if params.shift <= twin.bits - 1 else twin.levels - 1
@@ -216,7 +222,7 @@ cases = st.builds(
     a_bits=st.integers(2, 8),
     weights=st.sampled_from(["tensor", "channel", "group"]),
     matmul=st.sampled_from(["tensor", "head"]),
-    twins=st.booleans(),
+    twins=st.sampled_from([None, "exact", "wide"]),
     magnitude=st.sampled_from([1e-3, 1.0, 300.0]),
     seed=st.integers(0, 2**16),
 )
@@ -226,6 +232,8 @@ cases = st.builds(
 @given(case=cases)
 @example(case=Case((Block("norm"), Block("attention", residual=True), Block("gelu", residual=True))))
 @example(case=Case((Block("attention", bias=False), Block("gelu")), w_bits=4, a_bits=4, weights="group"))
+@example(case=Case((Block("attention"), Block("gelu")), twins="wide"))
+@example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="wide"))
 @example(case=Case((Block("relu"), Block("scores"), Block("linear")), w_bits=2, a_bits=3, matmul="tensor"))
 def test_the_runtime_computes_what_the_formulas_say(tmp_path_factory, case):
     folder = tmp_path_factory.mktemp("case")

@@ -64,6 +64,46 @@ def test_gelu_twin_covers_the_negatives_and_decodes_bit_for_bit(bits, scale, see
     assert (actual[negative] - x[negative]).abs().max() <= params.fine_scale / 2 * (1 + 1e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(BITS, st.integers(0, 10), st.integers(0, 2**31))
+def test_wide_softmax_twin_is_the_formula_and_has_half_the_steps(bits, shift, seed):
+    x = np.random.default_rng(seed).beta(0.2, 4, 500).astype(np.float32)
+    top = 2**bits - 1
+    coarse = np.float32(1 / top)
+    fine = np.float32(coarse / 2**shift)
+    threshold = fine * np.float32(top)
+    low = np.clip(np.rint(x / fine), 0, top)
+    high = np.clip(np.rint((x - threshold) / coarse), 0, top)
+    twin = TwinUniform(bits, "softmax", wide=True)
+    params = twin.softmax_params(shift, torch.tensor(0.0))
+    assert float(twin.threshold(params)) == threshold == pytest.approx(2.0**-shift)
+    actual = twin.fake_quantize(torch.from_numpy(x), params)
+    np.testing.assert_array_equal(actual.numpy(), fine * low + coarse * high)
+    codes = twin.codes(torch.from_numpy(x), params)
+    np.testing.assert_array_equal(codes.numpy(), low + high)
+    assert torch.equal(twin.decode(codes, params), actual)
+    error = np.abs(actual.numpy() - x)
+    assert (error <= np.where(x <= threshold, fine, coarse) / 2 * (1 + 1e-5)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(BITS, st.floats(0.001, 1.0), st.integers(0, 2**31))
+def test_wide_gelu_twin_is_the_formula_and_covers_the_negatives(bits, scale, seed):
+    x = torch.nn.functional.gelu(torch.from_numpy(np.random.default_rng(seed).normal(0, 2, 500).astype(np.float32)))
+    twin, top = TwinUniform(bits, "gelu", wide=True), 2**bits - 1
+    params = twin.gelu_params(torch.tensor(scale))
+    fine, coarse = params.fine_scale.numpy(), params.coarse_scale.numpy()
+    assert fine * top >= NEGATIVE_RANGE["gelu"] * (1 - 1e-6)
+    assert fine * 2**params.shift == pytest.approx(coarse, rel=0)
+    values = x.numpy()
+    expected = fine * np.clip(np.rint(values / fine), -top, 0) + coarse * np.clip(np.rint(values / coarse), 0, top)
+    actual = twin.fake_quantize(x.clone(), params)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+    assert torch.equal(twin.decode(twin.codes(x, params), params), actual)
+    negative = x < 0
+    assert (actual[negative] - x[negative]).abs().max() <= params.fine_scale / 2 * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("bits", [1, 9, 4.0, True])
 def test_bits_out_of_range_are_refused(bits):
     with pytest.raises(PTQError, match="expected an integer from 2 to 8"):
