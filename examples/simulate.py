@@ -48,6 +48,7 @@ def main(
     bits: Annotated[list[int], typer.Option(help="of weights and activations, repeatable")] = [8, 6, 4],  # noqa: B006
     first: Annotated[list[int], typer.Option(help="number of the first of the 32 images, repeatable")] = [0],  # noqa: B006
     recipe: str = "ptq4vit",
+    twins: Annotated[str, typer.Option(help="of the recipe ptq4vit: exact, wide or uniform")] = "exact",
     loss: str = DEFAULT_LOSS,
     metric: Annotated[str | None, typer.Option(help="of the search (default: the recipe's)")] = None,
     images: Annotated[int, typer.Option(help="validation images")] = 5000,
@@ -60,15 +61,18 @@ def main(
     network, size = source.load_model(model)
     scales.mkdir(parents=True, exist_ok=True)
     rows = []
-    name = recipe + (f", {metric}" if metric else "") + (f", {loss}" if loss != DEFAULT_LOSS else "")
+    changed = {"twins": twins} if twins != "exact" else {}
+    name = ", ".join(
+        [recipe, *changed.values(), *([metric] if metric else []), *([loss] if loss != DEFAULT_LOSS else [])]
+    )
     for width in bits:
         scores = []
         for start in first:
             calibration_images = source.load_images("calib", 32, size, start)[0]
-            mapping = getattr(ptq.recipes, recipe)(width, width)
+            mapping = getattr(ptq.recipes, recipe)(width, width, **changed)
             mapping = mapping if metric is None else mapping.with_search(metric=metric)
             prepared = ptq.prepare_fx(network, mapping, calibration_images[:1])
-            kept = scales / f"{model}_{recipe}_{metric}_{loss}_{width}_{start}.safetensors"
+            kept = scales / f"{model}_{name.replace(', ', '_')}_{width}_{start}.safetensors"
             calibration = ptq.calibrate(prepared, calibration_images, loss=loss, checkpoint=kept)
             simulated = copy.deepcopy(prepared)
             insert_quantizers(simulated, calibration.plan.quantizers, calibration.params)

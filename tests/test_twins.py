@@ -1,0 +1,142 @@
+"""Which twins become uniform, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.export.product_timing import ProductShapes, measure_product, product_model
+from ptq4vit_fx.export.runtime_graph import runtime_graph
+
+SEARCH = {"n": 20, "rounds": 1, "max_shift": 4}
+
+
+def timing(shapes):
+    """A twin's second product costs 2 behind softmax, 1 behind GELU."""
+    return (3.0, 1.0) if shapes.kind == "matmul" else (2.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def sharp_vit(small_vit):
+    """Attention and GELU as in a trained model: a few large values, which random weights do not give."""
+    network = copy.deepcopy(small_vit)
+    for block in network.blocks:
+        block.attn.qkv.weight.data *= 8
+        block.mlp.fc1.weight.data *= 8
+    return network
+
+
+@pytest.fixture(scope="module")
+def calibrated(sharp_vit, small_images):
+    mapping = ptq.recipes.ptq4vit(4, 4).with_search(**SEARCH)
+    prepared = ptq.prepare_fx(sharp_vit, mapping, small_images[:1])
+    ptq.calibrate(prepared, small_images, progress=False)
+    return prepared
+
+
+def choose(calibrated, images, **kwargs):
+    return ptq.choose_twins(calibrated, images, timing=timing, progress=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def everything_uniform(calibrated, small_images):
+    return choose(calibrated, small_images, uniform=[".*"])
+
+
+def test_uniform_everywhere_is_the_recipe_without_twins(sharp_vit, small_images, everything_uniform):
+    chosen, report = everything_uniform
+    mapping = ptq.recipes.ptq4vit(4, 4, twins="uniform").with_search(**SEARCH)
+    prepared = ptq.prepare_fx(sharp_vit, mapping, small_images[:1])
+    expected = ptq.calibrate(prepared, small_images, progress=False)
+    assert chosen.plan.quantizers == prepared.plan.quantizers
+    assert chosen.calibration.fingerprint() == expected.fingerprint()
+    assert chosen.calibration.distances == expected.distances
+    assert chosen.calibration.snr == expected.snr
+    for choice in report.choices:
+        assert choice.uniform == expected.distances[choice.op][1]
+    added = sum(expected.distances[key][1] for key in expected.distances) - report.total
+    assert report.added == pytest.approx(added / report.total)
+
+
+def test_auto_adds_least_per_second_and_stays_below_its_tolerance(calibrated, small_images, everything_uniform):
+    choices = everything_uniform[1].choices
+    total = everything_uniform[1].total
+    assert len(choices) == 4
+    dear = sum(max(0.0, choice.added) for choice in choices) / total
+    assert dear > 0
+    for tolerance in (0.0, 0.2 * dear, 0.6 * dear, 1.001 * dear):
+        _, report = choose(calibrated, small_images, tolerance=tolerance)
+        chosen = [choice for choice in report.choices if choice.chosen == "uniform"]
+        assert report.added <= tolerance + 1e-12
+        for out, into in itertools.product((c for c in report.choices if c.chosen == "twin"), chosen):
+            # A twin stays only if it is dearer, or no longer fits.
+            dearer = out.added / out.saved >= into.added / into.saved
+            assert dearer or report.added + out.added / total > tolerance
+        assert {c.op for c in report.choices if c.added <= 0} <= {c.op for c in chosen}
+    assert len(chosen) == 4
+
+
+def test_a_twin_that_costs_no_time_stays(calibrated, small_images):
+    _, report = ptq.choose_twins(
+        calibrated, small_images, tolerance=1e9, timing=lambda shapes: (1.0, 1.0), progress=False
+    )
+    assert {choice.chosen for choice in report.choices} == {"twin"}
+    assert report.added == 0.0
+
+
+def test_chosen_products_are_named_one_product_each_and_proved(tmp_path, calibrated, small_images):
+    before = calibrated.calibration.fingerprint()
+    chosen, report = choose(calibrated, small_images, uniform=[r"blocks\.1\..*", "blocks.0.attn.matmul_av"])
+    assert calibrated.calibration.fingerprint() == before
+    assert sum(isinstance(q, ptq.TwinUniform) for q in calibrated.plan.quantizers.values()) == 4
+    left = [key for key, q in chosen.plan.quantizers.items() if isinstance(q, ptq.TwinUniform)]
+    assert left == ["blocks.0.mlp.fc2:lhs"]
+    assert "3 of 4 twins become uniform: the model's distance grows by" in str(report)
+    converted = ptq.convert_fx(chosen)
+    exported = ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1])
+    assert exported.path.exists()
+    verified = ptq.verify_onnx(tmp_path / "model.onnx", converted, small_images)
+    assert verified.same_functions.bit_equal == 1.0
+    assert ptq.Calibration.load(saved(chosen, tmp_path)).plan == chosen.plan
+
+
+def saved(chosen, folder):
+    chosen.calibration.save(folder / "scales.safetensors")
+    return folder / "scales.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "kind"),
+    [((1, 2, 17, 17), (1, 2, 17, 16), "matmul"), ((1, 17, 128), (32, 128), "linear"), ((17, 128), (32, 128), "linear")],
+)
+def test_the_timed_products_are_integer_products(lhs, rhs, kind):
+    shapes = ProductShapes(kind, lhs, rhs, kind == "linear")
+    for branches in (1, 2):
+        graph = runtime_graph(product_model(shapes, branches))
+        assert len(graph.integer_products) == branches
+        assert not graph.float_products
+    assert all(seconds > 0 for seconds in measure_product(shapes))
+
+
+def test_what_cannot_be_chosen_is_refused_in_one_sentence(small_vit, small_images, calibrated):
+    with pytest.raises(ptq.PTQError, match=r"choose_twins: 'blocks.9': expected a product with a twin, got no match"):
+        choose(calibrated, small_images, uniform=["blocks.9"])
+    with pytest.raises(ptq.PTQError, match="expected a calibrated model, got one without scales"):
+        choose(ptq.prepare_fx(small_vit, ptq.recipes.ptq4vit(), small_images[:1]), small_images)
+    with pytest.raises(ptq.PTQError, match="expected a calibrated model"):
+        choose(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)), small_images)
+    for recipe, message in (
+        (ptq.recipes.ptq4vit(twins="uniform").with_search(**SEARCH), "expected at least one twin, got none"),
+        (
+            ptq.recipes.ptq4vit().with_search(metric="mse", **SEARCH),
+            "expected distances that compare products, got mse",
+        ),
+    ):
+        prepared = ptq.prepare_fx(small_vit, recipe, small_images[:1])
+        ptq.calibrate(prepared, small_images[:2], progress=False)
+        with pytest.raises(ptq.PTQError, match=message):
+            choose(prepared, small_images[:2])
