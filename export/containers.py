@@ -69,7 +69,8 @@ def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _shift_activations(model: onnx.ModelProto, old: Container, new: Container) -> None:
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in activation_quantizers(model):
+    readers = [node for node in model.graph.node if node.op_type == DEQUANTIZE and node.input[0] not in initializers]
+    for node in (*activation_quantizers(model), *readers):  # of the two, one may have a zero point per head
         _shift(initializers[node.input[2]], old, new)
     forget_types(model)
 

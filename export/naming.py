@@ -7,6 +7,8 @@ import ast
 import onnx
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+#: How the name of a constant with scales per head ends.
+HEAD_SCALE = "_head.scale"
 
 
 def name_nodes(model: onnx.ModelProto) -> None:
@@ -43,9 +45,9 @@ def own_head_scales(model: onnx.ModelProto) -> None:
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         divide = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if divide is None or divide.op_type != "Div" or not divide.input[1].endswith("_head.scale"):
+        if divide is None or divide.op_type != "Div" or not divide.input[1].endswith(HEAD_SCALE):
             continue
-        name = f"{node.name.removesuffix('/QuantizeLinear').replace(':', '.')}_head.scale"
+        name = f"{node.name.removesuffix('/QuantizeLinear').replace(':', '.')}{HEAD_SCALE}"
         if name not in initializers:
             initializers[name] = model.graph.initializer.add()
             initializers[name].CopyFrom(initializers[divide.input[1]])

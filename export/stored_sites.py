@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from ptq4vit_fx.export.naming import HEAD_SCALE
 from ptq4vit_fx.export.onnx_graph import PRODUCTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -21,7 +22,7 @@ class StoredSite:
     tensor: name of the integer tensor, the output of a QuantizeLinear or the name of a constant. codes: the integers of
     a constant, None of an activation. scale: float32, zero_point: int32, both of shape () or (channels,) along `axis`.
     source: what the quantizer carries as its name; another site where two of them were merged. head_scale: scales per
-    head, by which the values are divided in front of the quantizer; its own scale is 1 then.
+    head, by which the values are divided in front of the quantizer, or by the quantizer; `scale` is 1 then.
     """
 
     tensor: str
@@ -47,9 +48,10 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
             name = _name(node)
             is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
             if name not in found and (is_constant or node.op_type == "QuantizeLinear"):
-                found[name] = replace(
-                    _read(node, constants, is_constant), head_scale=_head_scale(node, constants, makers)
-                )
+                stored, divided = _read(node, constants, is_constant), _head_scale(node, constants, makers)
+                if divided is not None:
+                    stored = replace(stored, scale=np.ones((), np.float32), head_scale=divided)
+                found[name] = stored
     for site, name in _through_products(model, makers).items():
         if name in found:
             found.setdefault(site, found[name])
@@ -76,11 +78,13 @@ def _read(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], is_const
 def _head_scale(
     node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], makers: dict[str, onnx.NodeProto]
 ) -> Array | None:
-    """Return what the values are divided by in front of a QuantizeLinear, looking past a Clip; None if by nothing."""
+    """Return the scales per head of a QuantizeLinear or of a division in front of it, past a Clip; None without."""
+    if node.input[1].endswith(HEAD_SCALE):
+        return numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
     maker = makers.get(node.input[0])
     if maker is not None and maker.op_type == "Clip":
         maker = makers.get(maker.input[0])
-    if maker is None or maker.op_type != "Div" or not maker.input[1].endswith("_head.scale"):
+    if maker is None or maker.op_type != "Div" or not maker.input[1].endswith(HEAD_SCALE):
         return None
     return numpy_helper.to_array(constants[maker.input[1]]).astype(np.float32)
 

@@ -7,10 +7,13 @@ into MatMulIntegerToFloat (onnxruntime/core/optimizer/qdq_transformer/selectors_
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
-from ptq4vit_fx.export.containers import copy_of, to_signed, with_unsigned_weights
+from ptq4vit_fx.export.containers import activation_quantizers, copy_of, to_signed, with_unsigned_weights
+from ptq4vit_fx.export.naming import HEAD_SCALE
 from ptq4vit_fx.export.onnx_graph import OnnxGraph
 from ptq4vit_fx.export.target_generic import check_generic, check_types
 from ptq4vit_fx.plan import QuantPlan
@@ -42,12 +45,51 @@ def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Quantize operands with scales per head by QuantizeLinear along the heads; in place, return it.
+
+    The division by scales per head in front of a QuantizeLinear of scale 1 is a pass over the operand that the runtime
+    does not fuse. QuantizeLinear divides by a scale per index of an axis in its own pass, with the same quotient; the
+    DequantizeLinear keeps the scale 1, as the product needs it. Where a Clip stands between (below 8 bits) both stay.
+    """
+    graph = OnnxGraph(model)
+    for quantize in activation_quantizers(model):
+        divide = graph.maker(quantize, 0)
+        if divide is None or divide.op_type != "Div" or not divide.input[1].endswith(HEAD_SCALE):
+            continue
+        if len(graph.users(divide)) > 1:
+            continue
+        scales = graph.value(divide.input[1])
+        for reader in graph.readers[divide.input[1]]:
+            if reader is not divide:  # the multiplication behind, where the exporter merged two equal constants
+                _own_constant(model, reader, divide.input[1], scales)
+        zero_points = np.full(scales.size, graph.value(quantize.input[2]))
+        graph.constants[divide.input[1]].CopyFrom(numpy_helper.from_array(scales.reshape(-1), divide.input[1]))
+        name = divide.input[1].removesuffix("scale") + "zero_point"
+        model.graph.initializer.append(numpy_helper.from_array(zero_points, name))
+        quantize.input[:] = [*divide.input, name]
+        del quantize.attribute[:]
+        quantize.attribute.append(helper.make_attribute("axis", -scales.ndim))
+        model.graph.node.remove(divide)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    computed = [value for value in model.graph.value_info if value.name not in constants]
+    del model.graph.value_info[:]  # a constant's old shape among them
+    model.graph.value_info.extend(computed)
+    return model
+
+
+def _own_constant(model: onnx.ModelProto, node: onnx.NodeProto, name: str, value: NDArray[np.float32]) -> None:
+    """Let a node read a copy of a constant, `<node>.scale`, in the place of the constant `name`."""
+    model.graph.initializer.append(numpy_helper.from_array(value, f"{node.name}.scale"))
+    node.input[list(node.input).index(name)] = f"{node.name}.scale"
+
+
 def rewrite_x86(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     """Return a copy with uint8 activations and int8 weights as they are: the fastest pair with VNNI and AMX.
 
     Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "Data type selection".
     """
-    return with_deep_biases(model)
+    return with_scales_along_heads(with_deep_biases(model))
 
 
 def check_x86(model: onnx.ModelProto) -> None:
@@ -57,7 +99,7 @@ def check_x86(model: onnx.ModelProto) -> None:
 
 def rewrite_avx2(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     """Return a copy with uint8 weights: without VNNI the u8 x s8 kernels saturate (same page; `products_saturate`)."""
-    return with_deep_biases(with_unsigned_weights(model))
+    return with_scales_along_heads(with_deep_biases(with_unsigned_weights(model)))
 
 
 def check_avx2(model: onnx.ModelProto) -> None:
@@ -73,7 +115,7 @@ def rewrite_arm(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     qdq_selector_action_transformer.h). Unsigned codes 0 .. 255 do not fit int8 with zero point 0; a zero point of -128
     holds the same values at the same cost, because a kernel corrects for a zero point once per row.
     """
-    return with_deep_biases(to_signed(model))
+    return with_scales_along_heads(with_deep_biases(to_signed(model)))
 
 
 def check_arm(model: onnx.ModelProto) -> None:

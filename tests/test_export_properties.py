@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.naming import HEAD_SCALE
 from ptq4vit_fx.export.runtime import exact_here, load_file, open_model, quiet_options
 from ptq4vit_fx.export.stored_sites import integers, stored_sites
 
@@ -154,6 +155,8 @@ def check_quantizers(converted, model, values):
             quantizer = converted.plan.quantizers[site]
             codes = integers(values[node.output[0]], stored[name])
             scaled = values[node.input[0]] / stored[name].scale
+            if node.input[1].endswith(HEAD_SCALE):  # divided by the quantizer, not in front of it
+                scaled = values[node.input[0]] / stored[name].head_scale.reshape(-1, 1, 1)
             if branch:
                 low, high = _branch_limits(converted, site, branch)
             else:

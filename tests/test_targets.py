@@ -107,12 +107,31 @@ def test_a_target_changes_no_value(tmp_path, request, small_images, target, mode
 
 def test_arm_is_symmetric_where_the_grid_is(default_file):
     signed = to_signed(onnx.load(default_file))
-    values = {site: int(numpy_helper.to_array(tensor)) for site, tensor in zero_points(signed).items()}
+    values = {
+        site: int(np.unique(numpy_helper.to_array(tensor)).item()) for site, tensor in zero_points(signed).items()
+    }
     assert values["blocks.0.attn.qkv:lhs"] == values["blocks.0.attn.matmul_qk:rhs"] == 0
     assert values["blocks.0.mlp.fc2:lhs_coarse"] == values["blocks.0.attn.matmul_av:lhs_coarse"] == -128
     assert values["blocks.0.mlp.fc2:lhs_fine"] == 127
     restored = zero_points(to_unsigned(signed))
     assert restored == zero_points(onnx.load(default_file))
+
+
+def divisions_by_head(path):
+    """Count what is divided by scales per head in front of a quantizer, and what the quantizer divides itself."""
+    nodes = onnx.load(path).graph.node
+    readers = [(node.op_type, node.input[1]) for node in nodes if node.op_type in ("Div", "QuantizeLinear")]
+    found = [operator for operator, name in readers if name.endswith("_head.scale")]
+    return found.count("Div"), found.count("QuantizeLinear")
+
+
+def test_scales_per_head_are_divided_by_the_quantizer_unless_it_needs_a_clip(
+    tmp_path, converted, default_file, four_bits_file, small_images
+):
+    assert divisions_by_head(default_file) == (0, 3)  # q, k and v; softmax has a twin
+    assert divisions_by_head(four_bits_file) == (3, 0)  # 6-bit activations are clipped between the two
+    ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1], target="generic")
+    assert divisions_by_head(tmp_path / "model.onnx") == (3, 0)
 
 
 @pytest.mark.parametrize(
