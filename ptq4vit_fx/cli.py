@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.console import Console
 from ptq4vit_fx.errors import PTQError, PTQWarning, failure
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.losses import DEFAULT_LOSS
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
@@ -51,6 +54,10 @@ def quantize(
     weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
     recipe: Annotated[str, typer.Option(help="ptq4vit, tensorrt (for that target) or base")] = "ptq4vit",
+    twins: Annotated[
+        str,
+        typer.Option(help="of ptq4vit: exact, wide, uniform, or auto: uniform where that adds little and saves time"),
+    ] = "exact",
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
     a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
     images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
@@ -74,15 +81,10 @@ def quantize(
 
         import ptq4vit_fx
         from ptq4vit_fx.models import create_model, data_config, load_images
-        from ptq4vit_fx.passes.contract import plan_of
+        from ptq4vit_fx.passes.contract import calibration_of, plan_of
 
-        named = ptq4vit_fx.recipes
-        recipes = {"ptq4vit": named.ptq4vit, "tensorrt": named.tensorrt, "base": named.base_ptq}
-        if recipe not in recipes:
-            expected = "ptq4vit, tensorrt or base"
-            raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
+        mapping = _mapping(recipe, twins, w_bits, a_bits)
         check_writable(out, "quantize --out")  # before the minutes, not after
-        mapping = recipes[recipe](w_bits, a_bits)
         network = create_model(model, weights, model_arg or [])
         preprocessing = data_config(network)
         skipped: list[str] = []
@@ -91,15 +93,15 @@ def quantize(
         for name in skipped:
             console.print(f"skipped {name}", markup=False)
         prepared = ptq4vit_fx.prepare_fx(network, mapping, pixels[:1])
-        calibration = ptq4vit_fx.calibrate(
-            prepared,
-            list(torch.split(pixels, batch_size)),
-            seed=seed,
-            loss=loss,
-            checkpoint=checkpoint,
-            memory_limit=None if memory_limit is None else round(memory_limit * 2**30),
-        )
+        batches = list(torch.split(pixels, batch_size))
+        limit = None if memory_limit is None else round(memory_limit * 2**30)
+        ptq4vit_fx.calibrate(prepared, batches, seed=seed, loss=loss, checkpoint=checkpoint, memory_limit=limit)
+        if twins == "auto":
+            prepared, choice = ptq4vit_fx.choose_twins(prepared, batches, seed=seed, loss=loss, memory_limit=limit)
+            console.print(str(choice), markup=False)
         origin = {"model": model, "recipe": recipe, "preprocessing": preprocessing}
+        calibration = calibration_of(prepared)
+        assert calibration is not None
         calibration = replace(calibration, provenance=calibration.provenance | origin)
         ptq4vit_fx.load_calibration(prepared, calibration)
         converted = ptq4vit_fx.convert_fx(prepared)
@@ -117,6 +119,23 @@ def quantize(
             markup=False,
         )
         console.print(f"{exported}\n{verified}", markup=False)
+
+
+def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
+    """Return the recipe of that name; raises PTQError on a name that does not exist or does not go with the twins."""
+    from ptq4vit_fx import recipes
+
+    named = {"ptq4vit": recipes.ptq4vit, "tensorrt": recipes.tensorrt, "base": recipes.base_ptq}
+    if recipe not in named:
+        expected = "ptq4vit, tensorrt or base"
+        raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
+    kinds = ("exact", "wide", "uniform", "auto") if recipe == "ptq4vit" else ("exact",)
+    if twins not in kinds:
+        expected = f"{' or '.join(kinds)} with the recipe {recipe}"
+        raise failure("quantize", "--twins", expected=expected, got=repr(twins), do="choose one")
+    if twins in ("wide", "uniform"):
+        return recipes.ptq4vit(w_bits, a_bits, twins=cast("Literal['wide', 'uniform']", twins))
+    return named[recipe](w_bits, a_bits)
 
 
 @app.command(name="eval")

@@ -58,6 +58,27 @@ def test_quantize_eval_inspect(workspace):
     assert "twin8/softmax" in shown.output
 
 
+@pytest.mark.parametrize(("twins", "site"), [("wide", "twin8 wide/softmax"), ("uniform", "uniform8 unsigned/head")])
+def test_quantize_with_other_twins(workspace, twins, site):
+    out = workspace / "model.onnx"
+    done = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", out, "--twins", twins)
+    assert done.exit_code == 0, done.output
+    rows = [line for line in run("inspect", out).output.splitlines() if "blocks.0.attn.matmul_av:lhs" in line]
+    assert len(rows) == 1
+    assert site in rows[0]
+
+
+def test_quantize_chooses_the_twins(workspace):
+    out = workspace / "model.onnx"
+    done = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", out, "--twins", "auto")
+    assert done.exit_code == 0, done.output
+    assert "of 2 twins become uniform" in done.output
+    rows = {line.split()[0]: line for line in run("inspect", out).output.splitlines() if ":lhs" in line}
+    for op in ("blocks.0.attn.matmul_av", "blocks.0.mlp.fc2"):
+        chosen = next(line.split()[-1] for line in done.output.splitlines() if line.startswith(op))
+        assert (chosen == "twin") == ("twin8" in rows[f"{op}:lhs"]), done.output
+
+
 def test_quantize_for_a_target_with_a_fixed_batch(workspace):
     out, images = workspace / "model.onnx", workspace / "images"
     options = ["--weights", workspace / "weights.safetensors", *ARGS, "--opset", 17, "--batch", 4]
@@ -112,6 +133,8 @@ BAD = {
     "wrong state dict": (GOOD[:5], "expected a state dict of this model"),
     "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
     "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),
+    "twins": ([*GOOD, "--twins", "best"], "expected exact or wide or uniform or auto with the recipe ptq4vit"),
+    "twins of base": ([*GOOD, "--recipe", "base", "--twins", "auto"], "expected exact with the recipe base"),
     "bits": ([*GOOD, "--w-bits", "9"], "expected an integer from 2 to 8, got 9"),
     "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit, tensorrt or base, got 'best'"),
     "model argument": ([*GOOD, "--model-arg", "depth"], "expected key=value"),
