@@ -160,7 +160,7 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> S
         fine, coarse = (float(one.scale) for one in found)
         threshold = fine * quantizer.steps if quantizer.form == "softmax" else 0.0
         return SiteRecord(site, describe_quantizer(quantizer), (fine, coarse), threshold, merged)
-    scale = found[0].scale if found[0].head_scale is None else found[0].head_scale
+    scale = found[0].scale if found[0].calibrated is None else found[0].calibrated
     limits = float(np.min(scale)), float(np.max(scale))
     return SiteRecord(site, describe_quantizer(quantizer), limits, None, merged)
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -21,13 +22,16 @@ from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.model_files import write_model
 from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
 from ptq4vit_fx.export.opsets import LOWEST_OPSET, at_opset, newest_opset, translated_opset
+from ptq4vit_fx.export.stored_sites import SCALES_KEY, encode_scales
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.passes.contract import calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.dataflow import get_attribute
 from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
+from ptq4vit_fx.quantizers import UniformParams
 
 #: Metadata keys of the ONNX file.
 PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY, RECIPE_KEY = (
@@ -156,9 +160,27 @@ def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -
         CALIBRATION_KEY: calibration.fingerprint(),
         PROVENANCE_KEY: json.dumps(calibration.provenance),
         TARGET_KEY: target,
+        SCALES_KEY: json.dumps(_scales_elsewhere(converted)),
     }
     onnx.helper.set_model_props(model, values)
     model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
+
+
+def _scales_elsewhere(converted: GraphModule) -> dict[str, str]:
+    """Return site -> calibrated scales, encoded, of the sites whose quantizer in the graph has others.
+
+    Scales per head are divided out in front of a quantizer of scale 1, often in the weights of a projection
+    (fold_head_scales.py), whose own scales are then others too.
+    """
+    calibration = calibration_of(converted)
+    assert calibration is not None
+    elsewhere = {}
+    for site, params in calibration.params.items():
+        if isinstance(params, UniformParams):
+            in_graph = get_attribute(converted, f"{site.replace(':', '.')}.scale")
+            if not torch.equal(in_graph, params.scale):
+                elsewhere[site] = encode_scales(params.scale.numpy())
+    return elsewhere
 
 
 def _searches(plan: QuantPlan) -> list[dict[str, object]]:

@@ -18,6 +18,7 @@ from ptq4vit_fx.export.runtime import load_file
 #: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
 PRODUCT_LAYERS = frozenset(["FullyConnected", "MatMul", "Convolution", "GroupConvolution", "MHA", "ScaledAttn"])
 INTEGERS = frozenset(["u8", "i8"])
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
 
 
 def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
-    """Return OpenVINO's compiled model of a file; raises PTQError if OpenVINO is missing or refuses the file."""
+    """Return OpenVINO's compiled model of a file; raises PTQError if OpenVINO is missing or refuses the file.
+
+    What is not integer runs in float32, as in every other runtime: on CPUs with bf16 the plugin's default is bf16, for
+    some quantized products as well.
+    """
     try:
         import openvino
     except ImportError as error:
@@ -80,7 +85,7 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
             do="pip install 'ptq4vit-fx[openvino]'",
         ) from error
     try:
-        return openvino.Core().compile_model(os.fspath(path), device)
+        return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
     except RuntimeError as error:
         with_data = f" (its weights are in {data_path(path).name})" if data_path(path).exists() else ""
         raise failure(

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.onnx_export import PLAN_KEY
 from ptq4vit_fx.export.runtime import load_file
+from ptq4vit_fx.export.stored_sites import calibrated_scales
 from ptq4vit_fx.plan import QuantPlan, Site
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform
 
@@ -32,9 +33,10 @@ class SiteScales:
 def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
     """Return the scales of every site of a file that `export_onnx` wrote, bit for bit as they were calibrated.
 
-    They are initializers with the site's name: `<site>.scale`, `<site>_fine.scale` and `<site>_coarse.scale` of a twin,
-    and `<site with . for :>_head.scale` of scales per head (docs/targets.md reads them without this package). Raises
-    PTQError if the file has no plan, or lacks a scale that the plan promises.
+    They are initializers with the site's name: `<site>.scale`, `<site>_fine.scale` and `<site>_coarse.scale` of a twin.
+    Where the file computes with others, because scales per head were divided out, they are in its metadata
+    (docs/targets.md reads both without this package). Raises PTQError if the file has no plan, or lacks a scale that
+    the plan promises.
     """
     model = load_file(path)
     plan = next((entry.value for entry in model.metadata_props if entry.key == PLAN_KEY), None)
@@ -50,12 +52,13 @@ def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
             raise failure("read_scales", str(path), expected=f"an initializer {names[-1]}", got="none", do=do)
         return numpy_helper.to_array(tensors[name])
 
-    scales = {}
+    scales, elsewhere = {}, calibrated_scales(model)
     for site, quantizer in QuantPlan.from_json(plan).quantizers.items():
         if isinstance(quantizer, TwinUniform):
             scales[site] = SiteScales(quantizer, read(f"{site}_fine.scale"), read(f"{site}_coarse.scale"))
-        elif quantizer.granularity == "head":
-            scales[site] = SiteScales(quantizer, read(f"{site.replace(':', '.')}_head.scale").reshape(-1))
+        elif site in elsewhere:
+            per_tensor = quantizer.granularity == "tensor"
+            scales[site] = SiteScales(quantizer, elsewhere[site].reshape(()) if per_tensor else elsewhere[site])
         else:
             scales[site] = SiteScales(quantizer, read(f"{site}.scale"))
     return scales

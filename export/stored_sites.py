@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +11,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ptq4vit_fx.export.naming import HEAD_SCALE
 from ptq4vit_fx.export.onnx_graph import PRODUCTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
+#: Metadata key of the calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
+SCALES_KEY = "ptq4vit_fx.scales"
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class StoredSite:
     """One site, or one branch of a twin, as the file has it.
 
     tensor: name of the integer tensor, the output of a QuantizeLinear or the name of a constant. codes: the integers of
-    a constant, None of an activation. scale: float32, zero_point: int32, both of shape () or (channels,) along `axis`.
-    source: what the quantizer carries as its name; another site where two of them were merged. head_scale: scales per
-    head, by which the values are divided in front of the quantizer, or by the quantizer; `scale` is 1 then.
+    a constant, None of an activation. scale: float32, zero_point: int32, both of shape () or (channels,) along `axis`:
+    what the DequantizeLinear has. source: what the quantizer carries as its name; another site where two of them were
+    merged. calibrated: the scales of the calibration, shape (count,), where `scale` is another because the file divides
+    by scales per head in front of the quantizer, in it, or in the weights of a projection.
     """
 
     tensor: str
@@ -31,7 +35,7 @@ class StoredSite:
     zero_point: Array
     axis: int
     source: str
-    head_scale: Array | None = None
+    calibrated: Array | None = None
 
 
 def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
@@ -42,51 +46,51 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
+    readers = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found: dict[str, StoredSite] = {}
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             name = _name(node)
             is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
             if name not in found and (is_constant or node.op_type == "QuantizeLinear"):
-                stored, divided = _read(node, constants, is_constant), _head_scale(node, constants, makers)
-                if divided is not None:
-                    stored = replace(stored, scale=np.ones((), np.float32), head_scale=divided)
-                found[name] = stored
+                found[name] = _read(node, readers.get(node.output[0], node), constants, is_constant)
     for site, name in _through_products(model, makers).items():
         if name in found:
             found.setdefault(site, found[name])
+    for site, scales in calibrated_scales(model).items():
+        if site in found:
+            found[site] = replace(found[site], calibrated=scales)
     return found
+
+
+def encode_scales(scales: Array) -> str:
+    """Return float32 scales as text, bit for bit."""
+    return base64.b64encode(scales.astype("<f4").tobytes()).decode()
+
+
+def calibrated_scales(model: onnx.ModelProto) -> dict[str, Array]:
+    """Return site -> the calibrated scales, shape (count,), that no initializer of the file holds."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == SCALES_KEY), "{}")
+    return {site: np.frombuffer(base64.b64decode(coded), "<f4") for site, coded in json.loads(text).items()}
 
 
 def _name(node: onnx.NodeProto) -> str:
     return str(node.name.rpartition("/")[0])
 
 
-def _read(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], is_constant: bool) -> StoredSite:
-    scale = numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
-    zero = node.input[2] if len(node.input) > 2 else ""
+def _read(
+    node: onnx.NodeProto, dequantize: onnx.NodeProto, constants: dict[str, onnx.TensorProto], is_constant: bool
+) -> StoredSite:
+    scale = numpy_helper.to_array(constants[dequantize.input[1]]).astype(np.float32)
+    zero = dequantize.input[2] if len(dequantize.input) > 2 else ""
     return StoredSite(
         tensor=node.input[0] if is_constant else node.output[0],
         codes=numpy_helper.to_array(constants[node.input[0]]).astype(np.int32) if is_constant else None,
         scale=scale,
         zero_point=numpy_helper.to_array(constants[zero]).astype(np.int32) if zero else np.zeros(scale.shape, np.int32),
-        axis=next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1),
+        axis=next((attribute.i for attribute in dequantize.attribute if attribute.name == "axis"), 1),
         source=_name(node),
     )
-
-
-def _head_scale(
-    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], makers: dict[str, onnx.NodeProto]
-) -> Array | None:
-    """Return the scales per head of a QuantizeLinear or of a division in front of it, past a Clip; None without."""
-    if node.input[1].endswith(HEAD_SCALE):
-        return numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
-    maker = makers.get(node.input[0])
-    if maker is not None and maker.op_type == "Clip":
-        maker = makers.get(maker.input[0])
-    if maker is None or maker.op_type != "Div" or not maker.input[1].endswith(HEAD_SCALE):
-        return None
-    return numpy_helper.to_array(constants[maker.input[1]]).astype(np.float32)
 
 
 def _through_products(model: onnx.ModelProto, makers: dict[str, onnx.NodeProto]) -> dict[str, str]:

@@ -48,9 +48,10 @@ def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
 def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
     """Quantize operands with scales per head by QuantizeLinear along the heads; in place, return it.
 
-    The division by scales per head in front of a QuantizeLinear of scale 1 is a pass over the operand that the runtime
-    does not fuse. QuantizeLinear divides by a scale per index of an axis in its own pass, with the same quotient; the
-    DequantizeLinear keeps the scale 1, as the product needs it. Where a Clip stands between (below 8 bits) both stay.
+    The division by scales per head in front of a QuantizeLinear is a pass over the operand that the runtime does not
+    fuse. QuantizeLinear divides by a scale per index of an axis in its own pass, with the same quotient (its own scale
+    is a power of two); the DequantizeLinear keeps its scale, as the product needs one. Where a Clip stands between
+    (below 8 bits) both stay.
     """
     graph = OnnxGraph(model)
     for quantize in activation_quantizers(model):
@@ -59,10 +60,10 @@ def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         if len(graph.users(divide)) > 1:
             continue
-        scales = graph.value(divide.input[1])
+        scales = graph.value(divide.input[1]) * graph.value(quantize.input[1])
         for reader in graph.readers[divide.input[1]]:
             if reader is not divide:  # the multiplication behind, where the exporter merged two equal constants
-                _own_constant(model, reader, divide.input[1], scales)
+                _own_constant(model, reader, divide.input[1], graph.value(divide.input[1]))
         zero_points = np.full(scales.size, graph.value(quantize.input[2]))
         graph.constants[divide.input[1]].CopyFrom(numpy_helper.from_array(scales.reshape(-1), divide.input[1]))
         name = divide.input[1].removesuffix("scale") + "zero_point"

@@ -44,7 +44,7 @@ def rewrite_openvino(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto
 def bound_in_front_of_division(model: onnx.ModelProto) -> onnx.ModelProto:
     """Turn Div by scales per head -> Clip into Min and Max per head -> Div; in place, and exact.
 
-    The Clip's bounds are codes here (the quantizer behind has the scale 1); a code times its scale divides back to it.
+    The Clip's bounds are codes times the quantizer's scale; such a value times a head's scale divides back to it.
     """
     graph = OnnxGraph(model)
     for clip in graph.nodes:

@@ -22,6 +22,8 @@ from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
 from ptq4vit_fx.passes.stages import Stage
 
 UINT8_MAX = 255
+#: What the module with a site's scales per head has behind the site's name.
+HEAD = "_head"
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,20 @@ def _lower_product(graph_module: GraphModule, node: Node) -> int:
 
 
 def _uniform(graph_module: GraphModule, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]) -> Node:
-    """Return the dequantized operand; scales per head are divided out in front and appended to `head_scales`."""
+    """Return the dequantized operand; scales per head are divided out in front and appended to `head_scales`.
+
+    But for one power of two, which stays the quantizer's scale: OpenVINO takes an operand of scale 1 for a float one.
+    """
     x, scale, quantizer = quantized.args[0], module.scale, module.quantizer
     assert isinstance(x, Node)
     if module.axis is not None:
-        per_head = module.params.broadcast(3)  # (heads, 1, 1)
+        unit = torch.exp2(torch.log2(scale).mean().round())
+        per_head = module.params.broadcast(3) / unit  # (heads, 1, 1)
         site = quantized.meta["ptq4vit_site"]
-        (divisor,) = hold(graph_module, f"{site}_head", {"scale": per_head}, like=quantized)
+        (divisor,) = hold(graph_module, f"{site}{HEAD}", {"scale": per_head}, like=quantized)
         x = _call(graph_module, quantized, torch.div, x, divisor)
         head_scales.append(per_head)
-        scale = torch.ones_like(scale[0])
+        scale = unit
     return _pair(graph_module, quantized, x, Branch("", scale, quantizer.quant_min, quantizer.quant_max))
 
 

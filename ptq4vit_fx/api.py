@@ -22,6 +22,7 @@ from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
 from ptq4vit_fx.passes.fold_constants import fold_constants
+from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
 from ptq4vit_fx.passes.fold_weights import fold_weights
 from ptq4vit_fx.passes.from_aten import from_aten
 from ptq4vit_fx.passes.insert_observers import insert_observers
@@ -165,6 +166,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     lower_patch_convolution(graph_module)
     fold_weights(graph_module)
     lower_activations(graph_module)
+    fold_head_scales(graph_module)
     lower_linears(graph_module)
     lower_products(graph_module)
     return graph_module

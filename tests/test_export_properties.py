@@ -154,9 +154,9 @@ def check_quantizers(converted, model, values):
             site, _, branch = name.rpartition("_") if name not in converted.plan.quantizers else (name, "", "")
             quantizer = converted.plan.quantizers[site]
             codes = integers(values[node.output[0]], stored[name])
-            scaled = values[node.input[0]] / stored[name].scale
-            if node.input[1].endswith(HEAD_SCALE):  # divided by the quantizer, not in front of it
-                scaled = values[node.input[0]] / stored[name].head_scale.reshape(-1, 1, 1)
+            per_head = node.input[1].endswith(HEAD_SCALE)  # divided by the quantizer, not in front of it
+            scale = stored[name].calibrated.reshape(-1, 1, 1) if per_head else stored[name].scale
+            scaled = values[node.input[0]] / scale
             if branch:
                 low, high = _branch_limits(converted, site, branch)
             else:
@@ -210,8 +210,25 @@ def check_weights(network, converted, model):
             weight = network.get_submodule(name.removesuffix(":rhs")).weight.detach()
             params = converted.calibration.params[name]
             expected = converted.plan.quantizers[name].fake_quantize(weight, params.broadcast(2))
-            decoded = integers(site.codes, site).astype(np.float32) * site.scale
+            scale = site.scale if site.calibrated is None else site.calibrated
+            decoded = integers(site.codes, site).astype(np.float32) * scale
             np.testing.assert_array_equal(decoded, expected.t().numpy(), err_msg=name)
+            if site.calibrated is not None:
+                divided = site.scale * divisors(name, converted, model)
+                np.testing.assert_allclose(divided, np.broadcast_to(scale, divided.shape), rtol=1e-6)
+
+
+def divisors(name, converted, model):
+    """What each column of a q/k/v projection is divided by: its head's scale over that of the quantizer behind."""
+    path, stored, columns = name.removesuffix("qkv:rhs"), stored_sites(model), stored_sites(model)[name].scale.size
+    operands = ("matmul_qk:lhs", "matmul_qk:rhs", "matmul_av:rhs")
+    if f"{path}matmul:lhs" in stored:  # kind "scores": no values
+        operands = ("matmul:lhs", "matmul:rhs")
+    expected = np.ones((3, columns // 3), np.float32)
+    for row, operand in zip(expected, operands, strict=False):
+        scale = converted.calibration.params[f"{path}{operand}"].scale.numpy() / stored[f"{path}{operand}"].scale
+        row[:] = np.repeat(scale, row.size // scale.size)
+    return expected.reshape(-1)
 
 
 blocks = st.builds(Block, st.sampled_from(EXACT + ROUNDED), st.booleans(), st.booleans())

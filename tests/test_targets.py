@@ -125,13 +125,14 @@ def divisions_by_head(path):
     return found.count("Div"), found.count("QuantizeLinear")
 
 
-def test_scales_per_head_are_divided_by_the_quantizer_unless_it_needs_a_clip(
-    tmp_path, converted, default_file, four_bits_file, small_images
-):
-    assert divisions_by_head(default_file) == (0, 3)  # q, k and v; softmax has a twin
-    assert divisions_by_head(four_bits_file) == (3, 0)  # 6-bit activations are clipped between the two
-    ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1], target="generic")
-    assert divisions_by_head(tmp_path / "model.onnx") == (3, 0)
+def test_scales_per_head_are_divided_by_the_quantizer_unless_it_needs_a_clip(tmp_path, default_file, small_images):
+    assert divisions_by_head(default_file) == (0, 0)  # q, k and v: in the projection; softmax has a twin
+    path = tmp_path / "model.onnx"
+    for bits, target, expected in ((8, "onnxruntime", (0, 1)), (8, "generic", (1, 0)), (6, "onnxruntime", (1, 0))):
+        mapping = ptq.recipes.ptq4vit(bits, bits, twins="uniform")
+        other = ptq.quantize(tiny_vit(), small_images, qconfig_mapping=mapping, progress=False)
+        ptq.export_onnx(other, path, small_images[:1], target=target)
+        assert divisions_by_head(path) == expected  # behind softmax; 6-bit activations are clipped between the two
 
 
 @pytest.mark.parametrize(

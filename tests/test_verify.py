@@ -130,14 +130,20 @@ def test_reading_the_codes_changes_no_fusion(good_file):
     assert kinds[0] == kinds[1]
 
 
-def test_scales_per_head_are_read_in_front_of_the_quantizer(good_file, converted):
+def test_scales_per_head_are_read_where_the_quantizer_has_others(good_file, converted):
     stored = stored_sites(load_file(good_file))
     per_head = [site for site, q in converted.plan.quantizers.items() if getattr(q, "granularity", "") == "head"]
     assert len(per_head) == 6
     for site in per_head:
         scale = converted.calibration.params[site].scale
-        assert torch.equal(torch.from_numpy(stored[site].head_scale).flatten(), scale)
-    assert stored["head:lhs"].head_scale is None
+        assert torch.equal(torch.from_numpy(stored[site].calibrated.copy()), scale)
+        assert stored[site].scale == 2.0 ** round(float(scale.log2().mean()))
+    weight = stored["blocks.0.attn.qkv:rhs"]
+    assert torch.equal(
+        torch.from_numpy(weight.calibrated.copy()), converted.calibration.params["blocks.0.attn.qkv:rhs"].scale
+    )
+    assert not np.array_equal(weight.scale, weight.calibrated)
+    assert stored["head:lhs"].calibrated is None
 
 
 def test_containers_do_not_matter():

@@ -1,0 +1,135 @@
+"""Scales per head go into the projection: the same codes without a division, and only where nothing else reads them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Interpreter
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx import api
+from ptq4vit_fx.operators import QUANTIZE
+from ptq4vit_fx.passes.contract import history
+from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
+from ptq4vit_fx.quantizers import UniformParams
+
+HEADS, DIM = 3, 4
+X = torch.randn(4, HEADS * DIM, 2, 3, generator=torch.Generator().manual_seed(0))
+
+
+def heads_of(x):
+    return x.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Attention with one projection or three; `also` says which of q, k and v somebody else reads."""
+
+    def __init__(self, *, fused: bool, bias: bool = True, also: str = "", shared: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        width = HEADS * DIM
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width, bias)
+        else:
+            self.q, self.k, self.v = (nn.Linear(width, width, bias) for _ in range(3))
+        self.fused, self.also, self.shared = fused, also, shared
+
+    def forward(self, images):
+        x = images.flatten(2).transpose(1, 2)
+        if self.fused:
+            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = heads_of(self.q(x)), heads_of(self.k(x)), heads_of(self.v(x))
+        k = q if self.shared else k
+        out = torch.softmax((q * 0.5) @ k.transpose(-2, -1), -1) @ v
+        if self.also:
+            out = out + {"q": q, "k": k, "v": v}[self.also].sigmoid()
+        return out.transpose(1, 2).flatten(2).mean(1)
+
+
+def converted_model(model, *, weights="channel", bits=8):
+    """Quantize with scales per head that differ by up to a factor of 50, so that a wrong head or column shows."""
+    prepared = ptq.prepare_fx(model.eval(), ptq.recipes.ptq4vit(bits, bits, weights), X)
+    calibration = ptq.calibrate(prepared, X, progress=False)
+    params = dict(calibration.params)
+    for number, (name, quantizer) in enumerate(calibration.plan.quantizers.items()):
+        if getattr(quantizer, "granularity", "") == "head":
+            factors = torch.tensor([1.0, 7.0, 50.0]).roll(number) / 10
+            params[name] = UniformParams(params[name].scale * factors, params[name].axis)
+    ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
+    return ptq.convert_fx(prepared)
+
+
+def codes_of(converted):
+    """Return site -> codes that the model computes for X."""
+    found = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            if n.target is QUANTIZE:
+                found[n.meta["ptq4vit_site"], len(found)] = result.int()
+            return result
+
+    with torch.inference_mode():
+        Recorder(converted).run(X)
+    return {site: codes for (site, _), codes in found.items() if "matmul" in site or "att" in site}
+
+
+def folded(converted):
+    return next(rewrite.count for rewrite in history(converted) if rewrite.name == "fold_head_scales")
+
+
+def divisions(converted):
+    return sum(node.target is torch.div for node in converted.graph.nodes)
+
+
+def unfolded(monkeypatch, model, **kwargs):
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "fold_head_scales", lambda graph_module: graph_module)
+        return converted_model(model, **kwargs)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("weights", ["channel", "group"])
+@pytest.mark.parametrize("kwargs", [{"fused": True}, {"fused": False}, {"fused": False, "bias": False}])
+def test_the_codes_are_those_of_a_division(monkeypatch, kwargs, weights, bits):
+    model = Attention(**kwargs)
+    mine = converted_model(model, weights=weights, bits=bits)
+    reference = unfolded(monkeypatch, model, weights=weights, bits=bits)
+    assert folded(mine) == 3
+    assert (divisions(mine), divisions(reference)) == (0, 3)
+    assert not any(0.5 in node.args for node in mine.graph.nodes)  # the factor of attention went the same way
+    theirs = codes_of(reference)
+    assert theirs.keys() == codes_of(mine).keys()
+    for site, codes in codes_of(mine).items():
+        difference = (codes - theirs[site]).abs()
+        assert difference.max() <= 1, site
+        assert (difference == 0).float().mean() > 0.99, site  # a value on the edge of two codes may fall to the other
+    torch.testing.assert_close(mine(X), reference(X), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("also", ["q", "k", "v"])
+def test_a_projection_that_something_else_reads_is_left_alone(monkeypatch, also):
+    for fused, left in ((True, 0), (False, 2)):
+        model = Attention(fused=fused, also=also)
+        converted = converted_model(model)
+        assert (folded(converted), divisions(converted)) == (left, 3 - left)
+        torch.testing.assert_close(converted(X), unfolded(monkeypatch, model)(X), rtol=0.02, atol=0.02)
+
+
+def test_a_column_with_two_scales_is_left_alone(monkeypatch):
+    model = Attention(fused=False, shared=True)
+    converted = converted_model(model)
+    assert (folded(converted), divisions(converted)) == (1, 2)  # v; q is divided by the scales of either operand
+    assert torch.equal(converted(X), unfolded(monkeypatch, model)(X)) or torch.allclose(
+        converted(X), unfolded(monkeypatch, model)(X), atol=0.02
+    )
+
+
+def test_the_pass_runs_once(monkeypatch):
+    converted = converted_model(Attention(fused=True))
+    before = converted(X)
+    assert torch.equal(fold_head_scales(converted)(X), before)
+    assert history(converted)[-1].count == 0
