@@ -1,15 +1,19 @@
 """Speed of our files beside float and beside ONNX Runtime's own quantizer, in one interleaved run.
 
-    python examples/bench_onnx.py vit_small_patch16_224 --batch 8 --threads 2
+    python examples/bench_onnx.py --model vit_small_patch16_224 --batch 8
+    python examples/bench_onnx.py --model vit_s14 --batch 8 --fixtures ../shared/fixtures
 
-Weights are random and the search is the quickest that there is: neither changes the speed. Every round runs each file
-once, in turn, so that a slow moment of the machine hits all of them; medians are compared. With the extra `openvino`
-installed the same files run in OpenVINO too. `--exact` gives files for CPUs without VNNI (target onnxruntime-avx2).
+Weights are random and the search is the quickest that there is: neither changes the speed, but they change what "auto"
+chooses. With `--fixtures` the model is a trained one, quantized with the default search, and top-1 stands beside each.
+Every round runs each file once, in turn, so that a slow moment of the machine hits all of them; medians are compared.
+With the extra `openvino` the files for it run in OpenVINO too, beside NNCF's if `nncf` is installed. `--exact` gives
+files for CPUs without VNNI (target onnxruntime-avx2).
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import onnx
 import timm
 import torch
@@ -26,6 +31,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.progress import track
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.runtime import quiet_options
@@ -33,8 +39,17 @@ from ptq4vit_fx.export.runtime_graph import runtime_graph
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Run = Callable[[Tensor], Any]
-#: The peers that a ratio is given to: the better of the two.
+#: The peers in ONNX Runtime. The best peer is the fastest of them and, in OpenVINO, of NNCF.
 PEERS = ("quantize_static", "quantize_static u8s8 per channel")
+#: Kind of twins -> the file's name.
+OURS = {
+    "uniform": "ours, uniform",
+    "auto": "ours, auto",
+    "wide": "ours, twin wide",
+    "exact": "ours, twin exact",
+}
+#: The search that costs least: what it chooses does not change the speed.
+QUICKEST = {"n": 2, "rounds": 1, "screen_rows": 32, "confirm": 1, "max_shift": 1}
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -80,27 +95,57 @@ def write_peers(folder: Path, images: Tensor) -> None:
     prepared.unlink()
 
 
-def write_ours(folder: Path, model: nn.Module, images: Tensor, target: str) -> None:
-    """Export ours with exact twins, and with a uniform quantizer in the place of every twin."""
-    for name, twins in (("ours, twin exact", "exact"), ("ours, uniform", "uniform")):
-        mapping = ptq.recipes.ptq4vit(twins=twins)
-        quick = mapping.with_search(n=2, rounds=1, screen_rows=32, confirm=1, max_shift=1)
-        converted = ptq.quantize(model, images, qconfig_mapping=quick)
-        ptq.export_onnx(converted, folder / f"{name}.onnx", images[:1], target=target)
+def write_ours(model: nn.Module, images: Tensor, search: dict[str, Any], folders: dict[str, Path]) -> None:
+    """Export ours with each kind of twins for each target (target -> folder); OpenVINO cannot hold wide ones.
+
+    "auto" is the calibrated exact one with uniform quantizers where these add little and save time on this machine.
+    """
+
+    def write(kind: str, prepared: GraphModule) -> None:
+        converted = ptq.convert_fx(prepared)
+        for target, folder in folders.items():
+            if (target, kind) != ("openvino", "wide"):
+                ptq.export_onnx(converted, folder / f"{OURS[kind]}.onnx", images[:1], target=target)
+
+    for kind in ("uniform", "wide", "exact"):
+        mapping = ptq.recipes.ptq4vit(twins=kind).with_search(**search)
+        prepared = ptq.prepare_fx(model, mapping, images[:1])
+        ptq.calibrate(prepared, images)
+        write(kind, prepared)
+    chosen, report = ptq.choose_twins(prepared, images)
+    print(report)
+    write("auto", chosen)
+
+
+def write_nncf(folder: Path, images: Tensor) -> None:
+    """Let NNCF quantize the float file for OpenVINO, as its documentation says for transformers."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(folder / "float.onnx")
+    data = nncf.Dataset([image[None].numpy() for image in images])
+    quantized = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
+    openvino.save_model(quantized, folder / "NNCF.xml", compress_to_fp16=False)
 
 
 def in_onnxruntime(path: Path, threads: int) -> Run:
-    """Return a function that runs the file in ONNX Runtime."""
-    session = InferenceSession(path, quiet_options(threads), providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"image": images.numpy()})
+    """Return a function that runs the file in ONNX Runtime, whose threads sleep while another file runs.
+
+    They spin after a run otherwise, and whatever is measured next has a core less.
+    """
+    options = quiet_options(threads)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"image": images.numpy()})[0]
 
 
 def in_openvino(path: Path, threads: int) -> Run:
-    """Return a function that runs the file in OpenVINO's CPU plugin."""
+    """Return a function that runs the file in OpenVINO's CPU plugin, float parts in float32."""
     import openvino
 
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
-    return lambda images: compiled(images.numpy())
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda images: compiled(images.numpy())[0]
 
 
 def interleaved_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, float]:
@@ -115,6 +160,12 @@ def interleaved_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def top1(run: Run, images: Tensor, labels: Tensor, what: str) -> float:
+    """Return the share of images that are classified right."""
+    found = [run(batch).argmax(1) for batch in track(images.split(8), what, transient=True)]
+    return float((np.concatenate(found) == labels.numpy()).mean())
+
+
 @app.command(help=__doc__)
 def main(
     model: str = "vit_small_patch16_224",
@@ -122,32 +173,62 @@ def main(
     threads: int = 2,
     rounds: int = 15,
     exact: Annotated[bool, typer.Option(help="uint8 weights, for CPUs without VNNI")] = False,
+    fixtures: Annotated[Path | None, typer.Option(help="trained models and images, see accuracy.py")] = None,
+    score: Annotated[int, typer.Option(help="images for top-1, with --fixtures")] = 2000,
 ) -> None:
     """Print one Markdown table per batch size."""
-    network = timm.create_model(model).eval()
-    images = torch.randn(max(8, *batch), *timm.data.resolve_data_config({}, model=network)["input_size"])
+    if fixtures is None:
+        network = timm.create_model(model).eval()
+        images = torch.randn(max(8, *batch), *timm.data.resolve_data_config({}, model=network)["input_size"])
+        calibration_images, search = images[:8], QUICKEST
+    else:
+        sys.path.insert(0, str(fixtures))
+        import fixtures as source
+
+        network, size = source.load_model(model)
+        calibration_images, search = source.load_images("calib", 32, size)[0], {}
+        images, labels = source.load_images("val", max(score, *batch), size)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_float(network, images, folder / "float.onnx")
-        write_peers(folder, images[:8])
-        write_ours(folder, network, images[:8], "onnxruntime-avx2" if exact else "onnxruntime")
-        files = ("float", *PEERS, "ours, uniform", "ours, twin exact")
-        graphs = {file: runtime_graph(onnx.load(folder / f"{file}.onnx")) for file in files}
-        runtimes = {"ONNX Runtime": in_onnxruntime} | ({"OpenVINO": in_openvino} if find_spec("openvino") else {})
+        for_openvino = folder / "openvino"
+        for_openvino.mkdir()
+        write_float(network, calibration_images, folder / "float.onnx")
+        write_peers(folder, calibration_images)
+        folders = {"onnxruntime-avx2" if exact else "onnxruntime": folder}
+        peers = [folder / f"{file}.onnx" for file in ("float", *PEERS)]
+        runtimes = {"ONNX Runtime": (in_onnxruntime, [*peers, *(folder / f"{file}.onnx" for file in OURS.values())])}
+        if find_spec("openvino"):
+            folders["openvino"] = for_openvino
+            ours = [for_openvino / f"{OURS[kind]}.onnx" for kind in ("uniform", "auto", "exact")]
+            runtimes["OpenVINO"] = (in_openvino, [*peers, *ours])
+        write_ours(network, calibration_images, search, folders)
+        if find_spec("openvino") and find_spec("nncf"):
+            write_nncf(folder, calibration_images)
+            runtimes["OpenVINO"][1].append(folder / "NNCF.xml")
+        opened = {
+            runtime: {path.stem: open_file(path, threads) for path in paths}
+            for runtime, (open_file, paths) in runtimes.items()
+        }
+        graphs = {path.stem: runtime_graph(onnx.load(path)) for path in runtimes["ONNX Runtime"][1]}
         for size in batch:
             print(f"\n{model}, batch {size}, {threads} threads, medians of {rounds} rounds\n")
-            print("| runtime | file | ms per image | times float | times the better peer | integer, float | MB |")
-            print("|---|---|---|---|---|---|---|")
-            for runtime, open_file in runtimes.items():
-                runs = {file: open_file(folder / f"{file}.onnx", threads) for file in files}
+            print("| runtime | file | ms per image | times float | times the best peer | integer, float | MB | top-1 |")
+            print("|---|---|---|---|---|---|---|---|")
+            for runtime, runs in opened.items():
                 seconds = interleaved_seconds(runs, images[:size], rounds)
-                peer = min(seconds[name] for name in PEERS)
-                for file, spent in seconds.items():
-                    graph, megabytes = graphs[file], (folder / f"{file}.onnx").stat().st_size / 1e6
-                    products = f"{len(graph.integer_products)} / {len(graph.float_products)}"
+                best = min(seconds[name] for name in (*PEERS, "NNCF") if name in seconds)
+                for path in runtimes[runtime][1]:
+                    spent, products, right = seconds[path.stem], "", ""
+                    if runtime == "ONNX Runtime":
+                        graph = graphs[path.stem]
+                        products = f"{len(graph.integer_products)} / {len(graph.float_products)}"
+                    if fixtures is not None and size == batch[-1]:
+                        right = f"{top1(runs[path.stem], images[:score], labels[:score], path.stem):.2%}"
+                    megabytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*")) / 1e6
                     print(
-                        f"| {runtime} | {file} | {1e3 * spent / size:.1f} | {seconds['float'] / spent:.2f} "
-                        f"| {peer / spent:.2f} | {products if runtime == 'ONNX Runtime' else ''} | {megabytes:.1f} |"
+                        f"| {runtime} | {path.stem} | {1e3 * spent / size:.1f} | {seconds['float'] / spent:.2f} "
+                        f"| {best / spent:.2f} | {products} | {megabytes:.1f} | {right} |",
+                        flush=True,
                     )
 
 
