@@ -6,6 +6,8 @@
 Weights are random and the search is the quickest that there is: neither changes the speed, but they change what "auto"
 chooses. With `--fixtures` the model is a trained one, quantized with the default search, and top-1 stands beside each.
 Every round runs each file once, in turn, so that a slow moment of the machine hits all of them; medians are compared.
+"Floor" is the multiplications of a file over the rate of one large integer product, plus the bytes that its operators
+read and write over the rate of a copy, both rates measured in the same run.
 With the extra `openvino` the files for it run in OpenVINO too, beside NNCF's if `nncf` is installed. `--exact` gives
 files for CPUs without VNNI (target onnxruntime-avx2).
 """
@@ -48,6 +50,9 @@ OURS = {
     "wide": "ours, twin wide",
     "exact": "ours, twin exact",
 }
+HEADER = """\
+| runtime | file | ms per image | times float | times the best peer | floor | integer, float products | MB | top-1 |
+|---|---|---|---|---|---|---|---|---|"""
 #: The search that costs least: what it chooses does not change the speed.
 QUICKEST = {"n": 2, "rounds": 1, "screen_rows": 32, "confirm": 1, "max_shift": 1}
 
@@ -160,6 +165,55 @@ def interleaved_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def measure_rates(threads: int) -> tuple[float, float]:
+    """Return multiplications per second of a large integer product in ONNX Runtime, and bytes per second of a copy.
+
+    The copy is of 8 MB, the size of an activation: activations lie in the last cache, whose rate is what bounds them.
+    """
+    size = 2048
+    value = onnx.helper.make_tensor_value_info
+    weight = onnx.numpy_helper.from_array(np.ones((size, size), np.int8), "weight")
+    node = onnx.helper.make_node("MatMulInteger", ["image", "weight"], ["product"])
+    inputs = [value("image", onnx.TensorProto.UINT8, [size, size])]
+    outputs = [value("product", onnx.TensorProto.INT32, [size, size])]
+    graph = onnx.helper.make_graph([node], "product", inputs, outputs, [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / "product.onnx")
+        multiply = in_onnxruntime(Path(folder) / "product.onnx", threads)
+    codes, source = torch.ones((size, size), dtype=torch.uint8), torch.zeros(2**21)
+    target = torch.empty_like(source)
+    seconds = interleaved_seconds({"multiply": multiply, "copy": lambda _: target.copy_(source)}, codes, 9)
+    return size**3 / seconds["multiply"], 2 * source.nbytes / seconds["copy"]
+
+
+def count_work(path: Path, batch: int) -> tuple[int, int]:
+    """Return the multiplications of a file's products, and the bytes that its operators read and write.
+
+    As the file has its operators, but for DequantizeLinear, which runtimes fuse into the product, and for those that
+    only give a tensor another shape. Constants are read once per run.
+    """
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    shapes = {t.name: (list(t.dims), t.data_type) for t in graph.initializer}
+    for info in (*graph.value_info, *graph.input, *graph.output):
+        tensor = info.type.tensor_type
+        shapes[info.name] = ([d.dim_value or batch for d in tensor.shape.dim], tensor.elem_type)
+
+    def size_of(name: str) -> int:
+        dims, kind = shapes.get(name, ([0], onnx.TensorProto.FLOAT))
+        return int(np.prod(dims)) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+
+    codes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    multiplications = moved = 0
+    for node in graph.node:
+        if node.op_type in ("DequantizeLinear", "Reshape", "Squeeze", "Unsqueeze", "Shape", "Constant"):
+            continue
+        moved += sum(size_of(codes.get(name, name)) for name in (*node.input, *node.output) if name)
+        if node.op_type == "MatMul":
+            multiplications += int(np.prod(shapes[node.output[0]][0])) * shapes[node.input[0]][0][-1]
+    return multiplications, moved
+
+
 def top1(run: Run, images: Tensor, labels: Tensor, what: str) -> float:
     """Return the share of images that are classified right."""
     found = [run(batch).argmax(1) for batch in track(images.split(8), what, transient=True)]
@@ -210,24 +264,29 @@ def main(
             for runtime, (open_file, paths) in runtimes.items()
         }
         graphs = {path.stem: runtime_graph(onnx.load(path)) for path in runtimes["ONNX Runtime"][1]}
+        multiplications_per_second, bytes_per_second = measure_rates(threads)
+        print(f"\n{multiplications_per_second / 1e9:.0f} integer GMAC/s, {bytes_per_second / 1e9:.1f} GB/s")
         for size in batch:
             print(f"\n{model}, batch {size}, {threads} threads, medians of {rounds} rounds\n")
-            print("| runtime | file | ms per image | times float | times the best peer | integer, float | MB | top-1 |")
-            print("|---|---|---|---|---|---|---|---|")
+            print(HEADER)
             for runtime, runs in opened.items():
                 seconds = interleaved_seconds(runs, images[:size], rounds)
                 best = min(seconds[name] for name in (*PEERS, "NNCF") if name in seconds)
                 for path in runtimes[runtime][1]:
-                    spent, products, right = seconds[path.stem], "", ""
+                    spent, products, floor, right = seconds[path.stem], "", "", ""
                     if runtime == "ONNX Runtime":
                         graph = graphs[path.stem]
                         products = f"{len(graph.integer_products)} / {len(graph.float_products)}"
+                        if not graph.float_products:
+                            work, moved = count_work(path, size)
+                            least = work / multiplications_per_second + moved / bytes_per_second
+                            floor = f"{1e3 * least / size:.1f} ms"
                     if fixtures is not None and size == batch[-1]:
                         right = f"{top1(runs[path.stem], images[:score], labels[:score], path.stem):.2%}"
                     megabytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*")) / 1e6
                     print(
                         f"| {runtime} | {path.stem} | {1e3 * spent / size:.1f} | {seconds['float'] / spent:.2f} "
-                        f"| {best / spent:.2f} | {products} | {megabytes:.1f} | {right} |",
+                        f"| {best / spent:.2f} | {floor} | {products} | {megabytes:.1f} | {right} |",
                         flush=True,
                     )
 
