@@ -19,8 +19,8 @@ from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of
 from ptq4vit_fx.plan import OPERANDS, QuantOp, QuantPlan, Site, site
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
-#: How much `auto` may add to the distance of the whole model.
-DEFAULT_TOLERANCE = 0.02
+#: How much `auto` may add to the distance of the whole model: a tenth of a loss that is small to begin with.
+DEFAULT_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
