@@ -57,19 +57,19 @@ def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
     if not _is_stored(weight.args[0]):
         return None
     found = Projection(linear, [], [])
-    queue = list(linear.users)
+    queue = [(linear, user) for user in linear.users]
     while queue:
-        user = queue.pop()
+        node, user = queue.pop()
+        if user.target in (getattr, "size") or (moves_only(user) and user.args[0] is not node):
+            continue  # reads its shape alone
         if _is_division(user):
             found.divisions.append(user)
-            continue
-        if user.target in (getattr, "size"):  # its shape
             continue
         if _factor(graph_module, user) is not None:
             found.factors.append(user)
         elif not moves_only(user):
             return None
-        queue.extend(user.users)
+        queue.extend((user, reader) for reader in user.users)
     return found if found.divisions else None
 
 

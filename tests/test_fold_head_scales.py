@@ -41,6 +41,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             q, k, v = heads_of(self.q(x)), heads_of(self.k(x)), heads_of(self.v(x))
+        v = v.expand_as(k)  # reads the shape of k, not its values
         k = q if self.shared else k
         out = torch.softmax((q * 0.5) @ k.transpose(-2, -1), -1) @ v
         if self.also:
