@@ -15,7 +15,7 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx import calibrator
 from ptq4vit_fx.capture import capture, captured_product
 from ptq4vit_fx.losses import fisher, pseudo_label
-from ptq4vit_fx.memory import SEARCH_FACTOR, MemoryBudget
+from ptq4vit_fx.memory import PLANNED_SHARE, SEARCH_FACTOR, MemoryBudget
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 
@@ -261,7 +261,8 @@ def test_searches_beside_each_other_fit_into_the_limit(small_vit, small_images):
     prepared = prepared_for(small_vit, small_images)
     ops = prepared.plan.ops
     largest = max(MemoryBudget.of(prepared, 1).captured[op.name] for op in ops)
-    for limit, searches in ((13 * largest, 2), (100 * largest, 4), (largest, 1)):
+    for share, searches in ((11, 2), (70, 4), (1, 1)):  # of what is planned with
+        limit = round(share * largest / PLANNED_SHARE)
         budget = MemoryBudget.of(prepared, limit)
         assert budget.searches(ops, 1, 4) == searches
         if searches > 1:
