@@ -54,8 +54,8 @@ def test_the_file_is_standard_and_computes_what_was_simulated(tmp_path, trained,
     assert report.same_functions.agreement >= 0.995
     assert report.same_functions.max_relative_difference < 1e-3
     # PyTorch's own functions: see README. Of the seven images among 500 on which vit_s14 differs, five are in the first
-    # 40, so the share says something on 500 images only. The cosine is the smallest of the images: of vit_s14 0.988 on a
-    # CPU with AVX-512, above 0.99 on one without.
+    # 40, so the share says something on 500 images only. The cosine is the smallest of the images: of vit_s14 0.988 on
+    # a CPU with AVX-512, above 0.99 on one without.
     assert report.simulation.cosine > 0.98
     assert report.simulation.agreement >= 0.95 or report.images < 500
     assert not report.graph.float_products
