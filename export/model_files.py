@@ -1,7 +1,9 @@
-"""ONNX files on disk: one file, or a model and `<name>.data` beside it where protobuf cannot hold the weights."""
+"""ONNX files on disk: one file, or a model and a data file beside it where protobuf cannot hold the weights."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +21,8 @@ PROTOBUF_LIMIT = 2**31 - 2**24
 INLINE_BYTES = 1024
 #: Where a tensor starts in the data file: a page, so that runtimes can map it into memory.
 ALIGNMENT = 4096
+#: Hexadecimal digits of the weights' hash in the name of a data file.
+HASH_DIGITS = 16
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
@@ -34,15 +38,23 @@ def is_too_large(model: onnx.ModelProto) -> bool:
 def write_model(model: onnx.ModelProto, path: str | os.PathLike[str], operation: str) -> int:
     """Check a model, write it whole or not at all, and return how many bytes it takes on disk.
 
-    A model above PROTOBUF_LIMIT gets its weights in `<name>.data` beside it; `model` then loses them too. Raises
-    PTQError if the folder is not writable, onnx.checker.ValidationError if the model is not valid ONNX.
+    A model above PROTOBUF_LIMIT gets its weights in a data file beside it; `model` then loses them too. The data files
+    of a model that was at `path` before are removed at the end. Raises PTQError if the folder is not writable,
+    onnx.checker.ValidationError if the model is not valid ONNX.
     """
+    target = check_writable(path, operation)
+    before = data_files(target)
     if is_too_large(model):
-        return _write_with_data(model, check_writable(path, operation))
-    onnx.checker.check_model(model, full_check=True)
-    with atomic_path(path, operation) as temporary:
-        onnx.save(model, temporary)
-    return os.path.getsize(path)
+        size, data = _write_with_data(model, target)
+        before.discard(data)
+    else:
+        onnx.checker.check_model(model, full_check=True)
+        with atomic_path(target, operation) as temporary:
+            onnx.save(model, temporary)
+        size = target.stat().st_size
+    for stale in before:
+        stale.unlink()
+    return size
 
 
 def session_of(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -60,41 +72,53 @@ def session_of(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> o
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
-def data_path(path: str | os.PathLike[str]) -> Path:
-    """Return where the weights of a large model lie: `<name>.data` beside the file."""
-    return Path(path).with_name(f"{Path(path).name}.data")
+def data_files(path: Path) -> set[Path]:
+    """Return the data files that `write_model` left for this path: `<name>.<hash of the weights>.data`."""
+    return set(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * HASH_DIGITS}.data"))
 
 
-def _write_with_data(model: onnx.ModelProto, path: Path) -> int:
-    """Write both files into a temporary folder, check them there, move them; remove the first if the second fails."""
+def _write_with_data(model: onnx.ModelProto, path: Path) -> tuple[int, Path]:
+    """Write both files into a temporary folder, check them there, move them; return their size and the data's path.
+
+    The data file is named by its content and moved first: whatever is interrupted, the model at `path` finds the
+    weights that it was written with.
+    """
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        _move_weights(model, temporary)
+        written = _move_weights(model, temporary)
+        data = path.with_name(written.name)
+        is_new = not data.exists()
         onnx.save(model, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
-        size = temporary.stat().st_size + data_path(temporary).stat().st_size
-        os.replace(data_path(temporary), data_path(path))
+        size = temporary.stat().st_size + written.stat().st_size
+        os.replace(written, data)
         try:
             os.replace(temporary, path)
         except OSError:
-            data_path(path).unlink()
+            if is_new:
+                data.unlink()
             raise
-    return size
+    return size, data
 
 
-def _move_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Write the large initializers to the data file of `path` and leave their place, offset and length in the model.
+def _move_weights(model: onnx.ModelProto, path: Path) -> Path:
+    """Move the large initializers to a data file beside `path`; return where it is.
 
-    Fields: https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
+    The model keeps their place, offset and length: https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
     """
-    with open(data_path(path), "wb") as file:
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) < INLINE_BYTES:
-                continue
+    tensors = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= INLINE_BYTES]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(len(tensor.raw_data).to_bytes(8, "little"))  # other tensors may have the same bytes in sum
+        digest.update(tensor.raw_data)
+    data = path.with_name(f"{path.name}.{digest.hexdigest()[:HASH_DIGITS]}.data")
+    with open(data, "wb") as file:
+        for tensor in tensors:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            place = {"location": data_path(path).name, "offset": file.tell(), "length": len(tensor.raw_data)}
+            place = {"location": data.name, "offset": file.tell(), "length": len(tensor.raw_data)}
             file.write(tensor.raw_data)
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=str(value))
+    return data

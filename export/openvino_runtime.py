@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import DEQUANTIZE
-from ptq4vit_fx.export.model_files import data_path
+from ptq4vit_fx.export.model_files import data_files
 from ptq4vit_fx.export.onnx_graph import PRODUCTS, OnnxGraph
 from ptq4vit_fx.export.runtime import load_file
 
@@ -87,7 +88,8 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
     try:
         return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
     except RuntimeError as error:
-        with_data = f" (its weights are in {data_path(path).name})" if data_path(path).exists() else ""
+        names = " and ".join(sorted(data.name for data in data_files(Path(path))))
+        with_data = f" (its weights are in {names})" if names else ""
         raise failure(
             "openvino",
             f"{path}{with_data}",

@@ -268,7 +268,8 @@ def test_a_large_model_keeps_its_weights_beside_the_file(tmp_path, monkeypatch, 
     monkeypatch.setattr(model_files, "INLINE_BYTES", 256)
     path = tmp_path / "model.onnx"
     report = ptq.export_onnx(converted, path, small_images[:1])
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    (data,) = model_files.data_files(path)
+    assert set(tmp_path.iterdir()) == {path, data}
     assert report.bytes == sum(entry.stat().st_size for entry in tmp_path.iterdir())
     assert np.array_equal(run_as_written(path, small_images), run_as_written(default_file, small_images))
     assert np.array_equal(run_exact(path, small_images), run_exact(default_file, small_images))
@@ -277,10 +278,50 @@ def test_a_large_model_keeps_its_weights_beside_the_file(tmp_path, monkeypatch, 
     assert not verified.graph.float_products
     assert "twin8/softmax" in str(inspect_file(path))
     assert set(read_scales(path)) == set(converted.plan.quantizers)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    (tmp_path / "model.onnx.data").unlink()
+    assert set(tmp_path.iterdir()) == {path, data}
+    data.unlink()
     with pytest.raises(ptq.PTQError, match="read ONNX file"):
         open_session(path)
+
+
+def test_a_model_that_is_written_over_never_meets_the_weights_of_another(
+    tmp_path, monkeypatch, converted, small_images
+):
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(model_files, "INLINE_BYTES", 256)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_files, "PROTOBUF_LIMIT", 1000)
+        ptq.export_onnx(converted, path, small_images[:1])
+        (first,) = model_files.data_files(path)
+        before = run_as_written(path, small_images)
+
+        other = tiny_vit()
+        with torch.no_grad():
+            other.blocks[0].mlp.fc1.weight.mul_(-1)
+        other_converted = ptq.quantize(other, small_images, progress=False)
+        replaced: list[str] = []
+        replace = model_files.os.replace
+
+        def interrupted(source, target):
+            replaced.append(str(target))
+            if len(replaced) == 2:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with patch.context() as inner:
+            inner.setattr(model_files.os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ptq.export_onnx(other_converted, path, small_images[:1])
+        assert replaced[1] == str(path)
+        assert np.array_equal(run_as_written(path, small_images), before)
+
+        ptq.export_onnx(other_converted, path, small_images[:1])
+        (second,) = model_files.data_files(path)
+        assert second != first
+        assert not np.array_equal(run_as_written(path, small_images), before)
+    ptq.export_onnx(converted, path, small_images[:1])  # fits into one file
+    assert set(tmp_path.iterdir()) == {path}
+    assert np.array_equal(run_as_written(path, small_images), before)
 
 
 @pytest.mark.parametrize("limit", [1000, model_files.PROTOBUF_LIMIT])
