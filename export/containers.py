@@ -126,7 +126,8 @@ def _used_codes(plan: QuantPlan, branch: str, low: int, high: int) -> tuple[int,
     if branch in plan.quantizers:
         quantizer = plan.quantizers[branch]
         assert isinstance(quantizer, Uniform)
-        first, last = quantizer.quant_min, quantizer.quant_max
+        first = -(1 << (quantizer.bits - 1)) if quantizer.signed else low  # unsigned grids start at the container's end
+        last = first + quantizer.top
     else:
         site, _, part = branch.rpartition("_")
         quantizer = plan.quantizers[site]

@@ -18,6 +18,8 @@ from ptq4vit_fx.export.runtime import load_file
 
 #: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
 PRODUCT_LAYERS = frozenset(["FullyConnected", "MatMul", "Convolution", "GroupConvolution", "MHA", "ScaledAttn"])
+#: A kernel compiled for a whole group of operators, such as q @ k, softmax and softmax @ v (on CPUs with AVX-512).
+COMPILED = "Subgraph"
 INTEGERS = frozenset(["u8", "i8"])
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -49,8 +51,8 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
     graph = OnnxGraph(load_file(path))
     products = {node.name: node for node in graph.nodes if node.op_type in PRODUCTS}
     layers = [_Layer.of(layer) for layer in compile_openvino(path, device).get_runtime_model().get_ops()]
-    layers = [layer for layer in layers if layer.kind in PRODUCT_LAYERS]
-    found = _match(list(products.values()), layers)
+    found = _match(list(products.values()), [layer for layer in layers if layer.kind in PRODUCT_LAYERS])
+    found |= _compiled([name for name in products if name not in found], layers)
     kernels = {name: f"{layer.kind} {layer.precision} {layer.kernel}" for name, layer in found.items()}
     missing = [name for name in products if name not in kernels]
     if missing:
@@ -132,7 +134,7 @@ def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _L
         for layer in layers:
             if layer in found.values():
                 continue
-            paths = {name.partition("/")[0].partition(":")[0] for name in layer.names}
+            paths = {_module(name) for name in layer.names}
             for node in products:
                 path = node.name.partition("/")[0]
                 same = path in paths if by_path else _is_part(node.name, layer.names) or node.output[0] in layer.names
@@ -140,6 +142,16 @@ def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _L
                     found[node.name] = layer
                     break
     return found
+
+
+def _compiled(missing: list[str], layers: list[_Layer]) -> dict[str, _Layer]:
+    """Return, for products that are no layer of their own, the compiled group with an operator of the same module."""
+    groups = [(layer, {_module(name) for name in layer.names}) for layer in layers if layer.kind == COMPILED]
+    return {name: layer for layer, modules in groups for name in missing if _module(name) in modules}
+
+
+def _module(name: str) -> str:
+    return name.partition("/")[0].partition(":")[0]
 
 
 def _is_part(name: str, others: tuple[str, ...]) -> bool:

@@ -1,9 +1,9 @@
-"""Target `openvino`: zero point 0 wherever activations are multiplied, one Q and one DQ per operand, 256 levels.
+"""Target `openvino`: zero point 0 wherever two activations are multiplied, one Q and one DQ per operand, 256 levels.
 
 Sources, all in https://github.com/openvinotoolkit/openvino:
 - src/common/low_precision_transformations/src/mat_mul.cpp, canBeTransformed: a product of two activations stays float
-  if either has a zero point; the weights of a linear layer must have none. Measured: with the default file's zero
-  points two products of a block run in float, without them none (tests/test_openvino.py).
+  if either has a zero point; the weights of a linear layer must have none, its activations may. Measured: with the
+  default file's zero points two products of a block run in float, without them none (tests/test_openvino.py).
 - the same file, separateInStandaloneBranch: dequantization that several products read is split, as it is written here.
 - tests/test_openvino.py, test_why_bounds_stand_in_front_of_the_division: OpenVINO 2026.4 computes a division by scales
   per head, a Clip and a QuantizeLinear wrongly; bounds per head in front of the division are computed right.
@@ -28,14 +28,18 @@ from ptq4vit_fx.plan import QuantPlan
 
 
 def rewrite_openvino(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
-    """Return a copy without zero points (int8 for signed grids, uint8 for the rest) and without shared pairs."""
-    without, stuck = without_zero_points(model, plan, (INT8, UINT8))
+    """Return a copy without zero points (int8 for signed grids, uint8 for the rest) and without shared pairs.
+
+    Codes on both sides of zero that fit neither type (behind GELU) keep their zero point if they multiply a weight.
+    """
+    without, kept = without_zero_points(model, plan, (INT8, UINT8))
+    stuck = [name for name in kept if not plan.op(name.partition(":")[0]).rhs_is_weight]
     if stuck:
         raise failure(
             "export_onnx",
             f"node {stuck[0]}",
             expected="codes that int8 or uint8 holds with zero point 0",
-            got=f"codes from -255 to 0, the first of {len(stuck)} wide GELU twins",
+            got=f"codes that need another, in a product of two activations, the first of {len(stuck)}",
             do='use recipes.ptq4vit(twins="exact"), or a target of ONNX Runtime',
         )
     return separate_pairs(bound_in_front_of_division(without))
@@ -119,19 +123,30 @@ def check_openvino(model: onnx.ModelProto) -> None:
     for node in graph.nodes:
         if node.op_type not in (QUANTIZE, DEQUANTIZE):
             continue
-        zero_points, readers = graph.value(node.input[2]), graph.users(node)
+        readers = graph.users(node)
         places = sum(list(user.input).count(node.output[0]) for user in readers)
-        wanted, got = "zero point 0", f"{zero_points.reshape(-1)[0]}"
-        if not np.any(zero_points):
+        zero_points = graph.value(node.input[2])
+        wanted, got = "one reader", f"{places}"
+        if graph.constants[node.input[2]].data_type not in (TensorProto.INT8, TensorProto.UINT8):
             wanted, got = "8-bit codes (256 levels)", str(zero_points.dtype)
-            if graph.constants[node.input[2]].data_type in (TensorProto.INT8, TensorProto.UINT8):
-                wanted, got = "one reader", f"{places}"
+        elif np.any(zero_points) and not _multiplies_weight(graph, node):
+            wanted, got = "zero point 0", f"{zero_points.reshape(-1)[0]}"
         if (wanted, got) != ("one reader", "1"):
             raise failure("export_onnx", f"node {node.name}", expected=wanted, got=got, do="report this as a bug")
     for node in graph.nodes:
         if node.op_type in PRODUCTS and (site := _unsigned_right(graph, node)):
             reason = "its second operand has unsigned codes above 127, and OpenVINO multiplies int8 on that side only"
             warnings.warn(f"{site} will run in float in OpenVINO: {reason}", PTQWarning, stacklevel=2)
+
+
+def _multiplies_weight(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Return whether these codes are the first operand of products with constant codes."""
+    readers = graph.users(node)
+    if readers and all(reader.op_type == DEQUANTIZE for reader in readers):
+        return all(_multiplies_weight(graph, reader) for reader in readers)
+    rights = [graph.maker(reader, 1) for reader in readers if reader.op_type in PRODUCTS]
+    constant = [right is not None and right is not node and right.input[0] in graph.constants for right in rights]
+    return len(constant) == len(readers) and all(constant)
 
 
 def _unsigned_right(graph: OnnxGraph, product: onnx.NodeProto) -> str | None:

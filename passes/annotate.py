@@ -206,7 +206,7 @@ def _quantizer(
         quantizer = qconfig.softmax or quantizer
     elif source is not None and NEGATIVE_RANGE[source]:
         quantizer = qconfig.gelu or quantizer
-        if isinstance(quantizer, TwinUniform):
+        if isinstance(quantizer, TwinUniform) or (quantizer is not None and not quantizer.signed):
             quantizer = replace(quantizer, minimum=NEGATIVE_RANGE[source])
     elif source is not None and isinstance(quantizer, Uniform):
         quantizer = replace(quantizer, signed=False)

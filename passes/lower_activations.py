@@ -44,7 +44,7 @@ class Branch:
     @property
     def zero_point(self) -> int:
         """Put quant_min at code 0 if values fall below it, else quant_max at code 255."""
-        if self.below and self.above and self.quant_min < 0 < self.quant_max:
+        if self.below and self.above and self.quant_min == -self.quant_max - 1:
             return 128  # symmetric: the usual zero point, whatever the bits
         return -self.quant_min if self.below else UINT8_MAX - self.quant_max
 
@@ -103,7 +103,8 @@ def _uniform(graph_module: GraphModule, quantized: Node, module: UniformQuantize
         x = _call(graph_module, quantized, torch.div, x, divisor)
         head_scales.append(per_head)
         scale = unit
-    return _pair(graph_module, quantized, x, Branch("", scale, quantizer.quant_min, quantizer.quant_max))
+    below = int(quantizer.zero_point(scale))
+    return _pair(graph_module, quantized, x, Branch("", scale, -below, quantizer.top - below))
 
 
 def _write_sum(

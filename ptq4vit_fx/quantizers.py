@@ -1,8 +1,8 @@
 """Quantizers: specifications without tensors, and the parameters (tensors) that they need to run.
 
 A quantizer is pure: `codes` maps values to integers, `decode` maps them back, `fake_quantize` is both in one,
-bit for bit. Rounding is half-to-even everywhere, as in ONNX `QuantizeLinear`. Zero always maps to zero, so
-the zero point is 0; containers of a runtime (uint8 with zero point 128, say) are chosen at lowering.
+bit for bit. Rounding is half-to-even everywhere, as in ONNX `QuantizeLinear`. Codes count steps from zero, which is
+always coded exactly; containers of a runtime (uint8 with zero point 128, say) are chosen at lowering.
 """
 
 from __future__ import annotations
@@ -66,40 +66,51 @@ QParams = UniformParams | TwinParams
 
 @dataclass(frozen=True)
 class Uniform:
-    """Symmetric uniform quantizer: q = clamp(round(x / scale), quant_min, quant_max), x^ = scale * q.
+    """Uniform quantizer: q = clamp(round(x / scale), -zero_point, 2^k - 1 - zero_point), x^ = scale * q.
 
-    bits: 2 to 8. signed: codes -2^(k-1) .. 2^(k-1)-1, else 0 .. 2^k-1. granularity: one scale per tensor, per
-    head (axis -3 of an attention operand), per output channel of a weight, or per group of a weight's rows;
-    `groups` is filled in by annotation (3 for a fused q/k/v projection).
+    bits: 2 to 8. signed: half of the codes stand below zero (symmetric quantization), else only those that `minimum`
+    needs: zero_point = round(minimum / scale) codes for values down to -minimum, a bound that is known beforehand as
+    that of GELU is. granularity: one scale per tensor, per head (axis -3 of an attention operand), per output channel
+    of a weight, or per group of a weight's rows; `groups` is filled in by annotation (3 for a fused q/k/v projection).
+
+    Raises PTQError on other bits, a negative minimum, and a minimum of a signed grid or of several scales.
     """
 
     bits: int = 8
     signed: bool = True
     granularity: Granularity = "tensor"
     groups: int = 1
+    minimum: float = 0.0
 
     def __post_init__(self) -> None:
         check_bits("Uniform", self.bits)
+        if self.minimum < 0 or (self.minimum and (self.signed or self.granularity != "tensor")):
+            expected = "0 or more, and 0 if signed or if the granularity is not tensor"
+            do = "write Uniform(bits, signed=False, minimum=...), or leave minimum out"
+            raise failure("Uniform", "minimum", expected=expected, got=repr(self), do=do)
 
     @property
-    def quant_min(self) -> int:
-        return -int(2 ** (self.bits - 1)) if self.signed else 0
+    def top(self) -> int:
+        """The number of the last code, counted from the first: 2^k - 1."""
+        return int(2**self.bits - 1)
 
-    @property
-    def quant_max(self) -> int:
-        return int(2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
+    def zero_point(self, scale: Tensor) -> Tensor:
+        """Return how many codes stand below zero, float32 in the shape of `scale`."""
+        if self.signed:
+            return torch.full_like(scale, 2 ** (self.bits - 1))
+        return torch.round(self.minimum / scale).clamp(0, self.top)
 
     def initial_scale(self, absmax: Tensor) -> Tensor:
-        """Return absmax / 2^(k-1) (2^k if unsigned): the scale that candidates multiply. Same shape as absmax.
+        """Return absmax / 2^(k-1), (absmax + minimum) / 2^k if unsigned: what candidates multiply. Shape of absmax.
 
         A range of zero gives the scale 1: every value is then coded as zero, exactly.
         """
-        levels = 2 ** (self.bits - 1) if self.signed else 2**self.bits
-        return torch.where(absmax > 0, absmax / levels, torch.ones_like(absmax))
+        scale = absmax / 2 ** (self.bits - 1) if self.signed else (absmax + self.minimum) / 2**self.bits
+        return torch.where(absmax > 0, scale, torch.ones_like(absmax))
 
     def codes(self, x: Tensor, scale: Tensor) -> Tensor:
         """Return int32 codes of x; `scale` broadcasts over x."""
-        return torch.round(x / scale).clamp(self.quant_min, self.quant_max).to(torch.int32)
+        return self._rounded(x, scale).to(torch.int32)
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Return the float32 values of int32 codes."""
@@ -107,7 +118,15 @@ class Uniform:
 
     def fake_quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         """Return decode(codes(x)) without the integer detour (bit-equal: codes are exact in float32)."""
-        return (x / scale).round_().clamp_(self.quant_min, self.quant_max).mul_(scale)
+        return self._rounded(x, scale).mul_(scale)
+
+    def _rounded(self, x: Tensor, scale: Tensor) -> Tensor:
+        codes = (x / scale).round_()
+        if self.minimum:
+            below = self.zero_point(scale)
+            return codes.clamp_(-below, self.top - below)
+        first = -int(2 ** (self.bits - 1)) if self.signed else 0
+        return codes.clamp_(first, first + self.top)
 
 
 @dataclass(frozen=True)
@@ -268,5 +287,6 @@ def describe_quantizer(quantizer: Quantizer) -> str:
     if isinstance(quantizer, TwinUniform):
         return f"twin{quantizer.bits}{' wide' if quantizer.wide else ''}/{quantizer.form}"
     groups = f"[{quantizer.groups}]" if quantizer.granularity == "group" else ""
-    sign = "" if quantizer.signed else " unsigned"
+    below = f" from -{quantizer.minimum:.2g}" if quantizer.minimum else " unsigned"
+    sign = "" if quantizer.signed else below
     return f"uniform{quantizer.bits}{sign}/{quantizer.granularity}{groups}"

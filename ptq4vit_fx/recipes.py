@@ -72,7 +72,7 @@ def ptq4vit(
         softmax=Uniform(a_bits, signed=False, granularity="head")
         if uniform
         else TwinUniform(a_bits, "softmax", wide=wide),
-        gelu=None if uniform else TwinUniform(a_bits, "gelu", wide=wide),
+        gelu=Uniform(a_bits, signed=False) if uniform else TwinUniform(a_bits, "gelu", wide=wide),
         kernel=Uniform(w_bits, granularity="channel"),
         image=Uniform(8),
     )

@@ -188,8 +188,10 @@ def _uniform(op: QuantOp, plan: QuantPlan, shapes: ProductShapes) -> dict[Site, 
 
 
 def uniform_in_place_of(twin: TwinUniform, *, per_head: bool) -> Uniform:
-    """Return a uniform quantizer of as many bits: unsigned behind softmax, where every value is positive."""
-    return Uniform(twin.bits, signed=twin.form == "gelu", granularity="head" if per_head else "tensor")
+    """Return a uniform quantizer of as many bits, no code of which is wasted below the lowest value."""
+    if twin.form == "gelu":
+        return Uniform(twin.bits, signed=False, minimum=twin.minimum)
+    return Uniform(twin.bits, signed=False, granularity="head" if per_head else "tensor")
 
 
 def _cheapest(choices: list[TwinChoice], allowed: float) -> set[str]:

@@ -102,7 +102,9 @@ def quantized(case, folder):
     torch.manual_seed(case.seed)
     images = case.magnitude * torch.randn(8, case.heads * case.head_dim, case.side, case.side)
     twins = {
-        form: ptq.TwinUniform(case.a_bits, form, wide=case.twins == "wide") if case.twins else None
+        form: ptq.Uniform(case.a_bits, signed=False)
+        if case.twins == "unsigned"
+        else case.twins and ptq.TwinUniform(case.a_bits, form, wide=case.twins == "wide")
         for form in ("softmax", "gelu")
     }
     qconfig = ptq.QConfig(
@@ -160,7 +162,10 @@ def check_quantizers(converted, model, values):
             if branch:
                 low, high = _branch_limits(converted, site, branch)
             else:
-                low, high = quantizer.quant_min, quantizer.quant_max
+                below = (
+                    2 ** (quantizer.bits - 1) if quantizer.signed else np.rint(quantizer.minimum / stored[name].scale)
+                )
+                low, high = -below, 2**quantizer.bits - 1 - below
             np.testing.assert_array_equal(codes, np.rint(scaled).clip(low, high), err_msg=name)
             checked += 1
     return checked
@@ -242,7 +247,7 @@ cases = st.builds(
     a_bits=st.integers(2, 8),
     weights=st.sampled_from(["tensor", "channel", "group"]),
     matmul=st.sampled_from(["tensor", "head"]),
-    twins=st.sampled_from([None, "exact", "wide"]),
+    twins=st.sampled_from([None, "unsigned", "exact", "wide"]),
     magnitude=st.sampled_from([1e-3, 1.0, 300.0]),
     seed=st.integers(0, 2**16),
 )
@@ -254,6 +259,8 @@ cases = st.builds(
 @example(case=Case((Block("attention", bias=False), Block("gelu")), w_bits=4, a_bits=4, weights="group"))
 @example(case=Case((Block("attention"), Block("gelu")), twins="wide"))
 @example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="wide"))
+@example(case=Case((Block("attention"), Block("gelu")), twins="unsigned"))
+@example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="unsigned"))
 @example(case=Case((Block("relu"), Block("scores"), Block("linear")), w_bits=2, a_bits=3, matmul="tensor"))
 def test_the_runtime_computes_what_the_formulas_say(tmp_path_factory, case):
     folder = tmp_path_factory.mktemp("case")

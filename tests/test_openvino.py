@@ -77,6 +77,39 @@ def test_grids_of_six_bits_agree_as_well(tmp_path, small_images, many_images, tw
     assert same_logits >= 0.9
 
 
+@pytest.mark.parametrize(("twins", "products"), [("uniform", 8), ("wide", 10)])
+def test_codes_on_both_sides_of_zero_keep_their_zero_point_in_front_of_a_weight(
+    tmp_path, small_images, many_images, twins, products
+):
+    mapping = ptq.recipes.ptq4vit(7, 8, twins=twins)
+    converted = ptq.quantize(tiny_vit(), small_images, qconfig_mapping=mapping, progress=False)
+    path = tmp_path / "model.onnx"
+    ptq.export_onnx(converted, path, small_images[:1], target="openvino")
+    zero_points = {
+        t.name: int(numpy_helper.to_array(t).max()) for t in onnx.load(path).graph.initializer if "_point" in t.name
+    }
+    kept = {name.rpartition(".")[0]: value for name, value in zero_points.items() if value}
+    assert set(kept) == {"blocks.0.mlp.fc2:lhs" + ("_fine" if twins == "wide" else "")}
+    graph = openvino_graph(path)
+    assert len(graph.integer_products) == products
+    assert graph.float_products == {}
+    same_class, same_logits = agreement(path, many_images)
+    assert same_class >= 0.99
+    assert same_logits >= 0.9
+
+
+def test_such_codes_are_refused_in_a_product_of_activations(tmp_path, small_images):
+    class Products(torch.nn.Module):
+        def forward(self, x):
+            return torch.matmul(torch.nn.functional.gelu(x[:, 0]), x[:, 1]).flatten(1)
+
+    mapping = ptq.recipes.ptq4vit(twins="uniform")
+    converted = ptq.quantize(Products(), small_images, qconfig_mapping=mapping, progress=False)
+    with pytest.raises(ptq.PTQError, match=r"matmul:lhs/QuantizeLinear.*in a product of two activations"):
+        ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1], target="openvino")
+    assert not list(tmp_path.iterdir())
+
+
 def test_eight_bit_weights_are_exact_where_the_cpu_is(tmp_path, small_images, many_images):
     converted = ptq.quantize(tiny_vit(), small_images, progress=False)
     ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1], target="openvino")

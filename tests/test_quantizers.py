@@ -29,6 +29,33 @@ def test_uniform_is_the_formula(bits, scale, seed):
 
 
 @settings(deadline=None, max_examples=60)
+@given(BITS, st.floats(0.001, 3.0), st.sampled_from(sorted(set(NEGATIVE_RANGE.values()))), st.integers(0, 2**31))
+def test_an_unsigned_grid_spends_no_code_below_the_minimum(bits, scale, minimum, seed):
+    x = np.random.default_rng(seed).normal(1, 2, 500).clip(-minimum).astype(np.float32)
+    s, top = np.float32(scale), 2**bits - 1
+    below = min(np.rint(np.float32(minimum) / s), top)
+    expected = s * np.clip(np.rint(x / s), -below, top - below)
+    quantizer, params = Uniform(bits, signed=False, minimum=minimum), torch.tensor(s)
+    assert int(quantizer.zero_point(params)) == below
+    actual = quantizer.fake_quantize(torch.from_numpy(x), params)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+    codes = quantizer.codes(torch.from_numpy(x), params)
+    assert torch.equal(quantizer.decode(codes, params), actual)
+    assert int(codes.max() - codes.min()) <= top
+    inside = x <= s * (top - below)
+    if below < top:  # else the scale is too small to hold the negatives
+        assert (np.abs(actual.numpy() - x)[inside] <= s / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"minimum": 0.1}, {"minimum": -0.1, "signed": False}, {"minimum": 0.1, "granularity": "head"}]
+)
+def test_a_minimum_that_a_grid_cannot_have_is_refused(arguments):
+    with pytest.raises(PTQError, match="Uniform: minimum: expected 0 or more, and 0 if signed"):
+        Uniform(**arguments)
+
+
+@settings(deadline=None, max_examples=60)
 @given(BITS, st.integers(0, 10), st.integers(0, 2**31))
 def test_softmax_twin_is_the_formula(bits, shift, seed):
     x = np.random.default_rng(seed).beta(0.2, 4, 500).astype(np.float32)

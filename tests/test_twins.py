@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
 import torch
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.digits import load_digits_images, load_digits_model
 from ptq4vit_fx.export.product_timing import ProductShapes, measure_product, product_model
 from ptq4vit_fx.export.runtime_graph import runtime_graph
 
@@ -21,20 +21,21 @@ def timing(shapes):
 
 
 @pytest.fixture(scope="module")
-def sharp_vit(small_vit):
-    """Attention and GELU as in a trained model: a few large values, which random weights do not give."""
-    network = copy.deepcopy(small_vit)
-    for block in network.blocks:
-        block.attn.qkv.weight.data *= 8
-        block.mlp.fc1.weight.data *= 8
-    return network
+def digits_vit():
+    """Trained: attention and GELU have a few large values, which random weights do not give."""
+    return load_digits_model()
 
 
 @pytest.fixture(scope="module")
-def calibrated(sharp_vit, small_images):
+def digits():
+    return load_digits_images("train")[0][:8]
+
+
+@pytest.fixture(scope="module")
+def calibrated(digits_vit, digits):
     mapping = ptq.recipes.ptq4vit(4, 4).with_search(**SEARCH)
-    prepared = ptq.prepare_fx(sharp_vit, mapping, small_images[:1])
-    ptq.calibrate(prepared, small_images, progress=False)
+    prepared = ptq.prepare_fx(digits_vit, mapping, digits[:1])
+    ptq.calibrate(prepared, digits, progress=False)
     return prepared
 
 
@@ -43,15 +44,15 @@ def choose(calibrated, images, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def everything_uniform(calibrated, small_images):
-    return choose(calibrated, small_images, uniform=[".*"])
+def everything_uniform(calibrated, digits):
+    return choose(calibrated, digits, uniform=[".*"])
 
 
-def test_uniform_everywhere_is_the_recipe_without_twins(sharp_vit, small_images, everything_uniform):
+def test_uniform_everywhere_is_the_recipe_without_twins(digits_vit, digits, everything_uniform):
     chosen, report = everything_uniform
     mapping = ptq.recipes.ptq4vit(4, 4, twins="uniform").with_search(**SEARCH)
-    prepared = ptq.prepare_fx(sharp_vit, mapping, small_images[:1])
-    expected = ptq.calibrate(prepared, small_images, progress=False)
+    prepared = ptq.prepare_fx(digits_vit, mapping, digits[:1])
+    expected = ptq.calibrate(prepared, digits, progress=False)
     assert chosen.plan.quantizers == prepared.plan.quantizers
     assert chosen.calibration.fingerprint() == expected.fingerprint()
     assert chosen.calibration.distances == expected.distances
@@ -62,14 +63,14 @@ def test_uniform_everywhere_is_the_recipe_without_twins(sharp_vit, small_images,
     assert report.added == pytest.approx(added / report.total)
 
 
-def test_auto_adds_least_per_second_and_stays_below_its_tolerance(calibrated, small_images, everything_uniform):
+def test_auto_adds_least_per_second_and_stays_below_its_tolerance(calibrated, digits, everything_uniform):
     choices = everything_uniform[1].choices
     total = everything_uniform[1].total
     assert len(choices) == 4
     dear = sum(max(0.0, choice.added) for choice in choices) / total
     assert dear > 0
     for tolerance in (0.0, 0.2 * dear, 0.6 * dear, 1.001 * dear):
-        _, report = choose(calibrated, small_images, tolerance=tolerance)
+        _, report = choose(calibrated, digits, tolerance=tolerance)
         chosen = [choice for choice in report.choices if choice.chosen == "uniform"]
         assert report.added <= tolerance + 1e-12
         for out, into in itertools.product((c for c in report.choices if c.chosen == "twin"), chosen):
@@ -80,26 +81,24 @@ def test_auto_adds_least_per_second_and_stays_below_its_tolerance(calibrated, sm
     assert len(chosen) == 4
 
 
-def test_a_twin_that_costs_no_time_stays(calibrated, small_images):
-    _, report = ptq.choose_twins(
-        calibrated, small_images, tolerance=1e9, timing=lambda shapes: (1.0, 1.0), progress=False
-    )
+def test_a_twin_that_costs_no_time_stays(calibrated, digits):
+    _, report = ptq.choose_twins(calibrated, digits, tolerance=1e9, timing=lambda shapes: (1.0, 1.0), progress=False)
     assert {choice.chosen for choice in report.choices} == {"twin"}
     assert report.added == 0.0
 
 
-def test_chosen_products_are_named_one_product_each_and_proved(tmp_path, calibrated, small_images):
+def test_chosen_products_are_named_one_product_each_and_proved(tmp_path, calibrated, digits):
     before = calibrated.calibration.fingerprint()
-    chosen, report = choose(calibrated, small_images, uniform=[r"blocks\.1\..*", "blocks.0.attn.matmul_av"])
+    chosen, report = choose(calibrated, digits, uniform=[r"blocks\.1\..*", "blocks.0.attn.matmul_av"])
     assert calibrated.calibration.fingerprint() == before
     assert sum(isinstance(q, ptq.TwinUniform) for q in calibrated.plan.quantizers.values()) == 4
     left = [key for key, q in chosen.plan.quantizers.items() if isinstance(q, ptq.TwinUniform)]
     assert left == ["blocks.0.mlp.fc2:lhs"]
     assert "3 of 4 twins become uniform: the model's distance grows by" in str(report)
     converted = ptq.convert_fx(chosen)
-    exported = ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1])
+    exported = ptq.export_onnx(converted, tmp_path / "model.onnx", digits[:1])
     assert exported.path.exists()
-    verified = ptq.verify_onnx(tmp_path / "model.onnx", converted, small_images)
+    verified = ptq.verify_onnx(tmp_path / "model.onnx", converted, digits)
     assert verified.same_functions.bit_equal == 1.0
     assert ptq.Calibration.load(saved(chosen, tmp_path)).plan == chosen.plan
 
@@ -122,9 +121,9 @@ def test_the_timed_products_are_integer_products(lhs, rhs, kind):
     assert all(seconds > 0 for seconds in measure_product(shapes))
 
 
-def test_what_cannot_be_chosen_is_refused_in_one_sentence(small_vit, small_images, calibrated):
+def test_what_cannot_be_chosen_is_refused_in_one_sentence(small_vit, small_images, calibrated, digits):
     with pytest.raises(ptq.PTQError, match=r"choose_twins: 'blocks.9': expected a product with a twin, got no match"):
-        choose(calibrated, small_images, uniform=["blocks.9"])
+        choose(calibrated, digits, uniform=["blocks.9"])
     with pytest.raises(ptq.PTQError, match="expected a calibrated model, got one without scales"):
         choose(ptq.prepare_fx(small_vit, ptq.recipes.ptq4vit(), small_images[:1]), small_images)
     with pytest.raises(ptq.PTQError, match="expected a calibrated model"):
