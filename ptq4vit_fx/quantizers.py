@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 import torch
@@ -267,7 +268,7 @@ def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def quantizer_from_dict(record: dict[str, Any]) -> Quantizer:
-    """Return the quantizer of a dictionary; raises PTQError on an unknown kind."""
+    """Return the quantizer of a dictionary; raises PTQError on an unknown kind or field."""
     kinds: dict[str, type[Uniform] | type[TwinUniform]] = {"Uniform": Uniform, "TwinUniform": TwinUniform}
     fields = dict(record)
     kind = fields.pop("kind", None)
@@ -279,6 +280,10 @@ def quantizer_from_dict(record: dict[str, Any]) -> Quantizer:
             got=repr(kind),
             do="save the plan again with this version",
         )
+    unknown = sorted(set(fields) - {field.name for field in dataclass_fields(kinds[kind])})
+    if unknown:
+        expected, do = "fields that this version knows", "read it with the version that wrote it"
+        raise failure("quantizer_from_dict", kind, expected=expected, got=", ".join(unknown), do=do)
     return kinds[kind](**fields)
 
 

@@ -60,7 +60,8 @@ def ptq4vit(
 
     twins: "exact" is the paper's, both ranges in one k-bit code; "wide" has 2^k codes in each range, half the steps at
     the same cost in ONNX, where the two ranges are two products anyway; "uniform" searches one uniform scale in the
-    place of every twin: half the products behind softmax and GELU, and less accuracy, most of all below 8 bits.
+    place of every twin, unsigned behind softmax and from the activation's minimum behind GELU: half the products there.
+    At 8 bits the latter is as good as the twin, the former costs accuracy (docs/speed.md); below 8 bits both do.
     """
     check_bits("recipes.ptq4vit", w_bits)
     check_bits("recipes.ptq4vit", a_bits)

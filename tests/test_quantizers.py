@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ptq4vit_fx import PTQError, TwinUniform, Uniform
 from ptq4vit_fx.activations import NEGATIVE_RANGE
+from ptq4vit_fx.quantizers import quantizer_from_dict, quantizer_to_dict
 
 BITS = st.integers(2, 8)
 
@@ -135,3 +136,14 @@ def test_wide_gelu_twin_is_the_formula_and_covers_the_negatives(bits, scale, see
 def test_bits_out_of_range_are_refused(bits):
     with pytest.raises(PTQError, match="expected an integer from 2 to 8"):
         Uniform(bits)
+
+
+def test_quantizers_are_read_back_and_those_of_another_version_refused():
+    record = quantizer_to_dict(Uniform(6, signed=False, minimum=0.17))
+    assert quantizer_from_dict(record) == Uniform(6, signed=False, minimum=0.17)
+    del record["minimum"]  # as plans were written before grids had one
+    assert quantizer_from_dict(record) == Uniform(6, signed=False)
+    with pytest.raises(PTQError, match="Uniform: expected fields that this version knows, got offset"):
+        quantizer_from_dict(record | {"offset": 1})
+    with pytest.raises(PTQError, match="kind: expected Uniform or TwinUniform, got 'Log'"):
+        quantizer_from_dict({"kind": "Log"})
