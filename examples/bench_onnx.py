@@ -103,8 +103,8 @@ def write_peers(folder: Path, images: Tensor) -> None:
 def write_ours(model: nn.Module, images: Tensor, search: dict[str, Any], folders: dict[str, Path]) -> None:
     """Export ours with each kind of twins for each target (target -> folder), wide ones for ONNX Runtime alone.
 
-    In OpenVINO these cost what exact ones do. "auto" is the calibrated exact one with uniform quantizers where these add
-    little and save time on this machine.
+    In OpenVINO these cost what exact ones do. "auto" is the calibrated exact one with uniform quantizers where these
+    add little and save time on this machine.
     """
 
     def write(kind: str, prepared: GraphModule) -> None:
