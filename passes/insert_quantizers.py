@@ -82,6 +82,7 @@ def _insert(
     with graph_module.graph.inserting_before(node):
         quantized = graph_module.graph.call_module(target, (node.args[index],))
     quantized.meta["ptq4vit_site"] = key
+    quantized.meta["tensor_meta"] = node.args[index].meta["tensor_meta"]  # type: ignore[union-attr]
     return adopt_meta(quantized, node)
 
 

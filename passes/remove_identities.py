@@ -1,7 +1,10 @@
-"""Remove what does nothing in evaluation mode: Identity, Dropout, DropPath."""
+"""Remove what does nothing in evaluation mode: Identity, Dropout, DropPath, and slices that leave nothing out."""
 
 from __future__ import annotations
 
+import sys
+
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
@@ -34,4 +37,6 @@ def _is_identity(node: Node, modules: dict[str, nn.Module]) -> bool:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         return training is False or bool(probability == 0.0)
+    if node.target is torch.ops.aten.slice.Tensor:  # torch.export writes x[:, 0] as x[:][:, 0]
+        return node.args[2:] == (0, sys.maxsize)
     return False

@@ -31,6 +31,7 @@ from ptq4vit_fx.passes.lower_activations import lower_activations
 from ptq4vit_fx.passes.lower_linears import lower_linears
 from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
 from ptq4vit_fx.passes.lower_products import lower_products
+from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
 from ptq4vit_fx.passes.open_einsum import open_einsum
 from ptq4vit_fx.passes.record_shapes import record_shapes
 from ptq4vit_fx.passes.remove_identities import remove_identities
@@ -163,6 +164,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
         )
     graph_module = copy.deepcopy(prepared)
     insert_quantizers(graph_module, calibration.plan.quantizers, calibration.params)
+    narrow_tokens(graph_module)
     lower_patch_convolution(graph_module)
     fold_weights(graph_module)
     lower_activations(graph_module)

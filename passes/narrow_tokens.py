@@ -1,0 +1,238 @@
+"""Compute only the tokens that somebody reads.
+
+A classifier reads one token of the last block: its projection, MLP and norms, and the rows of its attention, need not
+be computed for the others. Every operation between the attention's queries and the head treats tokens apart, so the
+values that are left do not change.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from ptq4vit_fx.passes.contract import graph_pass
+from ptq4vit_fx.passes.dataflow import adopt_meta
+from ptq4vit_fx.passes.decompose_attention import add_mask
+from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
+from ptq4vit_fx.passes.stages import Stage
+
+#: Calls that compute every element of their result from the elements at the same place.
+ELEMENTWISE = frozenset(
+    {
+        *("add", "sub", "mul", "div", "truediv", "neg", "sigmoid", "tanh", "exp", "contiguous", "clone"),
+        *("gelu", "silu", "relu", "relu6", "hardswish", "hardsigmoid", add_mask.__name__),
+    }
+)
+#: Reshapes that are given every size, and those that are not.
+SIZED = frozenset({"reshape", "view", "_unsafe_view"})
+UNSIZED = frozenset({"flatten", "unflatten"})
+
+
+@dataclass(frozen=True)
+class Span:
+    """The entries from start to stop of one dimension of a tensor."""
+
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@graph_pass(before=Stage.SIMULATED, after=Stage.SIMULATED)
+def narrow_tokens(graph_module: GraphModule) -> int:
+    """Narrow every operation of which no more than half is read, as far up as tokens stay apart; return their number.
+
+    Nothing matches a model that reads all of its tokens, as one with average pooling does.
+    """
+    spans = read_spans(graph_module)
+    cut: dict[tuple[Node, Span], Node] = {}
+    for node in list(graph_module.graph.nodes):
+        for operand, span in _wanted(graph_module, node, spans).items():
+            has = spans.get(operand, Span(span.dim, 0, _shape(operand)[span.dim]))
+            inside = Span(span.dim, span.start - has.start, span.stop - has.start)
+            if _selection(node) is not None:
+                node.replace_all_uses_with(_select(graph_module, operand, inside, like=node))
+            elif has != span:
+                if (operand, span) not in cut:
+                    cut[operand, span] = _select(graph_module, operand, inside)
+                node.replace_input_with(operand, cut[operand, span])
+        if node in spans:
+            _narrow(node, spans[node])
+    return len(spans)
+
+
+def read_spans(graph_module: GraphModule) -> dict[Node, Span]:
+    """Return the nodes of which no more than half is read and can be computed alone, with the part that is read."""
+    spans: dict[Node, Span] = {}
+    for node in reversed(graph_module.graph.nodes):
+        wanted = [_wanted(graph_module, user, spans).get(node) for user in node.users]
+        known = [span for span in wanted if span is not None]
+        if not known or len(known) < len(wanted) or len({span.dim for span in known}) > 1:
+            continue
+        span = Span(known[0].dim, min(s.start for s in known), max(s.stop for s in known))
+        if 2 * span.length <= _shape(node)[span.dim] and _reads(graph_module, node, span.dim) is not None:
+            spans[node] = span
+    return spans
+
+
+def _wanted(graph_module: GraphModule, node: Node, spans: dict[Node, Span]) -> dict[Node, Span]:
+    """Return operand -> the part of it that this node reads, where that is not all of it."""
+    selection = _selection(node)
+    if selection is not None:
+        return {node.all_input_nodes[0]: selection}
+    span = spans.get(node)
+    reads = _reads(graph_module, node, span.dim) if span is not None else None
+    return {operand: Span(dim, span.start, span.stop) for operand, dim in reads.items()} if span and reads else {}
+
+
+def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] | None:
+    """Return operand -> the dimension of which a part is enough for that part of dimension `dim` of the result.
+
+    None if the node needs all of its operands for any part of its result, or if what it does is not known.
+    """
+    operands = [value for value in node.args if _has_shape(value)]
+    if not operands or not _has_shape(node):
+        return None
+    name, shape, first = _name(node), _shape(node), operands[0]
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, UniformQuantizer):
+            per_entry = module.axis is not None and module.axis % len(shape) == dim
+            return None if per_entry else {first: dim}
+        return {first: dim} if isinstance(module, TwinQuantizer) else None
+    if name in ELEMENTWISE and len(node.all_input_nodes) == len(operands):
+        aligned = [(value, dim - len(shape) + len(_shape(value))) for value in operands]
+        return _unless_batch({v: d for v, d in aligned if d >= 0 and _shape(v)[d] == shape[dim]})
+    if name == "linear":
+        return _unless_batch({first: dim}) if dim < len(shape) - 1 else None
+    if name == "layer_norm":
+        sizes: Any = node.args[1] if len(node.args) > 1 else shape
+        return _unless_batch({first: dim}) if dim < len(shape) - len(sizes) else None
+    if name == "softmax":
+        axis: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        return _unless_batch({first: dim}) if isinstance(axis, int) and axis % len(shape) != dim else None
+    if name == "matmul":
+        rows = dim == len(shape) - 2 and len(_shape(first)) == len(shape) and first is not operands[1]
+        return _unless_batch({first: dim}) if rows else None
+    if name in ("transpose", "swapaxes", "permute"):
+        order = _order(name, node.args[1:], len(shape))
+        return _unless_batch({first: order[dim]}) if order is not None else None
+    if name in SIZED | UNSIZED:
+        return _reshaped(node, first, dim)
+    return None
+
+
+def _unless_batch(reads: dict[Node, int]) -> dict[Node, int] | None:
+    """The first dimension of an operand may be, or hold, the batch, of which the example says nothing."""
+    return reads if reads and all(reads.values()) else None
+
+
+def _order(name: str, arguments: tuple[Any, ...], ndim: int) -> list[int] | None:
+    """Return for each dimension of a permutation's result the one of its operand."""
+    numbers = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+    if not all(isinstance(number, int) for number in numbers):
+        return None
+    if name == "permute":
+        return [number % ndim for number in numbers]
+    order, (a, b) = list(range(ndim)), numbers
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _reshaped(node: Node, operand: Node, dim: int) -> dict[Node, int] | None:
+    """Return the dimension as that of the operand if the reshape leaves it, and all in front of it, as they are."""
+    if _name(node) in SIZED and len(_sizes(node)) != len(_shape(node)):
+        return None
+    same = _shape(operand)[: dim + 1] == _shape(node)[: dim + 1]
+    return _unless_batch({operand: dim}) if same else None
+
+
+def _sizes(node: Node) -> tuple[Any, ...]:
+    """Return the sizes that a reshape is called with, in one argument or an argument each."""
+    listed = len(node.args) == 2 and isinstance(node.args[1], (tuple, list))
+    return tuple(node.args[1] if listed else node.args[1:])  # type: ignore[arg-type]
+
+
+def _narrow(node: Node, span: Span) -> None:
+    """Correct what a narrowed node says of its own size."""
+    if _name(node) in SIZED:
+        sizes = _sizes(node)
+        node.args = (node.args[0], (*sizes[: span.dim], span.length, *sizes[span.dim + 1 :]))
+    _set_shape(node, (*_shape(node)[: span.dim], span.length, *_shape(node)[span.dim + 1 :]))
+
+
+def _select(graph_module: GraphModule, operand: Node, span: Span, like: Node | None = None) -> Node:
+    """Insert the selection of a part behind its operand, or in place of the selection `like`."""
+    shape = _shape(operand)
+    single = like is not None and len(_shape(like)) < len(shape)
+    entry = span.start if single else slice(span.start, span.stop)
+    at = graph_module.graph.inserting_after(operand) if like is None else graph_module.graph.inserting_before(like)
+    with at:
+        index = (*(slice(None) for _ in range(span.dim)), entry)
+        node = graph_module.graph.call_function(operator.getitem, (operand, index))
+    node.meta["tensor_meta"] = operand.meta["tensor_meta"]
+    _set_shape(node, (*shape[: span.dim], *(() if single else (span.length,)), *shape[span.dim + 1 :]))
+    return adopt_meta(node, like or operand)
+
+
+def _selection(node: Node) -> Span | None:
+    """Return the part that a selection reads, as `x[:, 0]` or `x.select(1, 0)` do, None if it is no such selection.
+
+    Nothing is known of the size and of the end of the first dimension, the batch.
+    """
+    if len(node.args) < 2 or not _has_shape(node.args[0]) or not _has_shape(node):
+        return None
+    index: Any
+    name, shape, dim, index = _name(node), _shape(node.all_input_nodes[0]), node.args[1], None
+    if name == "getitem":
+        entries = dim if isinstance(dim, tuple) else (dim,)
+        partial = [(place, entry) for place, entry in enumerate(entries) if entry != slice(None)]
+        if len(partial) != 1 or not all(isinstance(entry, (int, slice)) for entry in entries):
+            return None
+        ((dim, index),) = partial
+    elif name == "select" and len(node.args) == 3:
+        index = node.args[2]
+    elif name == "slice" and len(node.args) == 4:
+        index = slice(*node.args[2:])
+    bounds = [index.start, index.stop, index.step or 1] if isinstance(index, slice) else [index]
+    known = all(isinstance(bound, int) and bound >= 0 for bound in [bounds[0] or 0, *bounds[1:]])
+    if index is None or not isinstance(dim, int) or dim % len(shape) == 0 or not known:
+        return None
+    dim %= len(shape)
+    if isinstance(index, int):
+        return Span(dim, index, index + 1)
+    start, stop, step = index.indices(shape[dim])
+    return Span(dim, start, stop) if step == 1 and start < stop else None
+
+
+def _set_shape(node: Node, shape: tuple[int, ...]) -> None:
+    node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=shape)
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["tensor_meta"].shape)
+
+
+def _has_shape(node: Any) -> TypeGuard[Node]:
+    return isinstance(node, Node) and hasattr(node.meta.get("tensor_meta"), "shape")
+
+
+def _name(node: Node) -> str:
+    """Return what a call of torch is called, in whichever of its three spellings; "" for anything else."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    if isinstance(node.target, types.FunctionType) and not node.target.__module__.startswith(("torch.", "ptq4vit_fx.")):
+        return ""
+    return str(getattr(node.target, "__name__", ""))
