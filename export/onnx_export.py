@@ -160,25 +160,26 @@ def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -
         CALIBRATION_KEY: calibration.fingerprint(),
         PROVENANCE_KEY: json.dumps(calibration.provenance),
         TARGET_KEY: target,
-        SCALES_KEY: json.dumps(_scales_elsewhere(converted)),
+        SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
     }
     onnx.helper.set_model_props(model, values)
     model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
 
 
-def _scales_elsewhere(converted: GraphModule) -> dict[str, str]:
-    """Return site -> calibrated scales, encoded, of the sites whose quantizer in the graph has others.
+def _scales_elsewhere(model: onnx.ModelProto, converted: GraphModule) -> dict[str, str]:
+    """Return site -> calibrated scales, encoded, of the sites of whose scales the file has no tensor.
 
     Scales per head are divided out in front of a quantizer of scale 1, often in the weights of a projection
-    (fold_head_scales.py), whose own scales are then others too.
+    (fold_head_scales.py), whose own scales are then others too. A target may hold a weight in parts.
     """
+    stored = {tensor.name for tensor in model.graph.initializer}
     calibration = calibration_of(converted)
     assert calibration is not None
     elsewhere = {}
     for site, params in calibration.params.items():
         if isinstance(params, UniformParams):
             in_graph = get_attribute(converted, f"{site.replace(':', '.')}.scale")
-            if not torch.equal(in_graph, params.scale):
+            if f"{site}.scale" not in stored or not torch.equal(in_graph, params.scale):
                 elsewhere[site] = encode_scales(params.scale.numpy())
     return elsewhere
 

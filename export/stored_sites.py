@@ -52,7 +52,9 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             name = _name(node)
             is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
-            if name not in found and (is_constant or node.op_type == "QuantizeLinear"):
+            if is_constant and name in found:
+                found[name] = _joined(found[name], _read(node, node, constants, is_constant))
+            elif name not in found and (is_constant or node.op_type == "QuantizeLinear"):
                 found[name] = _read(node, readers.get(node.output[0], node), constants, is_constant)
     for site, name in _through_products(model, makers).items():
         if name in found:
@@ -91,6 +93,18 @@ def _read(
         axis=next((attribute.i for attribute in dequantize.attribute if attribute.name == "axis"), 1),
         source=_name(node),
     )
+
+
+def _joined(first: StoredSite, second: StoredSite) -> StoredSite:
+    """Return a weight that the file holds in parts, as columns of one matrix (split_projections.py)."""
+    assert first.codes is not None
+    assert second.codes is not None
+    codes = np.concatenate([first.codes, second.codes], axis=-1)
+    if not first.scale.ndim:
+        return replace(first, codes=codes)
+    scale = np.concatenate([first.scale, second.scale])
+    zero_point = np.concatenate([first.zero_point, second.zero_point])
+    return replace(first, codes=codes, scale=scale, zero_point=zero_point)
 
 
 def _through_products(model: onnx.ModelProto, makers: dict[str, onnx.NodeProto]) -> dict[str, str]:

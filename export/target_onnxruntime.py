@@ -15,20 +15,20 @@ from onnx import TensorProto, helper, numpy_helper
 from ptq4vit_fx.export.containers import activation_quantizers, copy_of, to_signed, with_unsigned_weights
 from ptq4vit_fx.export.naming import HEAD_SCALE
 from ptq4vit_fx.export.onnx_graph import OnnxGraph
+from ptq4vit_fx.export.split_projections import with_split_projections
 from ptq4vit_fx.export.target_generic import check_generic, check_types
 from ptq4vit_fx.plan import QuantPlan
 
 
 def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which, if the batch is fixed, a bias behind a product has the shape (1, 1, columns).
+    """If the batch is fixed, give a bias behind a product the shape (1, 1, columns); in place, return the model.
 
     MatMul and Add of known shapes become Gemm, for which the runtime has no integer kernel with float output, unless
     the bias has more dimensions than Gemm takes (onnxruntime/core/optimizer/matmul_add_fusion.cc).
     """
-    copy = copy_of(model)
-    if any(dim.dim_param for value in copy.graph.input for dim in value.type.tensor_type.shape.dim):
-        return copy
-    graph = OnnxGraph(copy)
+    if any(dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim):
+        return model
+    graph = OnnxGraph(model)
     for add in graph.nodes:
         for index, name in enumerate(add.input if add.op_type == "Add" else ()):
             product = graph.maker(add, 1 - index)
@@ -36,13 +36,13 @@ def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
             if product is None or product.op_type != "MatMul" or bias is None or len(bias.dims) != 1:
                 continue
             deep = numpy_helper.from_array(graph.value(name).reshape(1, 1, -1), f"{add.name}.bias")
-            copy.graph.initializer.append(deep)
+            model.graph.initializer.append(deep)
             add.input[index] = deep.name
-    used = {name for node in copy.graph.node for name in node.input}
-    kept = [tensor for tensor in copy.graph.initializer if tensor.name in used]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(kept)
-    return copy
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
 
 
 def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -85,12 +85,16 @@ def _own_constant(model: onnx.ModelProto, node: onnx.NodeProto, name: str, value
     node.input[list(node.input).index(name)] = f"{node.name}.scale"
 
 
+def _rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
+    return with_deep_biases(with_split_projections(with_scales_along_heads(copy_of(model))))
+
+
 def rewrite_x86(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     """Return a copy with uint8 activations and int8 weights as they are: the fastest pair with VNNI and AMX.
 
     Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "Data type selection".
     """
-    return with_scales_along_heads(with_deep_biases(model))
+    return _rewrite(model)
 
 
 def check_x86(model: onnx.ModelProto) -> None:
@@ -100,7 +104,7 @@ def check_x86(model: onnx.ModelProto) -> None:
 
 def rewrite_avx2(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     """Return a copy with uint8 weights: without VNNI the u8 x s8 kernels saturate (same page; `products_saturate`)."""
-    return with_scales_along_heads(with_deep_biases(with_unsigned_weights(model)))
+    return _rewrite(with_unsigned_weights(model))
 
 
 def check_avx2(model: onnx.ModelProto) -> None:
@@ -116,7 +120,7 @@ def rewrite_arm(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
     qdq_selector_action_transformer.h). Unsigned codes 0 .. 255 do not fit int8 with zero point 0; a zero point of -128
     holds the same values at the same cost, because a kernel corrects for a zero point once per row.
     """
-    return with_scales_along_heads(with_deep_biases(to_signed(model)))
+    return _rewrite(to_signed(model))
 
 
 def check_arm(model: onnx.ModelProto) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,32 @@ def moves_only(node: Node) -> bool:
     if isinstance(node.target, OpOverload):
         return node.target.overloadpacket in MOVING_OPERATORS
     return node.op == "call_function" and node.target in MOVING_FUNCTIONS
+
+
+def call_name(node: Node) -> str:
+    """Return what a call of torch, or of this package, is called, in whichever spelling; "" for anything else."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    if isinstance(node.target, types.FunctionType) and not node.target.__module__.startswith(("torch.", "ptq4vit_fx.")):
+        return ""
+    return str(getattr(node.target, "__name__", ""))
+
+
+def permutation(node: Node, ndim: int) -> list[int] | None:
+    """Return for each dimension of the result the one of the operand, None if the node permutes no dimensions."""
+    name, arguments = call_name(node), node.args[1:]
+    numbers: Any = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+    if name not in ("transpose", "swapaxes", "permute") or not all(isinstance(number, int) for number in numbers):
+        return None
+    if name == "permute":
+        return [number % ndim for number in numbers]
+    order, (a, b) = list(range(ndim)), numbers
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def origin(node: Node) -> Node:

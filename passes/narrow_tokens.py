@@ -8,15 +8,13 @@ values that are left do not change.
 from __future__ import annotations
 
 import operator
-import types
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
+from ptq4vit_fx.passes.dataflow import adopt_meta, call_name, permutation
 from ptq4vit_fx.passes.decompose_attention import add_mask
 from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
 from ptq4vit_fx.passes.stages import Stage
@@ -101,7 +99,7 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
     operands = [value for value in node.args if _has_shape(value)]
     if not operands or not _has_shape(node):
         return None
-    name, shape, first = _name(node), _shape(node), operands[0]
+    name, shape, first = call_name(node), _shape(node), operands[0]
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, UniformQuantizer):
@@ -122,9 +120,9 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
     if name == "matmul":
         rows = dim == len(shape) - 2 and len(_shape(first)) == len(shape) and first is not operands[1]
         return _unless_batch({first: dim}) if rows else None
-    if name in ("transpose", "swapaxes", "permute"):
-        order = _order(name, node.args[1:], len(shape))
-        return _unless_batch({first: order[dim]}) if order is not None else None
+    order = permutation(node, len(shape))
+    if order is not None:
+        return _unless_batch({first: order[dim]})
     if name in SIZED | UNSIZED:
         return _reshaped(node, first, dim)
     return None
@@ -135,21 +133,9 @@ def _unless_batch(reads: dict[Node, int]) -> dict[Node, int] | None:
     return reads if reads and all(reads.values()) else None
 
 
-def _order(name: str, arguments: tuple[Any, ...], ndim: int) -> list[int] | None:
-    """Return for each dimension of a permutation's result the one of its operand."""
-    numbers = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
-    if not all(isinstance(number, int) for number in numbers):
-        return None
-    if name == "permute":
-        return [number % ndim for number in numbers]
-    order, (a, b) = list(range(ndim)), numbers
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
 def _reshaped(node: Node, operand: Node, dim: int) -> dict[Node, int] | None:
     """Return the dimension as that of the operand if the reshape leaves it, and all in front of it, as they are."""
-    if _name(node) in SIZED and len(_sizes(node)) != len(_shape(node)):
+    if call_name(node) in SIZED and len(_sizes(node)) != len(_shape(node)):
         return None
     same = _shape(operand)[: dim + 1] == _shape(node)[: dim + 1]
     return _unless_batch({operand: dim}) if same else None
@@ -163,7 +149,7 @@ def _sizes(node: Node) -> tuple[Any, ...]:
 
 def _narrow(node: Node, span: Span) -> None:
     """Correct what a narrowed node says of its own size."""
-    if _name(node) in SIZED:
+    if call_name(node) in SIZED:
         sizes = _sizes(node)
         node.args = (node.args[0], (*sizes[: span.dim], span.length, *sizes[span.dim + 1 :]))
     _set_shape(node, (*_shape(node)[: span.dim], span.length, *_shape(node)[span.dim + 1 :]))
@@ -191,7 +177,7 @@ def _selection(node: Node) -> Span | None:
     if len(node.args) < 2 or not _has_shape(node.args[0]) or not _has_shape(node):
         return None
     index: Any
-    name, shape, dim, index = _name(node), _shape(node.all_input_nodes[0]), node.args[1], None
+    name, shape, dim, index = call_name(node), _shape(node.all_input_nodes[0]), node.args[1], None
     if name == "getitem":
         entries = dim if isinstance(dim, tuple) else (dim,)
         partial = [(place, entry) for place, entry in enumerate(entries) if entry != slice(None)]
@@ -223,16 +209,3 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 def _has_shape(node: Any) -> TypeGuard[Node]:
     return isinstance(node, Node) and hasattr(node.meta.get("tensor_meta"), "shape")
-
-
-def _name(node: Node) -> str:
-    """Return what a call of torch is called, in whichever of its three spellings; "" for anything else."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, OpOverload):
-        return str(node.target.overloadpacket.__name__)
-    if isinstance(node.target, types.FunctionType) and not node.target.__module__.startswith(("torch.", "ptq4vit_fx.")):
-        return ""
-    return str(getattr(node.target, "__name__", ""))
