@@ -26,7 +26,7 @@ def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
     MatMul and Add of known shapes become Gemm, for which the runtime has no integer kernel with float output, unless
     the bias has more dimensions than Gemm takes (onnxruntime/core/optimizer/matmul_add_fusion.cc).
     """
-    if any(dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim):
+    if _fixed_batch(model) is None:
         return model
     graph = OnnxGraph(model)
     for add in graph.nodes:
@@ -85,8 +85,16 @@ def _own_constant(model: onnx.ModelProto, node: onnx.NodeProto, name: str, value
     node.input[list(node.input).index(name)] = f"{node.name}.scale"
 
 
+def _fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Return the number of images that the file is for, None if any."""
+    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    return None if first.dim_param else int(first.dim_value)
+
+
 def _rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
-    return with_deep_biases(with_split_projections(with_scales_along_heads(copy_of(model))))
+    """Do what all three targets need. For one image alone a split costs less than two more products."""
+    model = with_scales_along_heads(copy_of(model))
+    return with_deep_biases(model if _fixed_batch(model) == 1 else with_split_projections(model))
 
 
 def rewrite_x86(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:

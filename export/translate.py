@@ -18,6 +18,7 @@ from ptq4vit_fx.errors import failure
 from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
+THRESHOLD = torch.ops.aten.threshold.default
 AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 
 
@@ -36,6 +37,10 @@ def translate(
 
     def dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
         return operators.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    def threshold(x, below: float, value: float):  # type: ignore[no-untyped-def]
+        passed = operators.ThresholdedRelu(x, alpha=below)
+        return passed if value == 0 else operators.Where(operators.Greater(x, below), x, value)
 
     def batch_norm(x, weight, bias, mean, variance, training, momentum, eps: float, cudnn):  # type: ignore[no-untyped-def]
         return operators.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
@@ -57,7 +62,7 @@ def translate(
                 captured,
                 *names,
                 opset,
-                {QUANTIZE: quantize, DEQUANTIZE: dequantize},
+                {QUANTIZE: quantize, DEQUANTIZE: dequantize, THRESHOLD: threshold},
                 {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool},
             )
         except Exception as error:
@@ -100,11 +105,20 @@ def _translate(
         return program
 
     captured.run_decompositions = lambda *_, **__: captured
-    try:
-        return translate(table | undecomposed)
-    except torch.onnx.OnnxExporterError:  # an operator without a translation of its own
-        del captured.run_decompositions
-        return translate(table)
+    with contextlib.suppress(torch.onnx.OnnxExporterError):  # an operator without a translation of its own
+        program = translate(table | undecomposed)
+        if _is_complete(program):
+            return program
+    del captured.run_decompositions
+    return translate(table)
+
+
+def _is_complete(program: torch.onnx.ONNXProgram) -> bool:
+    """Return whether every tensor that is read exists: of two equal reshapes, the exporter loses one shape."""
+    graph = program.model.graph
+    given = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    read = [value for node in graph for value in node.inputs if value is not None]
+    return all(value.producer() is not None or id(value) in given for value in read)
 
 
 @contextlib.contextmanager

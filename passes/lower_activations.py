@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -155,12 +157,13 @@ def _twin(graph_module: GraphModule, quantized: Node, module: TwinQuantizer) -> 
         fine = Branch("fine", params.fine_scale, 0, twin.steps, below=False)
         coarse = Branch("coarse", params.coarse_scale, 0, twin.steps, above=False)
         return [pair(x, fine), pair(rest, coarse)]
-    # t is below one coarse step: mask, so that values from t to half a coarse step go to zero as in the paper.
-    is_fine = _call(graph_module, quantized, torch.lt, x, threshold)
-    low = _call(graph_module, quantized, torch.where, is_fine, x, 0.0)
-    high = _call(graph_module, quantized, torch.where, is_fine, 0.0, x)
+    # t is at most half a coarse step: the coarse part of what lies below t is zero by itself. The fine part of the
+    # others has to be made zero, as in the paper; x - high is exact, because high is x or 0.
+    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
+    high = _call(graph_module, quantized, F.threshold, x, below, 0.0)
+    low = _call(graph_module, quantized, torch.sub, x, high)
     fine = Branch("fine", params.fine_scale, 0, top, below=False)
-    return [pair(low, fine), pair(high, Branch("coarse", params.coarse_scale, 0, top, below=False))]
+    return [pair(low, fine), pair(x, Branch("coarse", params.coarse_scale, 0, top, below=False))]
 
 
 def _pair(graph_module: GraphModule, quantized: Node, x: Node, branch: Branch) -> Node:

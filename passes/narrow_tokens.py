@@ -51,9 +51,10 @@ def narrow_tokens(graph_module: GraphModule) -> int:
     Nothing matches a model that reads all of its tokens, as one with average pooling does.
     """
     spans = read_spans(graph_module)
+    wanted = {node: _wanted(graph_module, node, spans) for node in graph_module.graph.nodes}  # before sizes change
     cut: dict[tuple[Node, Span], Node] = {}
-    for node in list(graph_module.graph.nodes):
-        for operand, span in _wanted(graph_module, node, spans).items():
+    for node, parts in wanted.items():
+        for operand, span in parts.items():
             has = spans.get(operand, Span(span.dim, 0, _shape(operand)[span.dim]))
             inside = Span(span.dim, span.start - has.start, span.stop - has.start)
             if _selection(node) is not None:

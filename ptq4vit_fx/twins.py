@@ -16,6 +16,8 @@ from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.product_timing import ProductShapes, measure_product
 from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of
+from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
+from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
 from ptq4vit_fx.plan import OPERANDS, QuantOp, QuantPlan, Site, site
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
@@ -168,9 +170,12 @@ def _of(ops: Iterable[QuantOp], values: dict[Site, Any]) -> dict[Site, Any]:
 
 
 def _product_shapes(prepared: GraphModule) -> dict[str, ProductShapes]:
-    """Return op name -> shapes of its operands at the example input."""
+    """Return op name -> shapes of its operands at the example input, as the converted model will have them."""
+    calibration = calibration_of(prepared)
+    assert calibration is not None
+    simulated = insert_quantizers(copy.deepcopy(prepared), calibration.plan.quantizers, calibration.params)
     found = {}
-    for node in prepared.graph.nodes:
+    for node in narrow_tokens(simulated).graph.nodes:
         if "ptq4vit_op" in node.meta:
             op = plan_of(prepared).op(node.meta["ptq4vit_op"])
             lhs, rhs = (tuple(cast("Node", operand).meta["tensor_meta"].shape) for operand in node.args[:2])
