@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import onnx
@@ -13,26 +15,29 @@ from ptq4vit_fx.export.onnx_graph import OnnxGraph
 
 @dataclass(frozen=True)
 class _Projection:
-    """MatMul, Add, Reshape to (..., parts, heads, dim), Transpose, and the parts: a Slice and a Squeeze for each."""
+    """MatMul, Add, Reshape to (..., parts, heads, dim), Transpose, and for each part the nodes that take it.
+
+    add: None without bias. dim: of the parts, in the shape that Reshape gives.
+    """
 
     product: onnx.NodeProto
-    add: onnx.NodeProto
+    add: onnx.NodeProto | None
     reshape: onnx.NodeProto
     transpose: onnx.NodeProto
-    slices: list[onnx.NodeProto]
-    squeezes: list[onnx.NodeProto]
+    parts: list[list[onnx.NodeProto]]
     dim: int
 
     @property
     def nodes(self) -> list[onnx.NodeProto]:
-        return [self.product, self.add, self.reshape, self.transpose, *self.slices, *self.squeezes]
+        add = [] if self.add is None else [self.add]
+        return [self.product, *add, self.reshape, self.transpose, *chain.from_iterable(self.parts)]
 
 
 def with_split_projections(model: onnx.ModelProto) -> onnx.ModelProto:
     """Write every fused projection of q, k and v as one product for each; in place, return it.
 
     ONNX Runtime's Split copies the float result once more, on one thread; three products write three results. Whatever
-    is not MatMul, Add, Reshape, Transpose and a Slice and Squeeze for each part stays as it is.
+    is not MatMul, Add, Reshape, Transpose and one part after the other, each read once, stays as it is.
     """
     graph = OnnxGraph(model)
     found = [projection for node in graph.nodes if (projection := _projection(graph, node)) is not None]
@@ -59,50 +64,59 @@ def _projection(graph: OnnxGraph, product: onnx.NodeProto) -> _Projection | None
     weight = graph.maker(product, 1) if product.op_type == "MatMul" else None
     if weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in graph.constants:
         return None
-    chain = [product]
-    for expected in ("Add", "Reshape", "Transpose"):
-        users = graph.users(chain[-1])
-        if [user.op_type for user in users] != [expected] or chain[-1].output[0] in graph.outputs:
-            return None
-        chain.append(users[0])
-    _, add, reshape, transpose = chain
-    bias = next((name for name in add.input if name != product.output[0]), "")
-    if bias not in graph.constants or reshape.input[1] not in graph.constants:
+    add = _only_user(graph, product, "Add")
+    reshape = _only_user(graph, add or product, "Reshape")
+    transpose = _only_user(graph, reshape, "Transpose") if reshape is not None else None
+    if reshape is None or transpose is None or transpose.output[0] in graph.outputs:
         return None
-    order = list(helper.get_attribute_value(transpose.attribute[0]))
-    parts = [node for node in graph.users(transpose) if all(name in graph.constants for name in node.input[1:])]
-    parts.sort(key=lambda node: int(graph.value(node.input[1]).flat[0]))
-    shape = graph.value(reshape.input[1])
-    columns = graph.value(weight.input[0]).shape[1]
+    if reshape.input[1] not in graph.constants or (add is not None and _bias(add, product) not in graph.constants):
+        return None
+    shape, columns = graph.value(reshape.input[1]), graph.value(weight.input[0]).shape[1]
     dims = [dim for dim in range(len(shape)) if np.prod(shape[dim:]) == columns and (shape[dim:] > 0).all()]
-    if not dims or graph.value(bias).shape[-1] != columns or transpose.output[0] in graph.outputs:
+    if not dims or (add is not None and graph.value(_bias(add, product)).shape[-1:] != (columns,)):
         return None
-    dim, axis = dims[-1], order.index(dims[-1])
-    squeezes = []
-    for number, part in enumerate(parts):
-        users = graph.users(part)
-        if part.op_type != "Slice" or [user.op_type for user in users] != ["Squeeze"]:
-            return None
-        if [graph.value(name).tolist() for name in part.input[1:4]] != [[number], [number + 1], [axis]]:
-            return None
-        squeezes.append(users[0])
-    if not len(parts) == len(graph.users(transpose)) == shape[dim]:
+    axis = helper.get_attribute_value(transpose.attribute[0]).index(dims[-1])
+    takers = [_part(graph, node, axis) for node in graph.users(transpose)]
+    if sorted(number for number, _ in takers) != list(range(shape[dims[-1]])):
         return None
-    return _Projection(product, add, reshape, transpose, parts, squeezes, dim)
+    parts = [nodes for _, nodes in sorted(takers, key=operator.itemgetter(0))]
+    return _Projection(product, add, reshape, transpose, parts, dims[-1])
+
+
+def _part(graph: OnnxGraph, node: onnx.NodeProto, axis: int) -> tuple[int, list[onnx.NodeProto]]:
+    """Return which part along `axis` a node takes, and the nodes that take it: Gather, or Slice and Squeeze."""
+    constants = [graph.value(name).reshape(-1).tolist() for name in node.input[1:] if name in graph.constants]
+    if node.op_type == "Gather" and constants and not graph.value(node.input[1]).ndim:
+        along = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        return (constants[0][0], [node]) if along == axis else (-1, [])
+    squeeze = _only_user(graph, node, "Squeeze")
+    if node.op_type == "Slice" and squeeze is not None and len(constants) >= 3:
+        (start,), (stop,), axes = constants[:3]
+        return (start, [node, squeeze]) if stop == start + 1 and axes == [axis] else (-1, [])
+    return -1, []
+
+
+def _only_user(graph: OnnxGraph, node: onnx.NodeProto, operator: str) -> onnx.NodeProto | None:
+    users = graph.users(node)
+    alone = [user.op_type for user in users] == [operator] and node.output[0] not in graph.outputs
+    return users[0] if alone else None
+
+
+def _bias(add: onnx.NodeProto, product: onnx.NodeProto) -> str:
+    return next((name for name in add.input if name != product.output[0]), "")
 
 
 def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) -> list[onnx.NodeProto]:
     """Return the nodes of each part; their weights, scales and biases are added to the model."""
-    product, dim, count = projection.product, projection.dim, len(projection.slices)
+    product, dim, count = projection.product, projection.dim, len(projection.parts)
     weight = graph.maker(product, 1)
     assert weight is not None
-    bias = next(name for name in projection.add.input if name != product.output[0])
     shape = np.delete(graph.value(projection.reshape.input[1]), dim)
     order = list(helper.get_attribute_value(projection.transpose.attribute[0]))
     kept = [axis - (axis > dim) for axis in order if axis != dim]
     model.graph.initializer.append(numpy_helper.from_array(shape, f"{projection.reshape.name}.shape"))
     nodes = []
-    for number, squeeze in enumerate(projection.squeezes):
+    for number, taken in enumerate(projection.parts):
 
         def part_of(name: str, number: int = number) -> str:
             """Store the columns of this part of a constant; return its name."""
@@ -126,9 +140,10 @@ def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) ->
 
         dequantized = node(weight, [part_of(name) for name in weight.input])
         result = node(product, [product.input[0], dequantized])
-        result = node(projection.add, [result, part_of(bias)])
+        if projection.add is not None:
+            result = node(projection.add, [result, part_of(_bias(projection.add, product))])
         result = node(projection.reshape, [result, f"{projection.reshape.name}.shape"])
-        node(projection.transpose, [result], squeeze.output[0])
+        node(projection.transpose, [result], taken[-1].output[0])
         attribute = helper.make_attribute("perm", kept)
         del nodes[-1].attribute[:]
         nodes[-1].attribute.append(attribute)
