@@ -12,6 +12,9 @@ from onnx import helper, numpy_helper
 
 from ptq4vit_fx.export.onnx_graph import OnnxGraph
 
+#: Behind the name of what belongs to one part: _part0 is the first.
+PART = "_part"
+
 
 @dataclass(frozen=True)
 class _Projection:
@@ -123,7 +126,7 @@ def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) ->
             value = graph.value(name)
             if not value.ndim:
                 return name
-            stored = f"{name}_part{number}"
+            stored = f"{name}{PART}{number}"
             if stored not in graph.constants:
                 columns = np.split(value, count, axis=-1)[number]
                 graph.constants[stored] = model.graph.initializer.add()
@@ -132,8 +135,8 @@ def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) ->
 
         def node(like: onnx.NodeProto, inputs: list[str], output: str = "", number: int = number) -> str:
             """Append a node like another one, under its name and a number; return its output."""
-            output = output or f"{like.output[0]}_part{number}"
-            made = helper.make_node(like.op_type, inputs, [output], name=f"{like.name}_part{number}")
+            output = output or f"{like.output[0]}{PART}{number}"
+            made = helper.make_node(like.op_type, inputs, [output], name=f"{like.name}{PART}{number}")
             made.attribute.extend(like.attribute)
             nodes.append(made)
             return output

@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from ptq4vit_fx.export.onnx_graph import PRODUCTS
+from ptq4vit_fx.export.split_projections import PART
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: Metadata key of the calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
@@ -52,7 +53,7 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             name = _name(node)
             is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
-            if is_constant and name in found:
+            if is_constant and name in found and PART in node.name:
                 found[name] = _joined(found[name], _read(node, node, constants, is_constant))
             elif name not in found and (is_constant or node.op_type == "QuantizeLinear"):
                 found[name] = _read(node, readers.get(node.output[0], node), constants, is_constant)

@@ -59,9 +59,9 @@ def test_the_file_is_standard_and_computes_what_was_simulated(tmp_path, trained,
     assert report.simulation.cosine > 0.98
     assert report.simulation.agreement >= 0.95 or report.images < 500
     assert not report.graph.float_products
-    assert len(report.graph.integer_products) == len(converted.plan.ops) + sum(
-        isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values()
-    )
+    twins = sum(isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values())
+    attentions = sum("qkv" in op.name for op in converted.plan.ops)  # a product each for q, k and v
+    assert len(report.graph.integer_products) == len(converted.plan.ops) + twins + 2 * attentions
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("deit_tiny_p8_64", 65), ("swin_micro_64", 16), ("vit_s14", 257)])
