@@ -51,13 +51,15 @@ def narrow_tokens(graph_module: GraphModule) -> int:
     Nothing matches a model that reads all of its tokens, as one with average pooling does.
     """
     spans = read_spans(graph_module)
-    wanted = {node: _wanted(graph_module, node, spans) for node in graph_module.graph.nodes}  # before sizes change
+    nodes = graph_module.graph.nodes
+    wanted = {node: _wanted(graph_module, node, spans) for node in nodes}  # both before any size changes
+    selections = {node for node in nodes if _selection(node) is not None}
     cut: dict[tuple[Node, Span], Node] = {}
     for node, parts in wanted.items():
         for operand, span in parts.items():
             has = spans.get(operand, Span(span.dim, 0, _shape(operand)[span.dim]))
             inside = Span(span.dim, span.start - has.start, span.stop - has.start)
-            if _selection(node) is not None:
+            if node in selections:
                 node.replace_all_uses_with(_select(graph_module, operand, inside, like=node))
             elif has != span:
                 if (operand, span) not in cut:
@@ -189,8 +191,8 @@ def _selection(node: Node) -> Span | None:
         index = node.args[2]
     elif name == "slice" and len(node.args) == 4:
         index = slice(*node.args[2:])
-    bounds = [index.start, index.stop, index.step or 1] if isinstance(index, slice) else [index]
-    known = all(isinstance(bound, int) and bound >= 0 for bound in [bounds[0] or 0, *bounds[1:]])
+    bounds = [index.start, index.stop, index.step] if isinstance(index, slice) else [index]
+    known = all(bound is None or (isinstance(bound, int) and bound >= 0) for bound in bounds)
     if index is None or not isinstance(dim, int) or dim % len(shape) == 0 or not known:
         return None
     dim %= len(shape)

@@ -101,6 +101,7 @@ READ = {
     "first": (lambda m, x: mlp(m, x)[:, 0], 1),
     "method": (lambda m, x: mlp(m, x).select(1, 2), 1),
     "a slice": (lambda m, x: mlp(m, x)[:, 1:4], 3),
+    "the rest": (lambda m, x: mlp(m, x)[:, 3:], 3),
     "two, with a gap": (lambda m, x: (y := mlp(m, x))[:, 0] + y[:, 2], 3),
     "two slices that overlap": (lambda m, x: (y := mlp(m, x))[:, 0:2] * y[:, 1:3], 3),
     "behind a permutation": (lambda m, x: mlp(m, x).permute(0, 2, 1, 3)[:, :, 1], 1),
@@ -142,6 +143,17 @@ def attention(module, x):
     x = x.flatten(2)
     q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (module.q(x), module.k(x), module.v(x)))
     return (torch.softmax(q @ k.transpose(-2, -1), -1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_heads_and_columns_of_a_product_are_not_narrowed(monkeypatch, dim):
+    def read(module, x):
+        q, k = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (module.q(x.flatten(2)), module.k(x.flatten(2))))
+        return (q @ k.transpose(-2, -1)).select(dim, 1)
+
+    mine, reference = both(monkeypatch, model_of(read, q=nn.Linear(32, 32), k=nn.Linear(32, 32)), X)
+    assert_same(mine, reference, X)
+    assert rows(mine, X) == rows(reference, X)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
