@@ -103,6 +103,7 @@ READ = {
     "a slice": (lambda m, x: mlp(m, x)[:, 1:4], 3),
     "the rest": (lambda m, x: mlp(m, x)[:, 3:], 3),
     "two, with a gap": (lambda m, x: (y := mlp(m, x))[:, 0] + y[:, 2], 3),
+    "two, the later first": (lambda m, x: (y := mlp(m, x))[:, 4] + y[:, 2], 3),
     "two slices that overlap": (lambda m, x: (y := mlp(m, x))[:, 0:2] * y[:, 1:3], 3),
     "behind a permutation": (lambda m, x: mlp(m, x).permute(0, 2, 1, 3)[:, :, 1], 1),
     "behind a swap": (lambda m, x: mlp(m, x).transpose(1, -2)[:, :, 1], 1),
