@@ -57,11 +57,12 @@ def narrow_tokens(graph_module: GraphModule) -> int:
     cut: dict[tuple[Node, Span], Node] = {}
     for node, parts in wanted.items():
         for operand, span in parts.items():
-            has = spans.get(operand, Span(span.dim, 0, _shape(operand)[span.dim]))
-            inside = Span(span.dim, span.start - has.start, span.stop - has.start)
-            if node in selections:
+            has = spans.get(operand)
+            start = has.start if has is not None else 0
+            inside = Span(span.dim, span.start - start, span.stop - start)
+            if node in selections and has is not None:
                 node.replace_all_uses_with(_select(graph_module, operand, inside, like=node))
-            elif has != span:
+            elif node in spans and has != span:
                 if (operand, span) not in cut:
                     cut[operand, span] = _select(graph_module, operand, inside)
                 node.replace_input_with(operand, cut[operand, span])
