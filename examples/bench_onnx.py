@@ -3,8 +3,9 @@
     python examples/bench_onnx.py --model vit_small_patch16_224 --batch 8
     python examples/bench_onnx.py --model vit_s14 --batch 8 --fixtures ../shared/fixtures
 
-Weights are random and the search is the quickest that there is: the products are the same ones, but "auto" chooses others, and
-softmax twins have lower thresholds, which costs one operator more (docs/speed.md). With `--fixtures` the model is a trained one, quantized with the default search, and top-1 stands beside each.
+Weights are random and the search is the quickest that there is: the products are the same ones, but "auto" chooses
+others, and softmax twins have lower thresholds, which costs one operator more (docs/speed.md). With `--fixtures` the
+model is a trained one, quantized with the default search, and top-1 stands beside each.
 Every round runs each file once, in turn, so that a slow moment of the machine hits all of them; medians are compared.
 "Floor" is the multiplications of a file over the rate of one integer product, plus the bytes that its products read and
 write over the rate of a copy, both rates measured in the same run.
