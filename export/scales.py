@@ -34,8 +34,8 @@ def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
     """Return the scales of every site of a file that `export_onnx` wrote, bit for bit as they were calibrated.
 
     They are initializers with the site's name: `<site>.scale`, `<site>_fine.scale` and `<site>_coarse.scale` of a twin.
-    Where the file computes with others, because scales per head were divided out, they are in its metadata
-    (docs/targets.md reads both without this package). Raises PTQError if the file has no plan, or lacks a scale that
+    Where the file computes with others, because scales per head were divided out, or holds a weight in parts, they are
+    in its metadata (docs/targets.md reads both without this package). Raises PTQError if the file has no plan, or lacks a scale that
     the plan promises.
     """
     model = load_file(path)
