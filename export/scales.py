@@ -35,8 +35,8 @@ def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
 
     They are initializers with the site's name: `<site>.scale`, `<site>_fine.scale` and `<site>_coarse.scale` of a twin.
     Where the file computes with others, because scales per head were divided out, or holds a weight in parts, they are
-    in its metadata (docs/targets.md reads both without this package). Raises PTQError if the file has no plan, or lacks a scale that
-    the plan promises.
+    in its metadata (docs/targets.md reads both without this package). Raises PTQError if the file has no plan, or
+    lacks a scale that the plan promises.
     """
     model = load_file(path)
     plan = next((entry.value for entry in model.metadata_props if entry.key == PLAN_KEY), None)
