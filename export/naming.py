@@ -6,6 +6,8 @@ import ast
 
 import onnx
 
+from ptq4vit_fx.export.onnx_graph import drop_unread_constants
+
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 #: How the name of a constant with scales per head ends.
 HEAD_SCALE = "_head.scale"
@@ -75,7 +77,4 @@ def own_parameters(model: onnx.ModelProto) -> None:
                 initializers[name] = model.graph.initializer.add()
                 initializers[name].CopyFrom(copy)
             node.input[index] = name
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [initializer for initializer in model.graph.initializer if initializer.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    drop_unread_constants(model)

@@ -15,6 +15,14 @@ PRODUCTS = frozenset(["MatMul", "Gemm", "Conv"])
 MOVES = frozenset(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split", "Identity"])
 
 
+def drop_unread_constants(model: onnx.ModelProto) -> None:
+    """Remove, in place, the initializers that no node reads."""
+    read = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
 class OnnxGraph:
     """An index of a model, for reading; edits of the model make it stale."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ptq4vit_fx.export.onnx_graph import OnnxGraph
+from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unread_constants
 
 #: Behind the name of what belongs to one part: _part0 is the first.
 PART = "_part"
@@ -54,11 +54,9 @@ def with_split_projections(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
     read = {name for node in nodes for name in node.input}
     nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
-    read = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.node[:], model.graph.initializer[:]
+    del model.graph.node[:]
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(kept)
+    drop_unread_constants(model)
     return model
 
 
@@ -94,14 +92,15 @@ def _part(graph: OnnxGraph, node: onnx.NodeProto, axis: int) -> tuple[int, list[
         return (constants[0][0], [node]) if along == axis else (-1, [])
     squeeze = _only_user(graph, node, "Squeeze")
     if node.op_type == "Slice" and squeeze is not None and len(constants) >= 3:
-        (start,), (stop,), axes = constants[:3]
-        return (start, [node, squeeze]) if stop == start + 1 and axes == [axis] else (-1, [])
+        starts, stops, axes = constants[:3]
+        alone = axes == [axis] and stops == [starts[0] + 1]
+        return (starts[0], [node, squeeze]) if alone else (-1, [])
     return -1, []
 
 
-def _only_user(graph: OnnxGraph, node: onnx.NodeProto, operator: str) -> onnx.NodeProto | None:
+def _only_user(graph: OnnxGraph, node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:
     users = graph.users(node)
-    alone = [user.op_type for user in users] == [operator] and node.output[0] not in graph.outputs
+    alone = [user.op_type for user in users] == [kind] and node.output[0] not in graph.outputs
     return users[0] if alone else None
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.export.containers import activation_quantizers, copy_of, to_signed, with_unsigned_weights
 from ptq4vit_fx.export.naming import HEAD_SCALE
-from ptq4vit_fx.export.onnx_graph import OnnxGraph
+from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unread_constants
 from ptq4vit_fx.export.split_projections import with_split_projections
 from ptq4vit_fx.export.target_generic import check_generic, check_types
 from ptq4vit_fx.plan import QuantPlan
@@ -38,10 +38,7 @@ def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
             deep = numpy_helper.from_array(graph.value(name).reshape(1, 1, -1), f"{add.name}.bias")
             model.graph.initializer.append(deep)
             add.input[index] = deep.name
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    drop_unread_constants(model)
     return model
 
 

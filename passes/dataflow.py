@@ -81,6 +81,11 @@ def moves_only(node: Node) -> bool:
     return node.op == "call_function" and node.target in MOVING_FUNCTIONS
 
 
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Return the shape that record_shapes noted, () for what is no tensor."""
+    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+
+
 def call_name(node: Node) -> str:
     """Return what a call of torch, or of this package, is called, in whichever spelling; "" for anything else."""
     if node.op == "call_method":

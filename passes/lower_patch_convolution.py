@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, get_attribute, moves_only, permutation
+from ptq4vit_fx.passes.dataflow import adopt_meta, get_attribute, moves_only, permutation, shape_of
 from ptq4vit_fx.passes.stages import Stage
 
 
@@ -81,12 +81,8 @@ def _lower(graph_module: GraphModule, node: Node) -> None:
     tokens.meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
     tokens.meta["tensor_meta"] = node.meta["tensor_meta"]  # four dimensions or three: only two are treated apart
     maps.meta["tensor_meta"] = node.meta["tensor_meta"]
-    for flat in [user for user in node.users if _shape(user)[1:] == (columns, rows * cols)]:
+    for flat in [user for user in node.users if shape_of(user)[1:] == (columns, rows * cols)]:
         for user in [user for user in flat.users if moves_only(flat) and permutation(user, 3) == [0, 2, 1]]:
             user.replace_all_uses_with(tokens)  # the model itself goes back to tokens
     node.replace_all_uses_with(maps)
     graph.erase_node(node)
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))

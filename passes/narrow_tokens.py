@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, call_name, permutation
+from ptq4vit_fx.passes.dataflow import adopt_meta, call_name, permutation, shape_of
 from ptq4vit_fx.passes.decompose_attention import add_mask
 from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
 from ptq4vit_fx.passes.stages import Stage
@@ -50,17 +50,16 @@ def narrow_tokens(graph_module: GraphModule) -> int:
 
     Nothing matches a model that reads all of its tokens, as one with average pooling does.
     """
-    spans = read_spans(graph_module)
-    nodes = graph_module.graph.nodes
-    wanted = {node: _wanted(graph_module, node, spans) for node in nodes}  # both before any size changes
-    selections = {node for node in nodes if _selection(node) is not None}
+    spans = _spans(graph_module)
+    # Before any size changes. What wants a part of something and is not narrowed itself is a selection.
+    wanted = {node: _wanted(graph_module, node, spans) for node in graph_module.graph.nodes}
     cut: dict[tuple[Node, Span], Node] = {}
     for node, parts in wanted.items():
         for operand, span in parts.items():
             has = spans.get(operand)
             start = has.start if has is not None else 0
             inside = Span(span.dim, span.start - start, span.stop - start)
-            if node in selections and has is not None:
+            if node not in spans and has is not None:
                 node.replace_all_uses_with(_select(graph_module, operand, inside, like=node))
             elif node in spans and has != span:
                 if (operand, span) not in cut:
@@ -71,7 +70,7 @@ def narrow_tokens(graph_module: GraphModule) -> int:
     return len(spans)
 
 
-def read_spans(graph_module: GraphModule) -> dict[Node, Span]:
+def _spans(graph_module: GraphModule) -> dict[Node, Span]:
     """Return the nodes of which no more than half is read and can be computed alone, with the part that is read."""
     spans: dict[Node, Span] = {}
     for node in reversed(graph_module.graph.nodes):
@@ -80,7 +79,7 @@ def read_spans(graph_module: GraphModule) -> dict[Node, Span]:
         if not known or len(known) < len(wanted) or len({span.dim for span in known}) > 1:
             continue
         span = Span(known[0].dim, min(s.start for s in known), max(s.stop for s in known))
-        if 2 * span.length <= _shape(node)[span.dim] and _reads(graph_module, node, span.dim) is not None:
+        if 2 * span.length <= shape_of(node)[span.dim] and _reads(graph_module, node, span.dim) is not None:
             spans[node] = span
     return spans
 
@@ -103,7 +102,7 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
     operands = [value for value in node.args if _has_shape(value)]
     if not operands or not _has_shape(node):
         return None
-    name, shape, first = call_name(node), _shape(node), operands[0]
+    name, shape, first = call_name(node), shape_of(node), operands[0]
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, UniformQuantizer):
@@ -111,8 +110,8 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
             return None if per_entry else {first: dim}
         return {first: dim} if isinstance(module, TwinQuantizer) else None
     if name in ELEMENTWISE and len(node.all_input_nodes) == len(operands):
-        aligned = [(value, dim - len(shape) + len(_shape(value))) for value in operands]
-        return _unless_batch({v: d for v, d in aligned if d >= 0 and _shape(v)[d] == shape[dim]})
+        aligned = [(value, dim - len(shape) + len(shape_of(value))) for value in operands]
+        return _unless_batch({v: d for v, d in aligned if d >= 0 and shape_of(v)[d] == shape[dim]})
     if name == "linear":
         return _unless_batch({first: dim}) if dim < len(shape) - 1 else None
     if name == "layer_norm":
@@ -122,7 +121,7 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
         axis: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         return _unless_batch({first: dim}) if isinstance(axis, int) and axis % len(shape) != dim else None
     if name == "matmul":
-        rows = dim == len(shape) - 2 and len(_shape(first)) == len(shape) and first is not operands[1]
+        rows = dim == len(shape) - 2 and len(shape_of(first)) == len(shape) and first is not operands[1]
         return _unless_batch({first: dim}) if rows else None
     order = permutation(node, len(shape))
     if order is not None:
@@ -139,9 +138,9 @@ def _unless_batch(reads: dict[Node, int]) -> dict[Node, int] | None:
 
 def _reshaped(node: Node, operand: Node, dim: int) -> dict[Node, int] | None:
     """Return the dimension as that of the operand if the reshape leaves it, and all in front of it, as they are."""
-    if call_name(node) in SIZED and len(_sizes(node)) != len(_shape(node)):
+    if call_name(node) in SIZED and len(_sizes(node)) != len(shape_of(node)):
         return None
-    same = _shape(operand)[: dim + 1] == _shape(node)[: dim + 1]
+    same = shape_of(operand)[: dim + 1] == shape_of(node)[: dim + 1]
     return _unless_batch({operand: dim}) if same else None
 
 
@@ -156,13 +155,13 @@ def _narrow(node: Node, span: Span) -> None:
     if call_name(node) in SIZED:
         sizes = _sizes(node)
         node.args = (node.args[0], (*sizes[: span.dim], span.length, *sizes[span.dim + 1 :]))
-    _set_shape(node, (*_shape(node)[: span.dim], span.length, *_shape(node)[span.dim + 1 :]))
+    _set_shape(node, (*shape_of(node)[: span.dim], span.length, *shape_of(node)[span.dim + 1 :]))
 
 
 def _select(graph_module: GraphModule, operand: Node, span: Span, like: Node | None = None) -> Node:
     """Insert the selection of a part behind its operand, or in place of the selection `like`."""
-    shape = _shape(operand)
-    single = like is not None and len(_shape(like)) < len(shape)
+    shape = shape_of(operand)
+    single = like is not None and len(shape_of(like)) < len(shape)
     entry = span.start if single else slice(span.start, span.stop)
     at = graph_module.graph.inserting_after(operand) if like is None else graph_module.graph.inserting_before(like)
     with at:
@@ -181,7 +180,7 @@ def _selection(node: Node) -> Span | None:
     if len(node.args) < 2 or not _has_shape(node.args[0]) or not _has_shape(node):
         return None
     index: Any
-    name, shape, dim, index = call_name(node), _shape(node.all_input_nodes[0]), node.args[1], None
+    name, shape, dim, index = call_name(node), shape_of(node.all_input_nodes[0]), node.args[1], None
     if name == "getitem":
         entries = dim if isinstance(dim, tuple) else (dim,)
         partial = [(place, entry) for place, entry in enumerate(entries) if entry != slice(None)]
@@ -205,10 +204,6 @@ def _selection(node: Node) -> Span | None:
 
 def _set_shape(node: Node, shape: tuple[int, ...]) -> None:
     node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=shape)
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(node.meta["tensor_meta"].shape)
 
 
 def _has_shape(node: Any) -> TypeGuard[Node]:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
+from ptq4vit_fx.passes.dataflow import adopt_meta, shape_of
 from ptq4vit_fx.passes.stages import Stage
 
 
@@ -67,7 +67,7 @@ def _contraction(node: Node) -> Contraction | None:
     equation, a, b = node.args
     if not isinstance(equation, str) or not isinstance(a, Node) or not isinstance(b, Node) or "->" not in equation:
         return None
-    lhs, rhs = (_shape(operand) for operand in (a, b))
+    lhs, rhs = (shape_of(operand) for operand in (a, b))
     terms, out = equation.replace(" ", "").split("->")
     labels = terms.split(",")
     hidden = [len(shape) - len(text.replace("...", "")) for shape, text in zip((lhs, rhs), labels, strict=True)]
@@ -79,10 +79,6 @@ def _contraction(node: Node) -> Contraction | None:
     sizes = dict(zip(first, lhs, strict=True))
     same = all(sizes.get(label, size) == size for label, size in zip(second, rhs, strict=True))
     return contraction if same and contraction.is_matrix_product() else None
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(node.meta["tensor_meta"].shape)
 
 
 def _open(graph_module: GraphModule, node: Node, c: Contraction) -> Node:
@@ -105,7 +101,7 @@ def _open(graph_module: GraphModule, node: Node, c: Contraction) -> Node:
     rhs = merged(permuted(b, c.rhs, c.batch + c.summed + c.right), shared, len(c.summed))
     rhs = merged(rhs, shared + 1, len(c.right))
     out = call(torch.matmul, lhs, rhs)
-    sizes = dict(zip(c.lhs + c.rhs, _shape(a) + _shape(b), strict=True))
+    sizes = dict(zip(c.lhs + c.rhs, shape_of(a) + shape_of(b), strict=True))
     # A batch comes first in its operand: that size is left to the call.
     for labels, axis, dynamic in ((c.right, shared + 1, c.rhs[0]), (c.left, shared, c.lhs[0])):
         if not labels:
