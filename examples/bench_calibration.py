@@ -2,13 +2,15 @@
 
     python examples/bench_calibration.py cost deit_tiny_p8_64 --fixtures ../shared/fixtures
     python examples/bench_calibration.py exhaustive deit_tiny_p8_64 --fixtures ../shared/fixtures
+    python examples/bench_calibration.py devices vit_s14 --fixtures ../shared/fixtures --device cuda
     python examples/bench_calibration.py growth
     python examples/bench_calibration.py memory vit_large_patch16_224 --limit-gib 8
 
 cost: seconds of capture and search, per kind of product, and their ratio to one forward pass of the images.
 exhaustive: the same products searched over every candidate on all rows; are the choices the same, and how far is the
-distance? growth: seconds and peak memory over images, depth and width, each in a process of its own, with the exponent.
-memory: peak memory of a large model with random weights under a memory limit.
+distance? devices: the same calibration on the CPU and on a GPU: seconds, choices, distances, top-1. growth: seconds and
+peak memory over images, depth and width, each in a process of its own, with the exponent. memory: peak memory of a
+large model with random weights under a memory limit.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +32,7 @@ import torch
 import typer
 from rich.progress import track
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibration import Calibration
@@ -140,22 +144,78 @@ def exhaustive(
     seconds = [calibration.provenance["seconds"] for calibration in (ours, best)]
     print(f"{seconds[0]:.1f} s against {seconds[1]:.1f} s")
     if not only:
-        import fixtures as source
-
-        images_, labels = source.load_images("val", score, pixels.shape[-1])
         for name, (prepared, _) in found.items():
-            converted = ptq.convert_fx(prepared)
-            with torch.inference_mode():
-                top1 = torch.cat([converted(batch).argmax(1) for batch in track(images_.split(25), name)])
-            print(f"{name}: top-1 {(top1 == labels).float().mean():.2%} on {score} images")
+            print(f"{name}: top-1 {simulated_top1(prepared, score, pixels.shape[-1], 'cpu'):.2%} on {score} images")
+
+
+def simulated_top1(prepared: GraphModule, count: int, size: int, device: str) -> float:
+    """Return the share of validation images that a calibrated model classifies right."""
+    import fixtures as source
+
+    images, labels = source.load_images("val", count, size)
+    converted = ptq.convert_fx(prepared).to(device)
+    with torch.inference_mode():
+        top1 = torch.cat([converted(batch.to(device)).argmax(1).cpu() for batch in track(images.split(25), "score")])
+    return float((top1 == labels).float().mean())
+
+
+@app.command()
+def devices(
+    model: str,
+    fixtures: Fixtures,
+    device: Annotated[str, typer.Option(help="of PyTorch")] = "cuda",
+    images: int = 32,
+    bits: int = 8,
+    repeats: int = 3,
+    score: Annotated[int, typer.Option(help="validation images for top-1, computed on the device")] = 1000,
+) -> None:
+    """Calibrate on the CPU, on another device, and there with the model left on the CPU; compare with every candidate.
+
+    Distances are those of the same operands: what the CPU chose is compared with an exhaustive search, on the device,
+    of operands that the CPU captured.
+    """
+    network, pixels = load(model, fixtures, images)
+    recipe = ptq.recipes.ptq4vit(bits, bits)
+    prepared = ptq.prepare_fx(network, recipe, pixels[:1])
+    every = ptq.prepare_fx(network, recipe.with_search(screen_rows=None), pixels[:1])
+    there, apart = {"device": device}, {"search_device": device}
+    calibrate = partial(ptq.calibrate, data=pixels, progress=False)
+    ptq.calibrate(prepared, pixels[:2], progress=False, **there)  # loads kernels
+    best = {str(sorted(arguments)): calibrate(every, **arguments) for arguments in (there, apart)}
+    best["[]"] = best[str(sorted(apart))]
+    print("| calibrated | runs, seconds | capture | search | same in all runs | distance / exhaustive | top-1 |")
+    print("|---|---|---|---|---|---|---|")
+    found = []
+    for name, arguments, count in (
+        ("on the CPU", {}, 1),
+        (f"on {device}", there, repeats),
+        (f"on the CPU, searched on {device}", apart, 1),
+    ):
+        runs = [calibrate(prepared, **arguments) for _ in range(count)]
+        facts = sorted((run.provenance for run in runs), key=lambda run: run["seconds"])[(count - 1) // 2]
+        times = ", ".join(f"{run.provenance['seconds']:.2f}" for run in runs)
+        same = "yes" if len({run.fingerprint() for run in runs}) == 1 else "NO"
+        distances = best[str(sorted(arguments))].distances
+        ratios = [runs[-1].distances[key][1] / value[1] for key, value in distances.items()]
+        top1 = simulated_top1(prepared, score, pixels.shape[-1], device)
+        print(
+            f"| {name} | {times} | {facts['capture_seconds']:.2f} | {facts['search_seconds']:.2f} | {same} | "
+            f"{min(ratios):.4f} to {max(ratios):.4f} | {top1:.2%} of {score} |",
+            flush=True,
+        )
+        found.append((name, runs[-1]))
+    (reference, first), *others = found
+    for name, calibration in others:
+        shares = [same_params(calibration, first, key) for key in first.params]
+        print(f"{name}: {sum(shares) / len(shares):.1%} of the scales are those {reference}")
 
 
 def same_params(first: Calibration, second: Calibration, site: str) -> float:
-    """Return the share of equal scales (a twin counts as one)."""
+    """Return the share of equal scales (a twin counts as one), but for the last bits of a range."""
     a, b = first.params[site], second.params[site]
-    if hasattr(a, "scale"):
-        return float((a.scale == b.scale).float().mean())
-    return float(a.fine_scale == b.fine_scale and a.coarse_scale == b.coarse_scale)
+    names = ("scale",) if hasattr(a, "scale") else ("fine_scale", "coarse_scale")
+    same = [torch.isclose(getattr(a, name), getattr(b, name), rtol=1e-4, atol=0).float().mean() for name in names]
+    return float(min(same))
 
 
 def measure(images: int, depth: int, width: int) -> tuple[float, float]:

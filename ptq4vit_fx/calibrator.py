@@ -33,6 +33,10 @@ from ptq4vit_fx.search import SearchResult, search_op
 IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequential")
 
 
+#: So many products are searched at the same time on a GPU, where most of the time goes into calls.
+GPU_SEARCHES = 4
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """The arguments of `ptq4vit_fx.calibrate`, which documents them."""
@@ -80,7 +84,8 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
     budget = MemoryBudget.of(prepared, limit)
     images = sum(len(batch[0]) for batch in batches)
     searched_on = torch.device(options.search_device or device)
-    searches = budget.searches(left, images, torch.get_num_threads()) if searched_on.type == "cpu" else 1
+    threads = torch.get_num_threads() if searched_on.type == "cpu" else GPU_SEARCHES
+    searches = budget.searches(left, images, threads)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
     batches = budget.split(batches)
     bar = Progress(
@@ -92,8 +97,10 @@ def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options
         disable=not options.progress,
     )
     prepared.to(device)
+    # cuDNN would round the inputs of a convolution to 10 bits; its gradients decide what all other products are worth
+    exact = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
     try:
-        with bar:
+        with bar, exact:
             task = bar.add_task("capture", total=len(run.plan.ops), completed=len(run.plan.ops) - len(left))
             for group in groups:
                 bar.update(task, description="capture operands and gradients")

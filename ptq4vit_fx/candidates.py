@@ -79,23 +79,23 @@ class _TwinCandidates:
         self.quantizer = quantizer
         self.ordered = quantizer.form == "gelu"
         if quantizer.form == "softmax":
-            self.choices = [quantizer.softmax_params(shift, x) for shift in (*range(settings.max_shift + 1), 0)]
+            shifts = torch.tensor([*range(settings.max_shift + 1), 0], device=x.device)
+            choices = quantizer.softmax_params(shifts)
         else:
             initial = Uniform(quantizer.bits, signed=not quantizer.wide).initial_scale(x.amax().clamp_min(0))
-            self.choices = [quantizer.gelu_params(initial * factor) for factor in (*settings.factors, 1.0)]
-        self.count = len(self.choices) - 1
+            choices = quantizer.gelu_params(initial * torch.tensor([*settings.factors, 1.0], device=x.device))
+        self._scales = (choices.fine_scale, choices.coarse_scale)
+        self.count = len(choices.coarse_scale) - 1
 
     def params(self, indices: Tensor) -> TwinParams:
-        return self.choices[int(indices)]
+        return TwinParams(*(scale[indices.view(())] for scale in self._scales))
 
     def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
         if axis is None:
             return self.quantizer.fake_quantize(x, self.params(indices))
-        choices = [self.choices[number] for number in indices.flatten().tolist()]
         shape = (-1, *[1] * (x.ndim - axis - 1))
-        fine = torch.stack([choice.fine_scale for choice in choices]).view(shape)
-        coarse = torch.stack([choice.coarse_scale for choice in choices]).view(shape)
-        return self.quantizer.fake_quantize(x, TwinParams(fine, coarse))
+        chosen = TwinParams(*(scale[indices.flatten()].view(shape) for scale in self._scales))
+        return self.quantizer.fake_quantize(x, chosen)
 
     def narrow(self, columns: Tensor) -> Candidates:
         raise NotImplementedError("a twin has one choice per tensor")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ptq4vit_fx.candidates import Candidates, uniform_choice
 from ptq4vit_fx.metrics import Metric
 from ptq4vit_fx.plan import Operand
-from ptq4vit_fx.products import Product, ScaleGroups
+from ptq4vit_fx.products import Product, ScaleGroups, step_elements
 
 #: The chunks of a product with their float outputs, computed once per product.
 Parts = list[tuple[Product, Tensor]]
@@ -27,9 +27,7 @@ Choice = dict[Operand, Tensor]
 #: The operand that keeps its choice while one is searched.
 OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 
-#: Several candidates are evaluated at once where all that one computes has no more elements than this: small
-#: products would spend their time in calls.
-STACKED_ELEMENTS = 1 << 20
+#: So many candidates are evaluated at once at most: of the last ones not all would have been.
 MOST_STACKED = 16
 
 #: Shares of the candidates at which `row_mass` looks: a scale that clips a lot, and one near where most searches end.
@@ -84,7 +82,7 @@ class OutputEvaluation:
         self.parts, self.metric, self.operand, self.searched = parts, metric, operand, candidates[operand]
         self._fixed = list(quantized_operand(parts, candidates[other], choice[other], other))
         elements = sum(max(part.lhs.numel(), part.rhs.numel(), target.numel()) for part, target in parts)
-        self.at_once = min(max(1, STACKED_ELEMENTS // elements), MOST_STACKED)
+        self.at_once = _stacked_candidates(elements, parts)
 
     def __call__(self, indices: Tensor) -> Tensor:
         return torch.cat([self._stacked(some) for some in torch.split(indices, self.at_once)])
@@ -130,11 +128,10 @@ class WeightEvaluation:
         d' (x^' R x^) d + 2 d' (x^' R (x^ - x) w) + constant
     """
 
-    at_once = 1
-
     def __init__(self, parts: Parts, candidates: dict[Operand, Candidates], choice: Choice) -> None:
         self.searched = candidates["rhs"]
         self._weight = parts[0][0].rhs
+        self.at_once = _stacked_candidates(self._weight.numel(), parts)
         heads, inner, columns = self._weight.shape[1:]
         self._square = self._weight.new_zeros(1, heads, inner, inner)
         self._linear = self._weight.new_zeros(1, heads, inner, columns)
@@ -148,12 +145,14 @@ class WeightEvaluation:
             self._constant += _weighted_squares(error, part).sum((0, 2)).double()
 
     def __call__(self, indices: Tensor) -> Tensor:
-        return torch.stack([self._distance(choice) for choice in indices])
+        return torch.cat([self._stacked(some) for some in torch.split(indices, self.at_once)])
 
-    def _distance(self, indices: Tensor) -> Tensor:
-        change = self.searched.fake_quantize(self._weight, indices).sub_(self._weight)
-        distance = (self._square @ change).add_(self._linear).mul_(change).sum((0, 2)).double()
-        return self.searched.groups.reduce(distance + self._constant).cpu()
+    def _stacked(self, indices: Tensor) -> Tensor:
+        weight = self._weight.unsqueeze(3)
+        change = self.searched.fake_quantize(weight, indices, 3).sub_(weight)
+        product = torch.unflatten(self._square @ change.flatten(3, 4), 3, (len(indices), -1))
+        distance = product.add_(self._linear.unsqueeze(3)).mul_(change).sum((0, 2)).double()
+        return self.searched.groups.reduce(distance.transpose(0, 1) + self._constant).cpu()
 
     def narrow(self, columns: Tensor) -> WeightEvaluation | None:
         """Return the evaluation of some output channels, if each has a scale."""
@@ -174,34 +173,40 @@ class ActivationEvaluation:
         d (w^ w^') d' + 2 d (w^ (w^ - w)' x') + constant
     """
 
-    at_once = 1
-
     def __init__(self, parts: Parts, candidates: dict[Operand, Candidates], choice: Choice) -> None:
         self.searched = candidates["lhs"]
         self.parts = parts
+        self.at_once = _stacked_candidates(sum(part.lhs.numel() for part, _ in parts), parts)
         weight = next(quantized_operand(parts, candidates["rhs"], choice["rhs"], "rhs"))
         self._square = weight @ weight.mT
         self._linear: list[Tensor] = []
-        self._constant = 0.0
+        self._constant = weight.new_zeros((), dtype=torch.float64)
         for part, target in parts:
             error = part.output(part.lhs, weight).sub_(target)
             self._linear.append((error @ weight.mT).mul_(2))
-            self._constant += float(_weighted_squares(error, part).sum(dtype=torch.float64))
+            self._constant += _weighted_squares(error, part).sum(dtype=torch.float64)
 
     def __call__(self, indices: Tensor) -> Tensor:
-        return torch.tensor([self._distance(choice) for choice in indices], dtype=torch.float64)[:, None, None]
+        return torch.cat([self._stacked(some) for some in torch.split(indices, self.at_once)])[:, None, None]
 
-    def _distance(self, indices: Tensor) -> float:
-        total = self._constant
+    def _stacked(self, indices: Tensor) -> Tensor:
+        total = self._constant.expand(len(indices))
         for (part, _), linear in zip(self.parts, self._linear, strict=True):
-            change = self.searched.fake_quantize(part.lhs, indices).sub_(part.lhs)
-            rows = (change @ self._square).add_(linear).mul_(change).sum(-1, keepdim=True)
-            rows = rows if part.element_weight is None else rows.mul_(part.element_weight)
-            total += float(rows.sum(dtype=torch.float64))
-        return total
+            x = part.lhs.unsqueeze(2)
+            change = self.searched.fake_quantize(x, indices, 2).sub_(x)
+            product = torch.unflatten(change.flatten(2, 3) @ self._square, 2, (len(indices), -1))
+            rows = product.add_(linear.unsqueeze(2)).mul_(change).sum(-1, keepdim=True)
+            rows = rows if part.element_weight is None else rows.mul_(part.element_weight.unsqueeze(2))
+            total = total + rows.sum((0, 1, 3, 4), dtype=torch.float64)
+        return total.cpu()
 
     def narrow(self, columns: Tensor) -> None:
         """Say that there is one scale only."""
+
+
+def _stacked_candidates(elements: int, parts: Parts) -> int:
+    """Return how many candidates to evaluate at once where one of them computes so many elements."""
+    return min(max(1, step_elements(parts[0][1].device) // elements), MOST_STACKED)
 
 
 def make_evaluation(

@@ -13,8 +13,15 @@ from torch import Tensor
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import UniformParams
 
-#: Elements of an output chunk when a product is evaluated on all of its rows: keeps the work inside the cache.
-CHUNK_ELEMENTS = 1 << 20
+#: Elements that one step of a search computes, a part of the rows or several candidates. A CPU keeps them in its cache;
+#: on a GPU small work takes no longer than the call.
+CPU_ELEMENTS = 1 << 20
+GPU_ELEMENTS = 1 << 25
+
+
+def step_elements(device: torch.device) -> int:
+    """Return how many elements one step of a search computes on this device."""
+    return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,14 @@ class Product:
         """Yield the product in parts of bounded output size, along the rows of a shared rhs, else along the batch."""
         batch, heads, rows, _ = self.lhs.shape
         row_elements = heads * self.rhs.shape[-1]
+        elements = step_elements(self.lhs.device)
         if not self.shares_rhs:
-            step = max(1, CHUNK_ELEMENTS // (row_elements * rows))
+            step = max(1, elements // (row_elements * rows))
             for start in range(0, batch, step):
                 part = slice(start, start + step)
                 yield self._part(part, slice(None))
         else:
-            step = max(16, CHUNK_ELEMENTS // row_elements)
+            step = max(16, elements // row_elements)
             for start in range(0, rows, step):
                 yield self._part(slice(None), slice(start, start + step))
 

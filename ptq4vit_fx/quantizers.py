@@ -168,13 +168,13 @@ class TwinUniform:
         """Steps from one end of a range to the other: 2^(k-1), the last without a code, or 2^k - 1 if wide."""
         return self.levels - 1 if self.wide else self.levels
 
-    def softmax_params(self, shift: int, like: Tensor) -> TwinParams:
-        """Return the parameters with threshold t = 2^-shift (form "softmax"), on the device of `like`."""
-        coarse = torch.tensor(1.0 / self.steps, dtype=torch.float32, device=like.device)
+    def softmax_params(self, shift: Tensor) -> TwinParams:
+        """Return the parameters with threshold t = 2^-shift (form "softmax") in the shape of `shift`, integers."""
+        coarse = torch.full(shift.shape, 1.0 / self.steps, device=shift.device)
         return TwinParams(coarse / 2**shift, coarse)
 
     def gelu_params(self, coarse_scale: Tensor) -> TwinParams:
-        """Return the parameters for a wanted coarse scale, shape () (form "gelu").
+        """Return the parameters for wanted coarse scales, any shape (form "gelu").
 
         A coarse scale too small to cover the negatives with m = 0 is raised to the smallest that does.
         """

@@ -76,7 +76,7 @@ def test_softmax_twin_has_no_offset_and_a_fifth_of_the_uniform_error(trained, na
     shift = math.ceil(math.log2(4 * tokens / twin.levels))
     for op in attention:
         weights = torch.cat(seen[op.name].lhs).flatten()
-        params = twin.softmax_params(shift, weights)
+        params = twin.softmax_params(torch.tensor(shift))
         threshold = twin.threshold(params)
         small = weights[weights < threshold]
         error = twin.fake_quantize(small.clone(), params) - small

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import nn
 from torch.fx import Interpreter
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.runtime import open_session
 from ptq4vit_fx.operators import QUANTIZE
 from ptq4vit_fx.quantizers import TwinUniform
 
@@ -24,7 +24,7 @@ def converted_with_shift(bits, shift):
     calibration = ptq.calibrate(prepared, X, progress=False, loss=torch.sum)
     (site,) = (key for key, q in calibration.plan.quantizers.items() if isinstance(q, TwinUniform))
     twin = calibration.plan.quantizers[site]
-    params = calibration.params | {site: twin.softmax_params(shift, torch.tensor(0.0))}
+    params = calibration.params | {site: twin.softmax_params(torch.tensor(shift))}
     ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
     return ptq.convert_fx(prepared), twin, params[site]
 
@@ -81,7 +81,7 @@ def test_thresholds_of_the_model_itself(tmp_path, value):
         progress=False,
     )
     ptq.export_onnx(converted, tmp_path / "model.onnx", X.reshape(6, 1, 4, 4))
-    (out,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"image": X.reshape(6, 1, 4, 4).numpy()})
+    (out,) = open_session(tmp_path / "model.onnx").run(None, {"image": X.reshape(6, 1, 4, 4).numpy()})
     np.testing.assert_allclose(out, converted(X.reshape(6, 1, 4, 4)).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -89,5 +89,5 @@ def test_equal_reshapes_of_one_tensor(tmp_path):
     model = model_of(lambda module, x: module.layer(x.flatten(1)) + x.flatten(1)[:, :4], layer=nn.Linear(32, 4))
     converted = ptq.quantize(model, X, progress=False)
     ptq.export_onnx(converted, tmp_path / "model.onnx", X)
-    (out,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"image": X.numpy()})
+    (out,) = open_session(tmp_path / "model.onnx").run(None, {"image": X.numpy()})
     np.testing.assert_allclose(out, converted(X).detach().numpy(), rtol=1e-5, atol=1e-6)

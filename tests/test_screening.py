@@ -116,7 +116,7 @@ def test_chunks_change_nothing(monkeypatch, make, screen_rows):
     quantizers = (Uniform(6), Uniform(6, granularity="channel" if make is linear else "head"))
     settings = SearchSettings(n=20, screen_rows=screen_rows)
     whole = search_op(op, make(3), *quantizers, settings)
-    monkeypatch.setattr("ptq4vit_fx.products.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("ptq4vit_fx.products.CPU_ELEMENTS", 1)
     chunked = search_op(op, make(3), *quantizers, settings)
     assert chunked.distance_after == pytest.approx(whole.distance_after, rel=1e-5)
     assert torch.equal(chunked.rhs.scale, whole.rhs.scale)
