@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.integer_products import with_qdq_products
 from ptq4vit_fx.export.runtime import quiet_options
 from ptq4vit_fx.export.runtime_graph import runtime_graph
 
@@ -196,7 +197,7 @@ def count_work(path: Path, batch: int) -> tuple[int, int]:
 
     A runtime that fused everything else into them would still do this.
     """
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    graph = onnx.shape_inference.infer_shapes(with_qdq_products(onnx.load(path))).graph
     shapes = {t.name: (list(t.dims), t.data_type) for t in graph.initializer}
     for info in (*graph.value_info, *graph.input, *graph.output):
         tensor = info.type.tensor_type

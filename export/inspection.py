@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.instructions import Instructions, cpu_instructions
+from ptq4vit_fx.export.integer_products import qdq_nodes
 from ptq4vit_fx.export.onnx_export import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
 from ptq4vit_fx.export.runtime import load_file
 from ptq4vit_fx.export.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
@@ -167,6 +168,6 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> S
 
 def _wide_weights(model: onnx.ModelProto) -> int:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"} & constants.keys()
+    weights = {node.input[0] for node in qdq_nodes(model) if node.op_type == "DequantizeLinear"} & constants.keys()
     signed = [constants[name] for name in weights if constants[name].data_type == TensorProto.INT8]
     return sum(bool((np.abs(numpy_helper.to_array(t).astype(np.int16)) > SAFE_WEIGHT).any()) for t in signed)

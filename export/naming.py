@@ -6,7 +6,7 @@ import ast
 
 import onnx
 
-from ptq4vit_fx.export.onnx_graph import drop_unread_constants
+from ptq4vit_fx.export.onnx_graph import drop_unused
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 #: How the name of a constant with scales per head ends.
@@ -77,4 +77,4 @@ def own_parameters(model: onnx.ModelProto) -> None:
                 initializers[name] = model.graph.initializer.add()
                 initializers[name].CopyFrom(copy)
             node.input[index] = name
-    drop_unread_constants(model)
+    drop_unused(model)

@@ -15,12 +15,15 @@ PRODUCTS = frozenset(["MatMul", "Gemm", "Conv"])
 MOVES = frozenset(["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split", "Identity"])
 
 
-def drop_unread_constants(model: onnx.ModelProto) -> None:
-    """Remove, in place, the initializers that no node reads."""
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Remove, in place, the initializers that no node reads, and recorded types of tensors that no node makes."""
     read = {name for node in model.graph.node for name in node.input}
+    made = {name for node in model.graph.node for name in node.output}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
+    types = [value for value in model.graph.value_info if value.name in made]
+    del model.graph.initializer[:], model.graph.value_info[:]
     model.graph.initializer.extend(kept)
+    model.graph.value_info.extend(types)
 
 
 class OnnxGraph:

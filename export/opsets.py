@@ -7,7 +7,7 @@ from onnx import helper, numpy_helper, version_converter
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE
-from ptq4vit_fx.export.onnx_graph import drop_unread_constants
+from ptq4vit_fx.export.onnx_graph import drop_unused
 from ptq4vit_fx.export.target_generic import opset_of
 
 LOWEST_OPSET = 17
@@ -75,7 +75,7 @@ def _lower_to_17(model: onnx.ModelProto) -> onnx.ModelProto:
             _resize(node)
         else:
             _refuse_unless(node.op_type not in CHANGED_IN_18 | NEW_IN_18, node, node.op_type)
-    drop_unread_constants(model)
+    drop_unused(model)
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", LOWEST_OPSET))
     return model

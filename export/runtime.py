@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import to_unsigned, with_unsigned_weights
+from ptq4vit_fx.export.integer_products import with_integer_products, with_qdq_products
 from ptq4vit_fx.export.model_files import is_too_large, session_of
 
 
@@ -52,7 +53,9 @@ def exact_here(model: onnx.ModelProto) -> onnx.ModelProto:
     On a CPU whose u8 x s8 kernels saturate, int8 weights and activations are rewritten to uint8, which takes the
     slower kernels that do not; elsewhere it is the model itself.
     """
-    return with_unsigned_weights(to_unsigned(model)) if products_saturate() else model
+    if not products_saturate():
+        return model
+    return with_integer_products(with_unsigned_weights(to_unsigned(with_qdq_products(model))))
 
 
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
+from ptq4vit_fx.export.integer_products import STEP, integer_products
 from ptq4vit_fx.export.runtime import optimized
 
 #: Integer products of ONNX Runtime (contrib operators included), and where their zero points are among the inputs.
@@ -85,12 +86,14 @@ class RuntimeGraph:
 def runtime_graph(model: onnx.ModelProto) -> RuntimeGraph:
     """Let ONNX Runtime optimize a model for this machine, with its own (dynamic) batch, and read the result back."""
     after = optimized(model)
+    names = _fused_names(model)
     makers = {output: node for node in after.graph.node for output in node.output}
     types = {tensor.name: tensor.data_type for tensor in after.graph.initializer}
     products = []
     for node in after.graph.node:
         if node.op_type in INTEGER_PRODUCTS:
-            products.append(RuntimeProduct(node.name, True, node.op_type, _types(node, types), _why_integer(node)))
+            name = names.get(node.output[0], node.name)
+            products.append(RuntimeProduct(name, True, node.op_type, _types(node, types), _why_integer(node)))
         elif node.op_type in FLOAT_PRODUCTS:
             kinds = _dequantized_types(node, makers, types)
             products.append(RuntimeProduct(node.name, False, node.op_type, kinds, _why_float(node, makers)))
@@ -100,6 +103,13 @@ def runtime_graph(model: onnx.ModelProto) -> RuntimeGraph:
         tuple(products),
         tuple(_leftovers(after, makers)),
     )
+
+
+def _fused_names(model: onnx.ModelProto) -> dict[str, str]:
+    """Return result -> product: a node fused of MatMulInteger and what is behind it has no name of the file's."""
+    names = {product.scaled.output[0]: product.multiply.name for product in integer_products(model.graph.node)}
+    adds = [node for node in model.graph.node if node.op_type == "Add" and node.input[0] in names]
+    return names | {add.output[0]: names[add.input[0]] for add in adds}
 
 
 def _types(node: onnx.NodeProto, types: dict[str, int]) -> str:
@@ -149,7 +159,7 @@ def _leftovers(model: onnx.ModelProto, makers: dict[str, onnx.NodeProto]) -> Ite
         for name in node.input:
             readers.setdefault(name, []).append(node)
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear":
+        if node.op_type == "DequantizeLinear" and node.input[0] != STEP:
             reasons = [_why_read(reader) for reader in readers.get(node.output[0], [])]
             if node.output[0] in outputs:
                 reasons.append("is an output of the model")

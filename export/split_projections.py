@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unread_constants
+from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unused
 
 #: Behind the name of what belongs to one part: _part0 is the first.
 PART = "_part"
@@ -56,7 +56,7 @@ def with_split_projections(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    drop_unread_constants(model)
+    drop_unused(model)
     return model
 
 

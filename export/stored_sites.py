@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from ptq4vit_fx.export.integer_products import qdq_nodes
 from ptq4vit_fx.export.onnx_graph import PRODUCTS
 from ptq4vit_fx.export.split_projections import PART
 
@@ -46,10 +47,10 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
     projections of q, k and v that chose the same scale, for example. Such a site is found through its product.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    makers = {output: node for node in model.graph.node for output in node.output}
-    readers = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    nodes = qdq_nodes(model)
+    readers = {node.input[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
     found: dict[str, StoredSite] = {}
-    for node in model.graph.node:
+    for node in nodes:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             name = _name(node)
             is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
@@ -57,7 +58,7 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
                 found[name] = _joined(found[name], _read(node, node, constants, is_constant))
             elif name not in found and (is_constant or node.op_type == "QuantizeLinear"):
                 found[name] = _read(node, readers.get(node.output[0], node), constants, is_constant)
-    for site, name in _through_products(model, makers).items():
+    for site, name in _through_products(nodes).items():
         if name in found:
             found.setdefault(site, found[name])
     for site, scales in calibrated_scales(model).items():
@@ -108,10 +109,11 @@ def _joined(first: StoredSite, second: StoredSite) -> StoredSite:
     return replace(first, codes=codes, scale=scale, zero_point=zero_point)
 
 
-def _through_products(model: onnx.ModelProto, makers: dict[str, onnx.NodeProto]) -> dict[str, str]:
+def _through_products(nodes: list[onnx.NodeProto]) -> dict[str, str]:
     """Return site -> name of the quantizer that its product reads, in the order of the branches."""
+    makers = {output: node for node in nodes for output in node.output}
     read: dict[str, list[str]] = {}
-    for node in model.graph.node:
+    for node in nodes:
         if node.op_type in PRODUCTS:
             for operand, value in zip(("lhs", "rhs"), node.input, strict=False):
                 maker = makers.get(value)

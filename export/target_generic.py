@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE, copy_of, forget_types, site_of
+from ptq4vit_fx.export.integer_products import qdq_nodes
 from ptq4vit_fx.plan import QuantPlan
 
 STANDARD_DOMAINS = {"", "ai.onnx"}
@@ -55,7 +56,7 @@ def _pack(tensor: onnx.TensorProto) -> None:
 
 def check_generic(model: onnx.ModelProto) -> None:
     """Raise PTQError unless every operator is standard and every Q/DQ node has its zero point written out."""
-    for node in model.graph.node:
+    for node in qdq_nodes(model):
         if node.domain not in STANDARD_DOMAINS:
             raise failure(
                 "export_onnx",
@@ -81,7 +82,7 @@ def check_types(model: onnx.ModelProto, *, activations: int, weights: int) -> No
     """
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     name_of = TensorProto.DataType.Name
-    for node in model.graph.node:
+    for node in qdq_nodes(model):
         if node.op_type not in (QUANTIZE, DEQUANTIZE):
             continue
         # A QuantizeLinear of a constant (a table that is multiplied like an activation) is an activation's.

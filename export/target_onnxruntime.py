@@ -1,8 +1,9 @@
 """Targets of ONNX Runtime's CPU provider: x86 with VNNI, x86 without, and ARM.
 
-All three get DequantizeLinear, DequantizeLinear -> MatMul without a QuantizeLinear behind it, which the runtime fuses
-into MatMulIntegerToFloat (onnxruntime/core/optimizer/qdq_transformer/selectors_actions/qdq_selectors.cc, and
-`runtime_graph` reads it back). They differ in integer types only; every value is the same.
+The runtime makes MatMulIntegerToFloat of every product (`runtime_graph` reads it back): of DequantizeLinear,
+DequantizeLinear -> MatMul without a QuantizeLinear behind it
+(onnxruntime/core/optimizer/qdq_transformer/selectors_actions/qdq_selectors.cc), and with a bias as integer_products.py
+says. The three differ in integer types only; every value is the same.
 """
 
 from __future__ import annotations
@@ -13,33 +14,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.export.containers import activation_quantizers, copy_of, to_signed, with_unsigned_weights
+from ptq4vit_fx.export.integer_products import with_integer_products
 from ptq4vit_fx.export.naming import HEAD_SCALE
-from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unread_constants
+from ptq4vit_fx.export.onnx_graph import MOVES, OnnxGraph, drop_unused
 from ptq4vit_fx.export.split_projections import with_split_projections
 from ptq4vit_fx.export.target_generic import check_generic, check_types
 from ptq4vit_fx.plan import QuantPlan
-
-
-def with_deep_biases(model: onnx.ModelProto) -> onnx.ModelProto:
-    """If the batch is fixed, give a bias behind a product the shape (1, 1, columns); in place, return the model.
-
-    MatMul and Add of known shapes become Gemm, for which the runtime has no integer kernel with float output, unless
-    the bias has more dimensions than Gemm takes (onnxruntime/core/optimizer/matmul_add_fusion.cc).
-    """
-    if _fixed_batch(model) is None:
-        return model
-    graph = OnnxGraph(model)
-    for add in graph.nodes:
-        for index, name in enumerate(add.input if add.op_type == "Add" else ()):
-            product = graph.maker(add, 1 - index)
-            bias = graph.constants.get(name)
-            if product is None or product.op_type != "MatMul" or bias is None or len(bias.dims) != 1:
-                continue
-            deep = numpy_helper.from_array(graph.value(name).reshape(1, 1, -1), f"{add.name}.bias")
-            model.graph.initializer.append(deep)
-            add.input[index] = deep.name
-    drop_unread_constants(model)
-    return model
 
 
 def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -48,14 +28,16 @@ def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
     The division by scales per head in front of a QuantizeLinear is a pass over the operand that the runtime does not
     fuse. QuantizeLinear divides by a scale per index of an axis in its own pass, with the same quotient (its own scale
     is a power of two); the DequantizeLinear keeps its scale, as the product needs one. Where a Clip stands between
-    (below 8 bits) both stay.
+    (below 8 bits) both stay. So they do behind a Transpose or another operator that moves values: the runtime
+    quantizes in front of it as well (qdq_propagation.cc), which takes longer than the division.
     """
     graph = OnnxGraph(model)
     for quantize in activation_quantizers(model):
         divide = graph.maker(quantize, 0)
         if divide is None or divide.op_type != "Div" or not divide.input[1].endswith(HEAD_SCALE):
             continue
-        if len(graph.users(divide)) > 1:
+        source = graph.maker(divide, 0)
+        if len(graph.users(divide)) > 1 or (source is not None and source.op_type in MOVES):
             continue
         scales = graph.value(divide.input[1]) * graph.value(quantize.input[1])
         for reader in graph.readers[divide.input[1]]:
@@ -69,10 +51,7 @@ def with_scales_along_heads(model: onnx.ModelProto) -> onnx.ModelProto:
         del quantize.attribute[:]
         quantize.attribute.append(helper.make_attribute("axis", -scales.ndim))
         model.graph.node.remove(divide)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    computed = [value for value in model.graph.value_info if value.name not in constants]
-    del model.graph.value_info[:]  # a constant's old shape among them
-    model.graph.value_info.extend(computed)
+    drop_unused(model)  # a constant's old shape
     return model
 
 
@@ -91,7 +70,7 @@ def _fixed_batch(model: onnx.ModelProto) -> int | None:
 def _rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
     """Do what all three targets need. For one image alone a split costs less than two more products."""
     model = with_scales_along_heads(copy_of(model))
-    return with_deep_biases(model if _fixed_batch(model) == 1 else with_split_projections(model))
+    return with_integer_products(model if _fixed_batch(model) == 1 else with_split_projections(model))
 
 
 def rewrite_x86(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:

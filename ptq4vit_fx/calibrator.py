@@ -34,7 +34,7 @@ IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequen
 
 
 #: So many products are searched at the same time on a GPU, where most of the time goes into calls.
-GPU_SEARCHES = 4
+GPU_SEARCHES = 2
 
 
 @dataclass(frozen=True)

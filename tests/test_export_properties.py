@@ -18,9 +18,11 @@ import onnxruntime
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 from torch import nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.integer_products import integer_products, qdq_nodes
 from ptq4vit_fx.export.naming import HEAD_SCALE
 from ptq4vit_fx.export.runtime import exact_here, load_file, open_model, quiet_options
 from ptq4vit_fx.export.stored_sites import integers, stored_sites
@@ -124,19 +126,17 @@ def quantized(case, folder):
 
 def run_with_values(model, images, *, optimize):
     """Run the file; return the value of every tensor that a quantizer reads or writes and of every product."""
-    wanted = dict.fromkeys(
-        name
-        for node in model.graph.node
-        if node.op_type in ("QuantizeLinear", "MatMul")
-        for name in ((node.input[0], node.output[0]) if node.op_type == "QuantizeLinear" else node.output)
-        if name != "image"
-    )
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
+    results = [
+        name for node in model.graph.node if node.op_type in ("QuantizeLinear", "MatMul") for name in node.output
+    ]
+    wanted = dict.fromkeys(results + [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"])
+    wanted |= dict.fromkeys(result for result, _ in with_bias(model).values())
+    wanted.pop("image", None)
+    copied = exact_here(onnx.ModelProto.FromString(model.SerializeToString()))
     own = {output.name for output in model.graph.output}
     copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in own)
     if optimize:
-        session = open_model(exact_here(copied), threads=1)
+        session = open_model(copied, threads=1)
     else:
         options = quiet_options(threads=1)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -144,6 +144,14 @@ def run_with_values(model, images, *, optimize):
     names = [output.name for output in session.get_outputs()]
     values = dict(zip(names, session.run(None, {"image": images.numpy()}), strict=True))
     return values | {"image": images.numpy()}
+
+
+def with_bias(model):
+    """Return name of a MatMulInteger's result without bias -> (name of the result with it, the bias)."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    results = {product.scaled.output[0] for product in integer_products(model.graph.node)}
+    adds = [node for node in model.graph.node if node.op_type == "Add" and node.input[0] in results]
+    return {add.input[0]: (add.output[0], constants[add.input[1]]) for add in adds}
 
 
 def check_quantizers(converted, model, values):
@@ -186,21 +194,26 @@ def _branch_limits(converted, site, branch):
 def check_products(model, values, *, integer):
     """Every product of two quantized operands, at the codes that it was given.
 
-    integer: to the last bit, the integer sum times the product of the scales. Else within the rounding of a float sum
-    of `inner` terms, each itself a rounded product of two rounded values: (inner + 4) half steps of the terms' size.
+    integer: to the last bit, the integer sum times the product of the scales, and with a bias always. Else within the
+    rounding of a float sum of `inner` terms, each itself a rounded product of two rounded values: (inner + 4) half
+    steps of the terms' size.
     """
     stored = {site.tensor.partition("_part")[0]: site for site in stored_sites(model).values()}
-    makers = {output: node for node in model.graph.node for output in node.output}
+    nodes, biases = qdq_nodes(model), with_bias(model)
+    makers = {output: node for node in nodes for output in node.output}
     checked = 0
-    for node in model.graph.node:
+    for node in nodes:
         if node.op_type == "MatMul":
             sites = [stored[makers[name].input[0].partition("_part")[0]] for name in node.input]
             lhs, rhs = (integers(values[s.tensor] if s.codes is None else s.codes, s).astype(np.int64) for s in sites)
-            actual = values[node.output[0]]
+            result, bias = biases.get(node.output[0], (node.output[0], None))
+            actual = values[result]
             sites[1], rhs = part_of(node, sites[1], rhs)
             scale = sites[0].scale * sites[1].scale
-            if integer:
-                np.testing.assert_array_equal(actual, (lhs @ rhs).astype(np.float32) * scale, err_msg=node.name)
+            if integer or bias is not None:
+                expected = (lhs @ rhs).astype(np.float32) * scale
+                expected = expected if bias is None else expected + bias
+                np.testing.assert_array_equal(actual, expected, err_msg=node.name)
             else:
                 scale = sites[0].scale.astype(np.float64) * sites[1].scale
                 bound = (lhs.shape[-1] + 4) * 2.0**-24 * (np.abs(lhs) @ np.abs(rhs)) * scale

@@ -55,7 +55,7 @@ def mixed(tmp_path_factory):
 def test_each_product_is_integer_or_float_with_the_reason(mixed):
     report = inspect_file(mixed / "onnxruntime.onnx")
     products = {product.name.partition("_token")[0]: product for product in report.graph.products}
-    linear = products["query/MatMul"]
+    linear = products["query/MatMulInteger"]
     assert (linear.integer, linear.operator, linear.types) == (True, "MatMulIntegerToFloat", "uint8 x int8")
     assert products["matmul_qk/MatMul"].types == "uint8 x uint8"
     assert "so is the result" in products["stem/Conv"].reason
@@ -187,7 +187,7 @@ def test_json_and_text_from_the_command_line(mixed):
     printed = CliRunner().invoke(app, ["inspect", path, "--json"])
     assert printed.exit_code == 0, printed.output
     record = json.loads(printed.output)
-    assert {product["name"] for product in record["graph"]["products"]} >= {"query/MatMul", "depthwise/Conv"}
+    assert {product["name"] for product in record["graph"]["products"]} >= {"query/MatMulInteger", "depthwise/Conv"}
     assert record["cpu"]["saturates"] == products_saturate()
     shown = CliRunner().invoke(app, ["inspect", path])
     assert "depthwise/Conv" in shown.output

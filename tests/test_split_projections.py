@@ -10,6 +10,7 @@ from graphs import model_of
 from torch import nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.integer_products import qdq_nodes
 from ptq4vit_fx.export.runtime import open_session
 from ptq4vit_fx.export.runtime_graph import runtime_graph
 from ptq4vit_fx.export.scales import read_scales
@@ -69,7 +70,7 @@ def quantized(function, weights="channel", bias=True):
 
 
 def projections(path):
-    return [node for node in onnx.load(path).graph.node if node.op_type == "MatMul" and node.name.startswith("qkv/")]
+    return [node for node in qdq_nodes(onnx.load(path)) if node.op_type == "MatMul" and node.name.startswith("qkv/")]
 
 
 def run(path):
@@ -107,6 +108,15 @@ def test_what_is_no_projection_of_three_stays_one_product(tmp_path, function):
     ptq.export_onnx(converted, tmp_path / "model.onnx", X)
     assert len(projections(tmp_path / "model.onnx")) == 1
     assert ptq.verify_onnx(tmp_path / "model.onnx", converted, X).same_functions.bit_equal == 1.0
+
+
+def test_scales_per_head_behind_a_transpose_are_divided_in_front_of_the_quantizer(tmp_path):
+    """The runtime would quantize in front of the transpose as well."""
+    ptq.export_onnx(quantized(read_elsewhere), tmp_path / "model.onnx", X)
+    report = runtime_graph(onnx.load(tmp_path / "model.onnx"))
+    assert report.after["Div"] == 3  # q, k and v
+    assert report.after["QuantizeLinear"] == report.before["QuantizeLinear"]
+    assert not report.leftovers
 
 
 @pytest.mark.parametrize(("batch", "products"), [(1, 1), (4, 3)])

@@ -17,6 +17,7 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.export import model_files
 from ptq4vit_fx.export.containers import to_signed, to_unsigned
 from ptq4vit_fx.export.inspection import inspect_file
+from ptq4vit_fx.export.integer_products import with_qdq_products
 from ptq4vit_fx.export.onnx_export import PROVENANCE_KEY, RECIPE_KEY
 from ptq4vit_fx.export.opsets import at_opset, newest_opset
 from ptq4vit_fx.export.runtime import open_session, quiet_options
@@ -55,10 +56,11 @@ def default_file(tmp_path_factory, converted, small_images):
 
 
 def run_as_written(path, images):
-    """Return the logits of every Q, DQ and float MatMul as the file has them: no fusion, no rewriting."""
+    """Return the logits of every Q, DQ and float MatMul as the file has them: no fusion."""
     options = quiet_options(1)
     options.graph_optimization_level = AS_WRITTEN
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model = with_qdq_products(onnx.load(path)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
 
@@ -139,7 +141,7 @@ def test_scales_per_head_are_divided_by_the_quantizer_unless_it_needs_a_clip(tmp
     ("check", "wants"), [(check_x86, "onnxruntime"), (check_avx2, "onnxruntime-avx2"), (check_arm, "onnxruntime-arm")]
 )
 def test_integer_types_are_checked(default_file, converted, check, wants):
-    model = onnx.load(default_file)
+    model = with_qdq_products(onnx.load(default_file))
     for name in ("onnxruntime", "onnxruntime-avx2", "onnxruntime-arm"):
         written = TARGETS[name].rewrite(model, converted.plan)
         if name == wants:

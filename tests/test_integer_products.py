@@ -1,0 +1,157 @@
+"""Products with a bias become MatMulInteger for ONNX Runtime, which fuses the bias, and DequantizeLinear again."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import model_of
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.export.integer_products import integer_products, qdq_nodes, with_integer_products, with_qdq_products
+from ptq4vit_fx.export.runtime import open_session, optimized
+from ptq4vit_fx.export.runtime_graph import runtime_graph
+from ptq4vit_fx.export.stored_sites import stored_sites
+
+X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def mlp(module, x):
+    return module.second(F.gelu(module.first(x.flatten(2) + 1.0))).flatten(1)
+
+
+def layers(bias=True, columns=5):
+    return {"first": nn.Linear(16, 12, bias), "second": nn.Linear(12, columns, bias)}
+
+
+def file_of(tmp_path, function, target="onnxruntime", twins="exact", batch=None, weights="channel", **modules):
+    torch.manual_seed(0)
+    recipe = ptq.recipes.ptq4vit(8, 8, weights, twins=twins).with_search(n=4, rounds=1)
+    prepared = ptq.prepare_fx(model_of(function, **modules), recipe, X)
+    ptq.calibrate(prepared, X, progress=False)
+    converted = ptq.convert_fx(prepared)
+    ptq.export_onnx(converted, tmp_path / "model.onnx", X, target=target, batch=batch)
+    return tmp_path / "model.onnx", converted
+
+
+def biases(model):
+    """Names of what ONNX Runtime hands to its integer products as biases."""
+    fused = [node for node in optimized(model).graph.node if node.op_type == "MatMulIntegerToFloat"]
+    return [node.input[6] for node in fused if len(node.input) > 6]
+
+
+def plain_run(model):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": X.numpy()})[0]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-avx2", "onnxruntime-arm"])
+@pytest.mark.parametrize(("twins", "products"), [("uniform", 2), ("exact", 3)])
+@pytest.mark.parametrize("weights", ["channel", "group"])
+def test_the_runtime_adds_the_bias_in_the_product(tmp_path, twins, products, target, weights):
+    path, converted = file_of(tmp_path, mlp, target, twins, weights=weights, **layers())
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert len(biases(model)) == 2
+    report = runtime_graph(model)
+    assert len(report.integer_products) == products
+    assert {name for name in report.integer_products if "Integer" in name} == {
+        node.name for node in model.graph.node if node.op_type == "MatMulInteger"
+    }
+    assert not report.float_products
+    assert not report.leftovers  # the scales are no pair that was left
+    assert report.after["Add"] == 1 + products - 2  # in front, and the two halves of a twin
+    verified = ptq.verify_onnx(path, converted, X)
+    assert verified.same_functions.bit_equal == 1.0
+    assert all(site.equal == 1.0 and site.same_scale for site in verified.layers)
+    assert not verified.code_comparison.missing
+
+
+@pytest.mark.parametrize("twins", ["uniform", "exact"])
+def test_dequantized_again_it_is_the_file_of_another_target(tmp_path, twins):
+    path, converted = file_of(tmp_path, mlp, twins=twins, **layers())
+    ptq.export_onnx(converted, tmp_path / "generic.onnx", X, target="generic")
+    written, generic = onnx.load(path), onnx.load(tmp_path / "generic.onnx")
+    back = with_qdq_products(written)
+
+    def described(model):
+        order = {"Add": sorted}  # the bias may stand on either side
+        return sorted(
+            (node.name, node.op_type, *order.get(node.op_type, list)(node.input), *node.output)
+            for node in model.graph.node
+        )
+
+    assert described(back) == described(generic)
+    assert {t.name for t in back.graph.initializer} == {t.name for t in generic.graph.initializer}
+    assert len(written.graph.node) > len(back.graph.node)
+    again = with_integer_products(with_qdq_products(written))
+    assert again.graph.SerializeToString(deterministic=True) == written.graph.SerializeToString(deterministic=True)
+    assert with_qdq_products(generic).graph.node == generic.graph.node
+    mine, theirs = stored_sites(written), stored_sites(generic)
+    assert mine.keys() == theirs.keys()
+    for site, stored in mine.items():
+        assert np.array_equal(stored.scale, theirs[site].scale)
+        assert np.array_equal(stored.zero_point, theirs[site].zero_point)
+        assert (stored.codes is None) == (theirs[site].codes is None)
+        assert stored.codes is None or np.array_equal(stored.codes, theirs[site].codes)
+
+
+def test_the_operators_are_standard_ones(tmp_path):
+    """Without the fusion, and by the specification's own evaluator, the file gives what the fused one does."""
+    path, _ = file_of(tmp_path, lambda module, x: module.layer(x.flatten(1)), layer=nn.Linear(32, 5))
+    model = onnx.load(path)
+    (expected,) = open_session(path).run(None, {"image": X.numpy()})
+    (got,) = ReferenceEvaluator(model).run(None, {"image": X.numpy()})
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(plain_run(with_qdq_products(model)).round(4), expected.round(4))
+
+
+def test_one_module_called_twice(tmp_path):
+    path, converted = file_of(
+        tmp_path, lambda module, x: module.layer(module.layer(x.flatten(1))), layer=nn.Linear(32, 32)
+    )
+    model = onnx.load(path)
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert len(biases(model)) == len(list(integer_products(model.graph.node))) == 2
+    assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "modules"),
+    [
+        (mlp, layers(bias=False)),
+        (lambda module, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).flatten(1) + 1.0, {}),
+        (lambda module, x: (s := F.linear(x.flatten(1), module.layer.weight)) + module.layer.bias + s.mean(), None),
+    ],
+    ids=["no bias", "two activations", "read elsewhere"],
+)
+def test_other_products_stay_as_they_are(tmp_path, function, modules):
+    modules = {"layer": nn.Linear(32, 5)} if modules is None else modules
+    path, converted = file_of(tmp_path, function, **modules)
+    assert not any(node.op_type == "MatMulInteger" for node in onnx.load(path).graph.node)
+    assert [n.name for n in qdq_nodes(onnx.load(path))] == [n.name for n in onnx.load(path).graph.node]
+    assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
+
+
+def test_one_column_is_an_integer_product_whose_bias_is_added_behind(tmp_path):
+    """The runtime fuses no bias of one element."""
+    path, converted = file_of(tmp_path, mlp, twins="uniform", **layers(columns=1))
+    assert len(biases(onnx.load(path))) == 1
+    report = runtime_graph(onnx.load(path))
+    assert "second/MatMulInteger" in report.integer_products
+    assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_fuses_too(tmp_path, batch):
+    path, _ = file_of(tmp_path, mlp, batch=batch, **layers())
+    assert len(biases(onnx.load(path))) == 2
+    assert not runtime_graph(onnx.load(path)).float_products
