@@ -140,7 +140,7 @@ def _biased_product(graph: OnnxGraph, node: onnx.NodeProto) -> _BiasedProduct | 
     if lhs is None or rhs is None or {lhs.op_type, rhs.op_type} != {"DequantizeLinear"}:
         return None
     weight, readers = graph.constants.get(rhs.input[0]), graph.users(node)
-    if weight is None or len(weight.dims) != 2 or weight.data_type not in CODES or graph.value(lhs.input[1]).ndim:
+    if weight is None or len(weight.dims) != 2 or weight.data_type not in CODES:
         return None
     if [reader.op_type for reader in readers] != ["Add"]:
         return None

@@ -18,6 +18,7 @@ from ptq4vit_fx.export.runtime import open_session, optimized
 from ptq4vit_fx.export.runtime_graph import runtime_graph
 from ptq4vit_fx.export.stored_sites import stored_sites
 
+TABLE = {"layer": nn.Linear(32, 5), "table": nn.Parameter(torch.ones(2, 5))}
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,10 +84,8 @@ def test_dequantized_again_it_is_the_file_of_another_target(tmp_path, twins):
 
     def described(model):
         order = {"Add": sorted}  # the bias may stand on either side
-        return sorted(
-            (node.name, node.op_type, *order.get(node.op_type, list)(node.input), *node.output)
-            for node in model.graph.node
-        )
+        inputs = [order.get(node.op_type, list)(node.input) for node in model.graph.node]
+        return sorted((n.name, n.op_type, *x, *n.output) for n, x in zip(model.graph.node, inputs, strict=True))
 
     assert described(back) == described(generic)
     assert {t.name for t in back.graph.initializer} == {t.name for t in generic.graph.initializer}
@@ -129,9 +128,15 @@ def test_one_module_called_twice(tmp_path):
     [
         (mlp, layers(bias=False)),
         (lambda module, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).flatten(1) + 1.0, {}),
+        (
+            lambda module, x: (F.linear(x.flatten(2), module.layer.weight[:, :16]) + module.layer.weight[:2, :5]).amax(
+                1
+            ),
+            None,
+        ),
         (lambda module, x: (s := F.linear(x.flatten(1), module.layer.weight)) + module.layer.bias + s.mean(), None),
     ],
-    ids=["no bias", "two activations", "read elsewhere"],
+    ids=["no bias", "two activations", "a table", "read elsewhere"],
 )
 def test_other_products_stay_as_they_are(tmp_path, function, modules):
     modules = {"layer": nn.Linear(32, 5)} if modules is None else modules
@@ -139,6 +144,21 @@ def test_other_products_stay_as_they_are(tmp_path, function, modules):
     assert not any(node.op_type == "MatMulInteger" for node in onnx.load(path).graph.node)
     assert [n.name for n in qdq_nodes(onnx.load(path))] == [n.name for n in onnx.load(path).graph.node]
     assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
+
+
+def test_the_bias_may_stand_in_front(tmp_path):
+    """Older versions of the runtime fuse it on the right alone."""
+    model = with_qdq_products(onnx.load(file_of(tmp_path, mlp, **layers())[0]))
+    expected = with_integer_products(with_qdq_products(model))
+    for node in model.graph.node:
+        if node.op_type == "Add":
+            node.input[:] = node.input[::-1]
+    written = [
+        [list(node.input) for node in m.graph.node if node.input[-1] in ("first.bias", "second.bias")]
+        for m in (expected, with_integer_products(model))
+    ]
+    assert len(written[0]) == 2
+    assert written[0] == written[1]
 
 
 def test_one_column_is_an_integer_product_whose_bias_is_added_behind(tmp_path):
