@@ -83,7 +83,8 @@ def export_onnx(
     target cannot hold it or is not known, if the opset is not supported, if names are missing or repeat, or if the path
     is not writable; nothing is left behind then.
     """
-    rules = _check(converted, target, opset, batch)
+    _check_stage(converted)
+    rules = check_target(target, opset, batch)
     names = _names(converted, input_names, output_names)
     inputs = example_tensors(example_inputs, "export_onnx")
     check_writable(path, "export_onnx")  # before the work, not after
@@ -101,7 +102,7 @@ def export_onnx(
     return ExportReport(Path(path), size, _float_bytes(model), counts, sites, opset, target)
 
 
-def _check(converted: GraphModule, target: str, opset: int, batch: int | None) -> Target:
+def _check_stage(converted: GraphModule) -> None:
     stage = stage_of(converted) if isinstance(converted, GraphModule) else None
     if stage is not Stage.CONVERTED:
         raise failure(
@@ -111,6 +112,10 @@ def _check(converted: GraphModule, target: str, opset: int, batch: int | None) -
             got=f"stage {stage.value!r}" if stage else "a model that this package did not convert",
             do="call convert_fx(prepared) first",
         )
+
+
+def check_target(target: str, opset: int, batch: int | None) -> Target:
+    """Return the target of that name; raises PTQError if `export_onnx` would refuse one of its arguments."""
     if target not in TARGETS:
         raise failure(
             "export_onnx",

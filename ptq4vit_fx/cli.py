@@ -80,11 +80,18 @@ def quantize(
         import torch
 
         import ptq4vit_fx
-        from ptq4vit_fx.models import create_model, data_config, load_images
+        from ptq4vit_fx.export.onnx_export import check_target
+        from ptq4vit_fx.models import create_model, data_config, list_images, load_images
         from ptq4vit_fx.passes.contract import calibration_of, plan_of
 
         mapping = _mapping(recipe, twins, w_bits, a_bits)
-        check_writable(out, "quantize --out")  # before the minutes, not after
+        # Before the download and the minutes, not after:
+        check_writable(out, "quantize --out")
+        check_target(target, opset, batch)
+        if target == "tensorrt" and recipe == "ptq4vit":
+            expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
+            raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do=do)
+        list_images(data, limit=1)
         network = create_model(model, weights, model_arg or [])
         preprocessing = data_config(network)
         skipped: list[str] = []

@@ -85,7 +85,7 @@ def test_quantize_for_a_target_with_a_fixed_batch(workspace):
     arguments = ["quantize", "deit_tiny_patch16_224", "--data", images, "--out", out, *options, "--target", "tensorrt"]
     refused = run(*arguments)
     assert refused.exit_code == 1
-    assert "quantize with recipes.tensorrt()" in refused.output
+    assert "add --recipe tensorrt" in refused.output
     assert not out.exists()
     done = run(*arguments, "--recipe", "tensorrt")
     assert done.exit_code == 0, done.output
@@ -131,6 +131,13 @@ BAD = {
         "expected one readable image or more, got none of",
     ),
     "wrong state dict": (GOOD[:5], "expected a state dict of this model"),
+    "missing folder before the hub": ([W, "--data", "{w}/none"], "expected a folder of images, got no such folder"),
+    "target": ([*GOOD, "--target", "tensort"], "did you mean tensorrt?"),
+    "opset": ([*GOOD, "--opset", "16"], "opset: expected 17 to"),
+    "target without twins": (
+        [*GOOD, "--target", "tensorrt"],
+        "tensorrt or base with the target tensorrt, got 'ptq4vit'",
+    ),
     "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
     "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),
     "twins": ([*GOOD, "--twins", "best"], "expected exact or wide or uniform or auto with the recipe ptq4vit"),
