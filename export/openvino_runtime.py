@@ -45,10 +45,14 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
     """Compile a file with OpenVINO and read back what every product runs in.
 
     device: one whose plugin publishes a runtime graph with precisions, as the CPU's does. Raises PTQError if OpenVINO
-    is not installed, if the file cannot be read, or if a product of the file cannot be found in the runtime graph:
-    nothing is left out unsaid.
+    is not installed, if the file cannot be read, if it is one for ONNX Runtime, or if a product of the file cannot be
+    found in the runtime graph: nothing is left out unsaid.
     """
     graph = OnnxGraph(load_file(path))
+    other = next((node.name for node in graph.nodes if node.op_type == "MatMulInteger"), None)
+    if other is not None:
+        expected, do = "products behind DequantizeLinear", "export with target='openvino'"
+        raise failure("openvino_graph", str(path), expected=expected, got=f"MatMulInteger in {other}", do=do)
     products = {node.name: node for node in graph.nodes if node.op_type in PRODUCTS}
     layers = [_Layer.of(layer) for layer in compile_openvino(path, device).get_runtime_model().get_ops()]
     found = _match(list(products.values()), [layer for layer in layers if layer.kind in PRODUCT_LAYERS])
