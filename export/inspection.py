@@ -82,7 +82,7 @@ class FileReport:
         for product in self.graph.products:
             kind = "integer" if product.integer else "float"
             lines.append(f"  {kind:8}{product.name:40}{product.operator:22}{product.types:16}{product.reason}")
-        lines.append(f"{len(self.graph.leftovers)} DequantizeLinear left in the optimized graph")
+        lines.append(f"{len(self.graph.leftovers)} DequantizeLinear of codes left in the optimized graph")
         lines += [f"  {leftover}" for leftover in self.graph.leftovers]
         lines.append(str(self.cpu))
         if self.cpu.saturates:

@@ -49,7 +49,7 @@ class RuntimeProduct:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A DequantizeLinear of the optimized graph: its values are computed with in float.
+    """A DequantizeLinear of codes in the optimized graph: its values are computed with in float.
 
     source: what made the codes: a QuantizeLinear (a pair that has no integer work between), another node, or a
     constant. reason: who reads the values.
