@@ -144,15 +144,21 @@ def exhaustive(
     seconds = [calibration.provenance["seconds"] for calibration in (ours, best)]
     print(f"{seconds[0]:.1f} s against {seconds[1]:.1f} s")
     if not only:
+        scored = load_scored(score, pixels)
         for name, (prepared, _) in found.items():
-            print(f"{name}: top-1 {simulated_top1(prepared, score, pixels.shape[-1], 'cpu'):.2%} on {score} images")
+            print(f"{name}: top-1 {simulated_top1(prepared, *scored, 'cpu'):.2%} on {score} images")
 
 
-def simulated_top1(prepared: GraphModule, count: int, size: int, device: str) -> float:
-    """Return the share of validation images that a calibrated model classifies right."""
+def load_scored(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return validation images of the size of `like`, and their labels; `load` has been called before."""
     import fixtures as source
 
-    images, labels = source.load_images("val", count, size)
+    images, labels = source.load_images("val", count, like.shape[-1])
+    return images, labels
+
+
+def simulated_top1(prepared: GraphModule, images: Tensor, labels: Tensor, device: str) -> float:
+    """Return the share of images that a calibrated model classifies right."""
     converted = ptq.convert_fx(prepared).to(device)
     with torch.inference_mode():
         top1 = torch.cat([converted(batch.to(device)).argmax(1).cpu() for batch in track(images.split(25), "score")])
@@ -181,23 +187,22 @@ def devices(
     there, apart = {"device": device}, {"search_device": device}
     calibrate = partial(ptq.calibrate, data=pixels, progress=False)
     ptq.calibrate(prepared, pixels[:2], progress=False, **there)  # loads kernels
-    best = {str(sorted(arguments)): calibrate(every, **arguments) for arguments in (there, apart)}
-    best["[]"] = best[str(sorted(apart))]
+    captured_there, captured_here = calibrate(every, **there), calibrate(every, **apart)
+    scored = load_scored(score, pixels)
     print("| calibrated | runs, seconds | capture | search | same in all runs | distance / exhaustive | top-1 |")
     print("|---|---|---|---|---|---|---|")
     found = []
-    for name, arguments, count in (
-        ("on the CPU", {}, 1),
-        (f"on {device}", there, repeats),
-        (f"on the CPU, searched on {device}", apart, 1),
+    for name, arguments, count, best in (
+        ("on the CPU", {}, 1, captured_here),
+        (f"on {device}", there, repeats, captured_there),
+        (f"on the CPU, searched on {device}", apart, 1, captured_here),
     ):
         runs = [calibrate(prepared, **arguments) for _ in range(count)]
         facts = sorted((run.provenance for run in runs), key=lambda run: run["seconds"])[(count - 1) // 2]
         times = ", ".join(f"{run.provenance['seconds']:.2f}" for run in runs)
         same = "yes" if len({run.fingerprint() for run in runs}) == 1 else "NO"
-        distances = best[str(sorted(arguments))].distances
-        ratios = [runs[-1].distances[key][1] / value[1] for key, value in distances.items()]
-        top1 = simulated_top1(prepared, score, pixels.shape[-1], device)
+        ratios = [runs[-1].distances[key][1] / value[1] for key, value in best.distances.items()]
+        top1 = simulated_top1(prepared, *scored, device)
         print(
             f"| {name} | {times} | {facts['capture_seconds']:.2f} | {facts['search_seconds']:.2f} | {same} | "
             f"{min(ratios):.4f} to {max(ratios):.4f} | {top1:.2%} of {score} |",

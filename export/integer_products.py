@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.export.containers import copy_of
-from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unused
+from ptq4vit_fx.export.onnx_graph import OnnxGraph, other_input, replace_nodes
 
 #: The constant 1, in codes: dequantized it is the scale.
 STEP = "one_step"
@@ -54,14 +54,14 @@ def with_integer_products(model: onnx.ModelProto) -> onnx.ModelProto:
             if id(node) in adds:
                 node.input[:] = [adds[id(node)].multiply.output[0], adds[id(node)].bias]  # fused in this order alone
             nodes.append(node)
-    _replace(model, nodes)
+    replace_nodes(model, nodes)
     return model
 
 
 def with_qdq_products(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy with DequantizeLinear, DequantizeLinear -> MatMul where `with_integer_products` wrote integers."""
     copy = copy_of(model)
-    _replace(copy, qdq_nodes(copy))
+    replace_nodes(copy, qdq_nodes(copy))
     return copy
 
 
@@ -134,20 +134,18 @@ class _BiasedProduct:
 
 def _biased_product(graph: OnnxGraph, node: onnx.NodeProto) -> _BiasedProduct | None:
     """Return the product that a node is, or None if it is no product that the runtime would fuse with a bias."""
-    if node.op_type != "MatMul" or node.output[0] in graph.outputs:
+    add = graph.only_user(node, "Add") if node.op_type == "MatMul" else None
+    if add is None:
         return None
     lhs, rhs = graph.maker(node, 0), graph.maker(node, 1)
     if lhs is None or rhs is None or {lhs.op_type, rhs.op_type} != {"DequantizeLinear"}:
         return None
-    weight, readers = graph.constants.get(rhs.input[0]), graph.users(node)
+    weight, bias = graph.constants.get(rhs.input[0]), other_input(add, node.output[0])
     if weight is None or len(weight.dims) != 2 or weight.data_type not in CODES:
         return None
-    if [reader.op_type for reader in readers] != ["Add"]:
+    if bias not in graph.constants or list(graph.constants[bias].dims) != [weight.dims[1]]:
         return None
-    bias = next((name for name in readers[0].input if name in graph.constants), None)
-    if bias is None or list(graph.constants[bias].dims) != [weight.dims[1]]:
-        return None
-    return _BiasedProduct(node, lhs, rhs, readers[0], bias)
+    return _BiasedProduct(node, lhs, rhs, add, bias)
 
 
 def _integer_nodes(product: _BiasedProduct, before: int) -> list[onnx.NodeProto]:
@@ -170,12 +168,3 @@ def _named(node: onnx.NodeProto, operator: str, old: str = "") -> str:
     old = old or node.op_type
     base, slash, last = node.name.rpartition("/")
     return f"{base}{slash}{last.replace(old, operator, 1)}" if old in last else f"{node.name}/{operator}"
-
-
-def _replace(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    """Make these the nodes of a model, without dequantizations that nobody reads."""
-    read = {name for node in nodes for name in node.input} | {output.name for output in model.graph.output}
-    kept = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    drop_unused(model)

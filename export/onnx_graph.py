@@ -26,6 +26,20 @@ def drop_unused(model: onnx.ModelProto) -> None:
     model.graph.value_info.extend(types)
 
 
+def replace_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    """Make these the nodes of a model, in place, without dequantizations that nobody reads and what they alone used."""
+    read = {name for node in nodes for name in node.input} | {output.name for output in model.graph.output}
+    kept = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    drop_unused(model)
+
+
+def other_input(node: onnx.NodeProto, name: str) -> str:
+    """Return the input of an operator of two that is not `name`; empty if there is none."""
+    return next((found for found in node.input if found != name), "")
+
+
 class OnnxGraph:
     """An index of a model, for reading; edits of the model make it stale."""
 
@@ -50,3 +64,9 @@ class OnnxGraph:
     def users(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Return the nodes that read the first output."""
         return self.readers[node.output[0]]
+
+    def only_user(self, node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:
+        """Return the one node that reads the first output, if it is of that operator and nobody else reads it."""
+        users = self.users(node)
+        alone = [user.op_type for user in users] == [kind] and node.output[0] not in self.outputs
+        return users[0] if alone else None

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ptq4vit_fx.export.onnx_graph import OnnxGraph, drop_unused
+from ptq4vit_fx.export.onnx_graph import OnnxGraph, other_input, replace_nodes
 
 #: Behind the name of what belongs to one part: _part0 is the first.
 PART = "_part"
@@ -52,11 +52,7 @@ def with_split_projections(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes += _split(model, graph, firsts[id(node)])
         elif id(node) not in replaced:
             nodes.append(node)
-    read = {name for node in nodes for name in node.input}
-    nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    drop_unused(model)
+    replace_nodes(model, nodes)
     return model
 
 
@@ -65,16 +61,18 @@ def _projection(graph: OnnxGraph, product: onnx.NodeProto) -> _Projection | None
     weight = graph.maker(product, 1) if product.op_type == "MatMul" else None
     if weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in graph.constants:
         return None
-    add = _only_user(graph, product, "Add")
-    reshape = _only_user(graph, add or product, "Reshape")
-    transpose = _only_user(graph, reshape, "Transpose") if reshape is not None else None
+    add = graph.only_user(product, "Add")
+    reshape = graph.only_user(add or product, "Reshape")
+    transpose = graph.only_user(reshape, "Transpose") if reshape is not None else None
     if reshape is None or transpose is None or transpose.output[0] in graph.outputs:
         return None
-    if reshape.input[1] not in graph.constants or (add is not None and _bias(add, product) not in graph.constants):
+    if reshape.input[1] not in graph.constants or (
+        add is not None and other_input(add, product.output[0]) not in graph.constants
+    ):
         return None
     shape, columns = graph.value(reshape.input[1]), graph.value(weight.input[0]).shape[1]
     dims = [dim for dim in range(len(shape)) if np.prod(shape[dim:]) == columns and (shape[dim:] > 0).all()]
-    if not dims or (add is not None and graph.value(_bias(add, product)).shape[-1:] != (columns,)):
+    if not dims or (add is not None and graph.value(other_input(add, product.output[0])).shape[-1:] != (columns,)):
         return None
     axis = helper.get_attribute_value(transpose.attribute[0]).index(dims[-1])
     takers = [_part(graph, node, axis) for node in graph.users(transpose)]
@@ -90,22 +88,12 @@ def _part(graph: OnnxGraph, node: onnx.NodeProto, axis: int) -> tuple[int, list[
     if node.op_type == "Gather" and constants and not graph.value(node.input[1]).ndim:
         along = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
         return (constants[0][0], [node]) if along == axis else (-1, [])
-    squeeze = _only_user(graph, node, "Squeeze")
+    squeeze = graph.only_user(node, "Squeeze")
     if node.op_type == "Slice" and squeeze is not None and len(constants) >= 3:
         starts, stops, axes = constants[:3]
         alone = axes == [axis] and stops == [starts[0] + 1]
         return (starts[0], [node, squeeze]) if alone else (-1, [])
     return -1, []
-
-
-def _only_user(graph: OnnxGraph, node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:
-    users = graph.users(node)
-    alone = [user.op_type for user in users] == [kind] and node.output[0] not in graph.outputs
-    return users[0] if alone else None
-
-
-def _bias(add: onnx.NodeProto, product: onnx.NodeProto) -> str:
-    return next((name for name in add.input if name != product.output[0]), "")
 
 
 def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) -> list[onnx.NodeProto]:
@@ -143,7 +131,7 @@ def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) ->
         dequantized = node(weight, [part_of(name) for name in weight.input])
         result = node(product, [product.input[0], dequantized])
         if projection.add is not None:
-            result = node(projection.add, [result, part_of(_bias(projection.add, product))])
+            result = node(projection.add, [result, part_of(other_input(projection.add, product.output[0]))])
         result = node(projection.reshape, [result, f"{projection.reshape.name}.shape"])
         node(projection.transpose, [result], taken[-1].output[0])
         attribute = helper.make_attribute("perm", kept)

@@ -18,7 +18,6 @@ from ptq4vit_fx.export.runtime import open_session, optimized
 from ptq4vit_fx.export.runtime_graph import runtime_graph
 from ptq4vit_fx.export.stored_sites import stored_sites
 
-TABLE = {"layer": nn.Linear(32, 5), "table": nn.Parameter(torch.ones(2, 5))}
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -128,18 +127,16 @@ def test_one_module_called_twice(tmp_path):
     [
         (mlp, layers(bias=False)),
         (lambda module, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).flatten(1) + 1.0, {}),
-        (
-            lambda module, x: (F.linear(x.flatten(2), module.layer.weight[:, :16]) + module.layer.weight[:2, :5]).amax(
-                1
-            ),
-            None,
-        ),
+        (lambda module, x: (module.layer(x.flatten(2)) + module.table.weight).amax(1), "table"),
         (lambda module, x: (s := F.linear(x.flatten(1), module.layer.weight)) + module.layer.bias + s.mean(), None),
     ],
     ids=["no bias", "two activations", "a table", "read elsewhere"],
 )
 def test_other_products_stay_as_they_are(tmp_path, function, modules):
-    modules = {"layer": nn.Linear(32, 5)} if modules is None else modules
+    if modules is None:
+        modules = {"layer": nn.Linear(32, 5)}
+    elif modules == "table":  # one row per token, where a bias has one for all
+        modules = {"layer": nn.Linear(16, 5, bias=False), "table": nn.Embedding(2, 5)}
     path, converted = file_of(tmp_path, function, **modules)
     assert not any(node.op_type == "MatMulInteger" for node in onnx.load(path).graph.node)
     assert [n.name for n in qdq_nodes(onnx.load(path))] == [n.name for n in onnx.load(path).graph.node]
