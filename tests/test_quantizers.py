@@ -16,7 +16,7 @@ BITS = st.integers(2, 8)
 
 
 def rounding_of_codes(top):
-    """Return what float32 adds to half a step, in halves of one: values of `top` steps are divided, scaled and added."""
+    """Return what float32 adds to half a step, in halves of one, if values of `top` steps are divided and scaled."""
     return 4 * top * np.finfo(np.float32).eps
 
 
@@ -95,7 +95,7 @@ def test_gelu_twin_covers_the_negatives_and_decodes_bit_for_bit(bits, scale, see
     assert torch.equal(twin.decode(codes, params), actual)
     negative = x < 0
     error = (actual[negative] - x[negative]).abs().max()
-    assert error <= params.fine_scale / 2 * (1 + rounding_of_codes(top))
+    assert error <= params.fine_scale / 2 * (1 + rounding_of_codes(half))
 
 
 @settings(deadline=None, max_examples=60)
