@@ -3,10 +3,10 @@
 DequantizeLinear, DequantizeLinear -> MatMul becomes MatMulIntegerToFloat there, but the bias of a linear layer and the
 scales per head of attention stay an Add and a Mul, each a pass over the result. MatMulInteger -> Cast -> Mul -> Add
 becomes one MatMulIntegerToFloat with its bias (onnxruntime/core/optimizer/matmul_integer_to_float.cc), and the scale of
-its right operand may be one per column of every matrix (onnxruntime/contrib_ops/cpu/quantization/
-dynamic_quantize_matmul.cc), if the scale is a product that is computed. Two constants would be multiplied by constant
-folding before, so the scale of an activation is what DequantizeLinear, which constant folding leaves alone, makes of
-one step. The values are the same, bit for bit.
+its right operand may be one per column of every matrix (IsBQuantParamSupported in onnxruntime/core/providers/cpu/
+quantization/matmul_integer_base.h), if the scale is a product that is computed. Two constants would be multiplied by
+constant folding before, so the scale of an activation is what DequantizeLinear, which constant folding leaves alone,
+makes of one step. The values are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def with_integer_products(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_qdq_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy with DequantizeLinear, DequantizeLinear -> MatMul where `with_integer_products` wrote integers."""
+    """Return a copy with DequantizeLinear, DequantizeLinear -> MatMul where `with_integer_products` wrote integers.
+
+    Right operands that had equal scales have one constant for them then.
+    """
     copy = copy_of(model)
     replace_nodes(copy, qdq_nodes(copy))
     return copy

@@ -2,8 +2,8 @@
 
 The runtime makes MatMulIntegerToFloat of every product (`runtime_graph` reads it back): of DequantizeLinear,
 DequantizeLinear -> MatMul without a QuantizeLinear behind it
-(onnxruntime/core/optimizer/qdq_transformer/selectors_actions/qdq_selectors.cc), and with a bias as integer_products.py
-says. The three differ in integer types only; every value is the same.
+(onnxruntime/core/optimizer/qdq_transformer/selectors_actions/qdq_selectors.cc), and as integer_products.py says with a
+bias or scales per head. The three differ in integer types only; every value is the same.
 """
 
 from __future__ import annotations
