@@ -130,7 +130,7 @@ def run_with_values(model, images, *, optimize):
         name for node in model.graph.node if node.op_type in ("QuantizeLinear", "MatMul") for name in node.output
     ]
     wanted = dict.fromkeys(results + [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"])
-    wanted |= dict.fromkeys(result for result, _ in with_bias(model).values())
+    wanted |= dict.fromkeys(result for result, _, _ in with_what_is_behind(model).values())
     wanted.pop("image", None)
     copied = exact_here(onnx.ModelProto.FromString(model.SerializeToString()))
     own = {output.name for output in model.graph.output}
@@ -146,12 +146,18 @@ def run_with_values(model, images, *, optimize):
     return values | {"image": images.numpy()}
 
 
-def with_bias(model):
-    """Return name of a MatMulInteger's result without bias -> (name of the result with it, the bias)."""
+def with_what_is_behind(model):
+    """Return name of a MatMulInteger's result alone -> (name of what the runtime fuses, scale per head, bias)."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    results = {product.scaled.output[0] for product in integer_products(model.graph.node)}
+    products = list(integer_products(model.graph.node))
+    results = {product.scaled.output[0] for product in products if product.per_head is None}
     adds = [node for node in model.graph.node if node.op_type == "Add" and node.input[0] in results]
-    return {add.input[0]: (add.output[0], constants[add.input[1]]) for add in adds}
+    found = {add.input[0]: (add.output[0], np.float32(1), constants[add.input[1]]) for add in adds}
+    for product in products:
+        if product.per_head is not None:
+            scale = constants[product.per_head.multiply.input[1]]
+            found[product.multiply.output[0].removesuffix(".codes")] = (product.scaled.output[0], scale, np.float32(0))
+    return found
 
 
 def check_quantizers(converted, model, values):
@@ -194,25 +200,24 @@ def _branch_limits(converted, site, branch):
 def check_products(model, values, *, integer):
     """Every product of two quantized operands, at the codes that it was given.
 
-    integer: to the last bit, the integer sum times the product of the scales, and with a bias always. Else within the
+    integer: to the last bit, the integer sum times the product of the scales; a MatMulInteger always. Else within the
     rounding of a float sum of `inner` terms, each itself a rounded product of two rounded values: (inner + 4) half
     steps of the terms' size.
     """
     stored = {site.tensor.partition("_part")[0]: site for site in stored_sites(model).values()}
-    nodes, biases = qdq_nodes(model), with_bias(model)
+    nodes, fused = qdq_nodes(model), with_what_is_behind(model)
     makers = {output: node for node in nodes for output in node.output}
     checked = 0
     for node in nodes:
         if node.op_type == "MatMul":
             sites = [stored[makers[name].input[0].partition("_part")[0]] for name in node.input]
             lhs, rhs = (integers(values[s.tensor] if s.codes is None else s.codes, s).astype(np.int64) for s in sites)
-            result, bias = biases.get(node.output[0], (node.output[0], None))
+            result, per_head, bias = fused.get(node.output[0], (node.output[0], np.float32(1), np.float32(0)))
             actual = values[result]
             sites[1], rhs = part_of(node, sites[1], rhs)
-            scale = sites[0].scale * sites[1].scale
-            if integer or bias is not None:
-                expected = (lhs @ rhs).astype(np.float32) * scale
-                expected = expected if bias is None else expected + bias
+            if integer or node.output[0] in fused:
+                scale = sites[0].scale * (sites[1].scale * per_head)
+                expected = (lhs @ rhs).astype(np.float32) * scale + bias
                 np.testing.assert_array_equal(actual, expected, err_msg=node.name)
             else:
                 scale = sites[0].scale.astype(np.float64) * sites[1].scale

@@ -78,7 +78,7 @@ def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, converted, 
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
-    assert any(node.name == "blocks.1.attn.matmul_qk/MatMul" for node in model.graph.node)
+    assert any(node.name == "blocks.1.attn.matmul_qk/MatMulInteger" for node in model.graph.node)
     for batch in (1, 4, 7):
         report = ptq.verify_onnx(path, converted, small_images[:batch])
         assert report.images == batch
