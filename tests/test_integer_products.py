@@ -285,7 +285,10 @@ def test_scales_per_head_stay_behind_where_they_cannot_go_in(tmp_path, change):
     assert len(multiplied_behind(with_integer_products(model))) == 2
 
 
-def test_equal_scales_are_expanded_once(tmp_path):
+@pytest.mark.parametrize(("scales", "tensors"), [((0.25, 0.25), 2), ((0.25, 0.5), 4)])
+def test_equal_scales_are_expanded_once(tmp_path, scales, tensors):
+    """To the columns of q @ k and of softmax @ v: two tensors if both attentions have equal scales."""
+
     def twice(module, x):
         first = attend(module, x.reshape(-1, TOKENS, DIM)).mean(1)
         return attend(module, first).transpose(1, 2).flatten(2).amax(1)
@@ -293,7 +296,9 @@ def test_equal_scales_are_expanded_once(tmp_path):
     model = with_qdq_products(onnx.load(file_of(tmp_path, twice, twins="uniform", **projections())[0]))
     for tensor in constants_of(model, ":rhs.scale"):
         if not tensor.dims:
-            set_value(tensor, 0.25)
-    expanded = [node for node in with_integer_products(model).graph.node if node.op_type == "Expand"]
-    assert len(expanded) == 2  # to the columns of q @ k and of softmax @ v
-    assert not multiplied_behind(model)
+            set_value(tensor, scales[tensor.name.partition(":")[0].endswith("_1")])
+    expected = plain_run(model)
+    written = with_integer_products(model)
+    assert sum(node.op_type == "Expand" for node in written.graph.node) == tensors
+    assert not multiplied_behind(written)
+    np.testing.assert_allclose(plain_run(written), expected, rtol=1e-6)  # one sum in float, one of integers
