@@ -271,7 +271,7 @@ class _Writer:
     def _columns(self, product: _Product) -> str:
         """Return the scale of the right operand for each column of each matrix; equal ones are one tensor."""
         rhs, (images, *heads, _, columns) = product.rhs, product.shape
-        key = (self._graph.value(rhs.input[1]).tobytes(), *product.shape)
+        key = (self._graph.value(rhs.input[1]).tobytes(), images, *heads, columns)
         if key not in self._columns_of:
             step = self._step(rhs)
             expanded, shape = f"{step}.columns", f"{step}.columns.shape"
