@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.runtime import open_session
+from ptq4vit_fx.export.proof.runtime import open_session
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BATCH = 25

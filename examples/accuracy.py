@@ -24,9 +24,9 @@ from rich.progress import track
 from torch import Tensor
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.runtime import open_session
-from ptq4vit_fx.export.verify import Comparison
-from ptq4vit_fx.losses import DEFAULT_LOSS
+from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.export.proof.verify import Comparison
 
 BATCH = 25
 #: What the exported file promises against its simulation: share of images with the same top-1, top-1 in points.

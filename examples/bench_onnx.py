@@ -38,8 +38,8 @@ from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.integer_products import with_qdq_products
-from ptq4vit_fx.export.runtime import quiet_options
-from ptq4vit_fx.export.runtime_graph import runtime_graph
+from ptq4vit_fx.export.proof.runtime import quiet_options
+from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Run = Callable[[Tensor], Any]

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.runtime import open_session
-from ptq4vit_fx.losses import DEFAULT_LOSS
-from ptq4vit_fx.passes.contract import calibration_of
+from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.passes.graph.contract import calibration_of
 from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

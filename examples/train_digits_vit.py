@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ptq4vit_fx.digits import CHECKPOINT, build_model, load_digits_images
 from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.tools.digits import CHECKPOINT, build_model, load_digits_images
 
 SEED = 0
 EPOCHS = 60

@@ -19,24 +19,29 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import example_tensors
 from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.export.metadata import (
+    CALIBRATION_KEY,
+    PLAN_KEY,
+    PROVENANCE_KEY,
+    RECIPE_KEY,
+    SCALES_KEY,
+    TARGET_KEY,
+    VERSION_KEY,
+    encode_scales,
+    write_metadata,
+)
 from ptq4vit_fx.export.model_files import write_model
 from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
 from ptq4vit_fx.export.opsets import LOWEST_OPSET, at_opset, newest_opset, translated_opset
-from ptq4vit_fx.export.stored_sites import SCALES_KEY, encode_scales
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
-from ptq4vit_fx.passes.contract import calibration_of, plan_of, stage_of
-from ptq4vit_fx.passes.dataflow import get_attribute
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
-
-#: Metadata keys of the ONNX file.
-PLAN_KEY, VERSION_KEY, CALIBRATION_KEY, PROVENANCE_KEY, TARGET_KEY, RECIPE_KEY = (
-    f"ptq4vit_fx.{name}" for name in ("plan", "version", "calibration", "provenance", "target", "recipe")
-)
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,7 @@ def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -
         TARGET_KEY: target,
         SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
     }
-    onnx.helper.set_model_props(model, values)
-    model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
+    write_metadata(model, values)
 
 
 def _scales_elsewhere(model: onnx.ModelProto, converted: GraphModule) -> dict[str, str]:

@@ -8,7 +8,7 @@ from onnx import helper, numpy_helper, version_converter
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE
 from ptq4vit_fx.export.onnx_graph import drop_unused
-from ptq4vit_fx.export.target_generic import opset_of
+from ptq4vit_fx.export.targets.generic import opset_of
 
 LOWEST_OPSET = 17
 #: The exporter translates these itself; its registry starts at 18, and beyond 23 it only relabels.

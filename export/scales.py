@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.onnx_export import PLAN_KEY
-from ptq4vit_fx.export.runtime import load_file
-from ptq4vit_fx.export.stored_sites import calibrated_scales
-from ptq4vit_fx.plan import QuantPlan, Site
+from ptq4vit_fx.export.metadata import PLAN_KEY, calibrated_scales
+from ptq4vit_fx.export.proof.runtime import load_file
+from ptq4vit_fx.names import Site
+from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +10,11 @@ import onnx
 from onnx import numpy_helper
 
 from ptq4vit_fx.export.integer_products import qdq_nodes
+from ptq4vit_fx.export.metadata import calibrated_scales
 from ptq4vit_fx.export.onnx_graph import PRODUCTS
 from ptq4vit_fx.export.split_projections import PART
 
 Array = np.ndarray[Any, np.dtype[Any]]
-#: Metadata key of the calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
-SCALES_KEY = "ptq4vit_fx.scales"
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,6 @@ def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
         if site in found:
             found[site] = replace(found[site], calibrated=scales)
     return found
-
-
-def encode_scales(scales: Array) -> str:
-    """Return float32 scales as text, bit for bit."""
-    return base64.b64encode(scales.astype("<f4").tobytes()).decode()
-
-
-def calibrated_scales(model: onnx.ModelProto) -> dict[str, Array]:
-    """Return site -> the calibrated scales, shape (count,), that no initializer of the file holds."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == SCALES_KEY), "{}")
-    return {site: np.frombuffer(base64.b64decode(coded), "<f4") for site, coded in json.loads(text).items()}
 
 
 def _name(node: onnx.NodeProto) -> str:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 THRESHOLD = torch.ops.aten.threshold.default

@@ -15,21 +15,14 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
 from ptq4vit_fx.errors import PTQWarning, failure, near_names
-from ptq4vit_fx.passes.activations import activation_of
-from ptq4vit_fx.passes.contract import attach, graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, downstream, module_path, origin
+from ptq4vit_fx.names import OPERANDS, Operand, site
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
-from ptq4vit_fx.passes.record_shapes import MULTIPLIES
-from ptq4vit_fx.passes.stages import PRODUCT_TARGETS, Stage
-from ptq4vit_fx.plan import (
-    OPERANDS,
-    FloatOp,
-    Operand,
-    ProductKind,
-    QuantOp,
-    QuantPlan,
-    site,
-)
+from ptq4vit_fx.passes.graph.activations import activation_of
+from ptq4vit_fx.passes.graph.contract import attach, graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta, downstream, module_path, origin
+from ptq4vit_fx.passes.graph.shapes import MULTIPLIES
+from ptq4vit_fx.passes.graph.stages import PRODUCT_TARGETS, Stage
+from ptq4vit_fx.plan import FloatOp, ProductKind, QuantOp, QuantPlan
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 

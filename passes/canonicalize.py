@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.stages import Stage
 
 #: What replaces a node: (function, positional arguments, keyword arguments).
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.stages import Stage
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 

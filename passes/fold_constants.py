@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, module_path, origin
-from ptq4vit_fx.passes.stages import PRODUCT_TARGETS, Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta, module_path, origin
+from ptq4vit_fx.passes.graph.stages import PRODUCT_TARGETS, Stage
 
 #: Name of a weight that was computed from a parameter `weight`.
 FOLDED_WEIGHT = "weight_folded"

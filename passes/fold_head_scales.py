@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4vit_fx.operators import DEQUANTIZE
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import get_attribute, moves_only
-from ptq4vit_fx.passes.holders import hold
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import get_attribute, moves_only
+from ptq4vit_fx.passes.graph.holders import hold
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.lower_activations import HEAD
-from ptq4vit_fx.passes.stages import Stage
 
 MULTIPLICATIONS = (operator.mul, torch.mul, torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
 

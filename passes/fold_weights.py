@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.operators import DEQUANTIZE
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, get_attribute
-from ptq4vit_fx.passes.holders import hold
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta, get_attribute
+from ptq4vit_fx.passes.graph.holders import hold
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import UniformQuantizer
-from ptq4vit_fx.passes.stages import Stage
 
 
 @graph_pass(before=Stage.SIMULATED, after=Stage.SIMULATED)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.stages import Stage
 
 aten = torch.ops.aten
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
-from ptq4vit_fx.observer import ProductObserver
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.observer import ProductObserver
+from ptq4vit_fx.passes.graph.stages import Stage
 
 
 @graph_pass(before=Stage.CANONICAL, after=Stage.OBSERVED)

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.operators import DEQUANTIZE, QUANTIZE
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
-from ptq4vit_fx.passes.holders import hold
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.holders import hold
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
-from ptq4vit_fx.passes.stages import Stage
 
 UINT8_MAX = 255
 #: What the module with a site's scales per head has behind the site's name.

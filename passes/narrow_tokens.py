@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, call_name, permutation, shape_of
 from ptq4vit_fx.passes.decompose_attention import add_mask
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta, call_name, permutation, shape_of
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
-from ptq4vit_fx.passes.stages import Stage
 
 #: Calls that compute every element of their result from the elements at the same place.
 ELEMENTWISE = frozenset(

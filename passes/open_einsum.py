@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta, shape_of
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta, shape_of
+from ptq4vit_fx.passes.graph.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from timm.layers import DropPath
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.stages import Stage
 
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, DropPath)
 DROPOUT_FUNCTIONS = (F.dropout, F.dropout2d, F.alpha_dropout)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import moves_only, origin, overwrites
 from ptq4vit_fx.passes.from_aten import SAME_ARGUMENTS
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import moves_only, origin, overwrites
+from ptq4vit_fx.passes.graph.stages import Stage
 
 
 @graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.passes.contract import Rewrite, enter
-from ptq4vit_fx.passes.record_shapes import hides_products, record_shapes
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import Rewrite, enter
+from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
 
 #: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.

@@ -14,8 +14,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ptq4vit_fx.passes.dataflow import overwrites
-from ptq4vit_fx.passes.record_shapes import without_fast_attention
+from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.shapes import without_fast_attention
 
 
 def trace_by_export(root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.operators import DEQUANTIZE, INTEGER_MATMUL
-from ptq4vit_fx.passes.contract import graph_pass
-from ptq4vit_fx.passes.dataflow import adopt_meta
-from ptq4vit_fx.passes.stages import Stage
+from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
+from ptq4vit_fx.passes.graph.stages import Stage
 
 
 @graph_pass(before=Stage.CONVERTED, after=Stage.QDQ)

@@ -1,15 +1,21 @@
 """ptq4vit_fx: post-training quantization of vision transformers, from a trained model to a verified int8 ONNX file."""
 
-from ptq4vit_fx import recipes
-from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx, quantize
-from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.errors import PTQError, PTQWarning
-from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
-from ptq4vit_fx.export.verify import VerifyReport, verify_onnx
-from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
-from ptq4vit_fx.quantizers import TwinUniform, Uniform
-from ptq4vit_fx.twins import TwinReport, choose_twins
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptq4vit_fx import recipes
+    from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx, quantize
+    from ptq4vit_fx.calibration import Calibration
+    from ptq4vit_fx.errors import PTQError, PTQWarning
+    from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
+    from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
+    from ptq4vit_fx.plan import QuantPlan
+    from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+    from ptq4vit_fx.quantizers import TwinUniform, Uniform
+    from ptq4vit_fx.twins import TwinReport, choose_twins
 
 __version__ = "0.1.0"
 
@@ -36,3 +42,30 @@ __all__ = [
     "recipes",
     "verify_onnx",
 ]
+
+#: Module -> the public names that it defines. They are imported when they are used: the command line answers --help
+#: without torch, and a reader of files without the exporter.
+_MODULES = {
+    "api": ("calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"),
+    "calibration": ("Calibration",),
+    "errors": ("PTQError", "PTQWarning"),
+    "export.onnx_export": ("ExportReport", "export_onnx"),
+    "export.proof.verify": ("VerifyReport", "verify_onnx"),
+    "plan": ("QuantPlan",),
+    "qconfig": ("QConfig", "QConfigMapping", "SearchSettings"),
+    "quantizers": ("TwinUniform", "Uniform"),
+    "twins": ("TwinReport", "choose_twins"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return importlib.import_module("ptq4vit_fx.recipes")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptq4vit_fx' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ptq4vit_fx.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

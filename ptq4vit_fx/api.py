@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import Inputs, example_tensors, input_batches
+from ptq4vit_fx.calibrating.calibrator import CalibrationOptions, run_calibration
+from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.exclusions import module_paths, skipping
-from ptq4vit_fx.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.passes.annotate import annotate
 from ptq4vit_fx.passes.canonicalize import canonicalize
-from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
 from ptq4vit_fx.passes.fold_constants import fold_constants
 from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
 from ptq4vit_fx.passes.fold_weights import fold_weights
 from ptq4vit_fx.passes.from_aten import from_aten
+from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.graph.shapes import record_shapes
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_observers import insert_observers
 from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
 from ptq4vit_fx.passes.lower_activations import lower_activations
@@ -33,10 +35,8 @@ from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
 from ptq4vit_fx.passes.lower_products import lower_products
 from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
 from ptq4vit_fx.passes.open_einsum import open_einsum
-from ptq4vit_fx.passes.record_shapes import record_shapes
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
-from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.recipes import ptq4vit

@@ -16,11 +16,27 @@ from torch import Tensor
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.files import atomic_path
-from ptq4vit_fx.plan import OPERANDS, QuantPlan, Site, site
+from ptq4vit_fx.names import OPERANDS, Site, site
+from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams, TwinParams, UniformParams, describe_quantizer, fake_quantize
-from ptq4vit_fx.search import SearchResult
 
 FORMAT = "ptq4vit_fx calibration 1"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Parameters of both operands, and what they do on all rows.
+
+    distance_before is at the initial scales; a metric with gradients gives sum((dL/dout)^2 (out^ - out)^2) over the
+    calibration images, which compares products with each other. snr: signal-to-noise ratio in dB, 10 log10(sum x^2 /
+    sum (x^ - x)^2), of "lhs", "rhs" and "out"; infinite where quantization changes nothing.
+    """
+
+    lhs: QParams
+    rhs: QParams
+    distance_before: float
+    distance_after: float
+    snr: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vit_fx.activations import SourceActivation
+from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_from_dict, quantizer_to_dict
 
-Operand = Literal["lhs", "rhs"]
-OPERANDS: tuple[Operand, Operand] = ("lhs", "rhs")
 ProductKind = Literal["linear", "conv2d", "matmul"]
-
-#: One operand of one product, such as `blocks.3.attn.matmul_qk:lhs`. Survives deepcopy and file formats.
-Site = str
-
-
-def site(op_name: str, operand: Operand) -> Site:
-    """Return the site of an operand."""
-    return f"{op_name}:{operand}"
 
 
 @dataclass(frozen=True)

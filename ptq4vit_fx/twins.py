@@ -14,11 +14,12 @@ from torch.fx import GraphModule, Node
 from ptq4vit_fx.api import calibrate, load_calibration
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure, near_names
-from ptq4vit_fx.export.product_timing import ProductShapes, measure_product
-from ptq4vit_fx.passes.contract import attach, calibration_of, plan_of
+from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product
+from ptq4vit_fx.names import OPERANDS, Site, site
+from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of
 from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
 from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
-from ptq4vit_fx.plan import OPERANDS, QuantOp, QuantPlan, Site, site
+from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
 #: How much `auto` may add to the distance of the whole model: a tenth of a loss that is small to begin with.

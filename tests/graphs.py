@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ptq4vit_fx.passes.contract import history
+from ptq4vit_fx.passes.graph.contract import history
 
 
 class Call(nn.Module):

@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx import calibrator
-from ptq4vit_fx.capture import capture, captured_product
-from ptq4vit_fx.losses import fisher, pseudo_label
-from ptq4vit_fx.memory import PLANNED_SHARE, SEARCH_FACTOR, MemoryBudget
+from ptq4vit_fx.calibrating import calibrator
+from ptq4vit_fx.calibrating.capture import capture, captured_product
+from ptq4vit_fx.calibrating.losses import fisher, pseudo_label
+from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, SEARCH_FACTOR, MemoryBudget
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 

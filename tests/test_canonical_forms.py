@@ -12,8 +12,8 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS, fold_constants
 from ptq4vit_fx.passes.from_aten import from_aten
+from ptq4vit_fx.passes.graph.shapes import record_shapes
 from ptq4vit_fx.passes.open_einsum import open_einsum
-from ptq4vit_fx.passes.record_shapes import record_shapes
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.trace_by_export import trace_by_export

@@ -18,10 +18,10 @@ from PIL import Image
 from scripts import load_script
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.evaluation import _preprocessing
-from ptq4vit_fx.export.onnx_export import PROVENANCE_KEY
-from ptq4vit_fx.export.runtime import open_session
-from ptq4vit_fx.models import list_images, read_images
+from ptq4vit_fx.export.metadata import PROVENANCE_KEY
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.tools.evaluation import _preprocessing
+from ptq4vit_fx.tools.models import list_images, read_images
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "classify_onnxruntime.py"
 CONFIG = {

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.cli import app
-from ptq4vit_fx.search import search_op
+from ptq4vit_fx.search.search_op import search_op
+from ptq4vit_fx.tools.cli import app
 
 ARGS = ["--model-arg", "img_size=32", "--model-arg", "depth=1", "--model-arg", "num_classes=3"]
 
@@ -188,7 +188,7 @@ def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
             raise KeyboardInterrupt
         return search_op(op, *args, **kwargs)
 
-    monkeypatch.setattr("ptq4vit_fx.calibrator.search_op", interrupted)
+    monkeypatch.setattr("ptq4vit_fx.calibrating.calibrator.search_op", interrupted)
     before = sorted(workspace.rglob("*"))
     result = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx")
     assert result.exit_code == 130
@@ -207,7 +207,7 @@ def test_the_same_command_goes_on_from_a_checkpoint(workspace, monkeypatch):
             searched.append(op.name)
         return search_op(op, *args, **kwargs)
 
-    monkeypatch.setattr("ptq4vit_fx.calibrator.search_op", interrupted)
+    monkeypatch.setattr("ptq4vit_fx.calibrating.calibrator.search_op", interrupted)
     command = ["quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx"]
     command += ["--checkpoint", workspace / "scales.safetensors", "--memory-limit", "1"]
     first = run(*command)

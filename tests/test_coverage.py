@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx import coverage
-from ptq4vit_fx.cli import app
-from ptq4vit_fx.coverage_table import Row
-from ptq4vit_fx.families import FAMILIES, Family, find_family
+from ptq4vit_fx.tools import coverage
+from ptq4vit_fx.tools.cli import app
+from ptq4vit_fx.tools.coverage_table import Row
+from ptq4vit_fx.tools.families import FAMILIES, Family, find_family
 
 #: The scales do not matter here, that they are found for every product does: a search of seconds.
 QUICK = ptq.recipes.ptq4vit().with_search(n=4, rounds=1, screen_rows=32, confirm=1, max_shift=3)

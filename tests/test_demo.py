@@ -8,7 +8,7 @@ import onnx
 from PIL import Image
 from rich.console import Console
 
-from ptq4vit_fx.demo import RUNS, run_demo
+from ptq4vit_fx.tools.demo import RUNS, run_demo
 
 
 def test_demo_fills_its_table_and_saves_its_files(tmp_path):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx import calibrator
+from ptq4vit_fx.calibrating import calibrator
 
 ELSEWHERE = torch.device("meta")
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from scripts import load_script
 
 from ptq4vit_fx import PTQError
-from ptq4vit_fx.digits import build_model, load_digits_images, load_digits_model
+from ptq4vit_fx.tools.digits import build_model, load_digits_images, load_digits_model
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits_vit.py"
 

@@ -24,7 +24,7 @@ from torch import nn
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.integer_products import integer_products, qdq_nodes
 from ptq4vit_fx.export.naming import HEAD_SCALE
-from ptq4vit_fx.export.runtime import exact_here, load_file, open_model, quiet_options
+from ptq4vit_fx.export.proof.runtime import exact_here, load_file, open_model, quiet_options
 from ptq4vit_fx.export.stored_sites import integers, stored_sites
 
 SEARCH = ptq.SearchSettings(metric="mse", n=8, rounds=1, max_shift=4)

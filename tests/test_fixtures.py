@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.capture import capture
-from ptq4vit_fx.losses import pseudo_label
+from ptq4vit_fx.calibrating.capture import capture
+from ptq4vit_fx.calibrating.losses import pseudo_label
 
 pytestmark = pytest.mark.fixtures
 

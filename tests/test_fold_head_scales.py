@@ -9,9 +9,9 @@ from torch.fx import Interpreter
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx import api
-from ptq4vit_fx.operators import QUANTIZE
-from ptq4vit_fx.passes.contract import history
 from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
+from ptq4vit_fx.passes.graph.contract import history
+from ptq4vit_fx.passes.graph.operators import QUANTIZE
 from ptq4vit_fx.quantizers import UniformParams
 
 HEADS, DIM = 3, 4

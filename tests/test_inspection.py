@@ -13,12 +13,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.cli import app
-from ptq4vit_fx.export import instructions
-from ptq4vit_fx.export.inspection import inspect_file
-from ptq4vit_fx.export.instructions import Instructions, cpu_instructions, cpuinfo_flags, instruction_sets
-from ptq4vit_fx.export.runtime import products_saturate
-from ptq4vit_fx.export.runtime_graph import runtime_graph
+from ptq4vit_fx.export.proof import instructions
+from ptq4vit_fx.export.proof.inspection import inspect_file
+from ptq4vit_fx.export.proof.instructions import Instructions, cpu_instructions, cpuinfo_flags, instruction_sets
+from ptq4vit_fx.export.proof.runtime import products_saturate
+from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
+from ptq4vit_fx.tools.cli import app
 
 
 class Mixed(nn.Module):

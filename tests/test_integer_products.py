@@ -14,8 +14,8 @@ from torch import nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.integer_products import integer_products, qdq_nodes, with_integer_products, with_qdq_products
-from ptq4vit_fx.export.runtime import open_model, open_session, optimized
-from ptq4vit_fx.export.runtime_graph import runtime_graph
+from ptq4vit_fx.export.proof.runtime import open_model, open_session, optimized
+from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.stored_sites import stored_sites
 
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import Interpreter
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.runtime import open_session
-from ptq4vit_fx.operators import QUANTIZE
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.passes.graph.operators import QUANTIZE
 from ptq4vit_fx.quantizers import TwinUniform
 
 X = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx import api
-from ptq4vit_fx.families import find_family
-from ptq4vit_fx.operators import INTEGER_MATMUL
-from ptq4vit_fx.passes.contract import history
+from ptq4vit_fx.passes.graph.contract import history
+from ptq4vit_fx.passes.graph.operators import INTEGER_MATMUL
+from ptq4vit_fx.tools.families import find_family
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=2, rounds=1, screen_rows=16, confirm=1, max_shift=3)
 X = torch.randn(3, 6, 4, 8, generator=torch.Generator().manual_seed(0))  # batch, tokens, heads, channels

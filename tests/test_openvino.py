@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from timm.models.vision_transformer import VisionTransformer
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.openvino_runtime import compile_openvino, openvino_graph
-from ptq4vit_fx.export.runtime import open_session, products_saturate
-from ptq4vit_fx.export.target_openvino import bound_in_front_of_division, check_openvino, separate_pairs
+from ptq4vit_fx.export.proof.openvino_runtime import compile_openvino, openvino_graph
+from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
+from ptq4vit_fx.export.targets.openvino import bound_in_front_of_division, check_openvino, separate_pairs
 
 pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq4vit_fx.operators import DEQUANTIZE, EXACT_FLOAT32, INTEGER_MATMUL, QUANTIZE
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, EXACT_FLOAT32, INTEGER_MATMUL, QUANTIZE
 
 
 @settings(deadline=None, max_examples=40)

@@ -11,12 +11,12 @@ from graphs import count, model_of
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.operators import DEQUANTIZE, INTEGER_MATMUL
 from ptq4vit_fx.passes.canonicalize import canonicalize
-from ptq4vit_fx.passes.contract import stage_of
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
+from ptq4vit_fx.passes.graph.contract import stage_of
+from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.remove_identities import remove_identities
-from ptq4vit_fx.passes.stages import Stage
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.write_qdq import write_qdq
 

@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
-from ptq4vit_fx.candidates import make_candidates, uniform_choice
-from ptq4vit_fx.distances import (
+from ptq4vit_fx.metrics import HESSIAN, L1, get_metric
+from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.search.candidates import make_candidates, uniform_choice
+from ptq4vit_fx.search.distances import (
     ActivationEvaluation,
     OutputEvaluation,
     WeightEvaluation,
     make_evaluation,
     product_parts,
 )
-from ptq4vit_fx.metrics import HESSIAN, L1, get_metric
-from ptq4vit_fx.plan import QuantOp
-from ptq4vit_fx.products import to_product
-from ptq4vit_fx.sampling import _draw, sample_rows
-from ptq4vit_fx.screening import screen
-from ptq4vit_fx.search import search_op
+from ptq4vit_fx.search.products import to_product
+from ptq4vit_fx.search.sampling import _draw, sample_rows
+from ptq4vit_fx.search.screening import screen
+from ptq4vit_fx.search.search_op import search_op
 
 LINEAR = QuantOp("fc", "linear", rhs_is_weight=True)
 
@@ -116,7 +116,7 @@ def test_chunks_change_nothing(monkeypatch, make, screen_rows):
     quantizers = (Uniform(6), Uniform(6, granularity="channel" if make is linear else "head"))
     settings = SearchSettings(n=20, screen_rows=screen_rows)
     whole = search_op(op, make(3), *quantizers, settings)
-    monkeypatch.setattr("ptq4vit_fx.products.CPU_ELEMENTS", 1)
+    monkeypatch.setattr("ptq4vit_fx.search.products.CPU_ELEMENTS", 1)
     chunked = search_op(op, make(3), *quantizers, settings)
     assert chunked.distance_after == pytest.approx(whole.distance_after, rel=1e-5)
     assert torch.equal(chunked.rhs.scale, whole.rhs.scale)

@@ -9,8 +9,8 @@ import torch
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.plan import QuantOp
-from ptq4vit_fx.products import to_product
-from ptq4vit_fx.search import search_op
+from ptq4vit_fx.search.products import to_product
+from ptq4vit_fx.search.search_op import search_op
 
 BITS = 4
 SETTINGS = SearchSettings(n=24, rounds=1, max_shift=6, screen_rows=None)

@@ -11,8 +11,8 @@ from torch import nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.integer_products import qdq_nodes
-from ptq4vit_fx.export.runtime import open_session
-from ptq4vit_fx.export.runtime_graph import runtime_graph
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.scales import read_scales
 from ptq4vit_fx.export.stored_sites import stored_sites
 from ptq4vit_fx.quantizers import UniformParams

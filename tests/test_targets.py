@@ -16,14 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export import model_files
 from ptq4vit_fx.export.containers import to_signed, to_unsigned
-from ptq4vit_fx.export.inspection import inspect_file
 from ptq4vit_fx.export.integer_products import with_qdq_products
-from ptq4vit_fx.export.onnx_export import PROVENANCE_KEY, RECIPE_KEY
+from ptq4vit_fx.export.metadata import PROVENANCE_KEY, RECIPE_KEY
 from ptq4vit_fx.export.opsets import at_opset, newest_opset
-from ptq4vit_fx.export.runtime import open_session, quiet_options
+from ptq4vit_fx.export.proof.inspection import inspect_file
+from ptq4vit_fx.export.proof.runtime import open_session, quiet_options
 from ptq4vit_fx.export.scales import read_scales
-from ptq4vit_fx.export.target_onnxruntime import check_arm, check_avx2, check_x86
 from ptq4vit_fx.export.targets import TARGETS
+from ptq4vit_fx.export.targets.onnxruntime import check_arm, check_avx2, check_x86
 
 AS_WRITTEN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 ACTIVATIONS = {"onnxruntime": "UINT8", "onnxruntime-avx2": "UINT8", "onnxruntime-arm": "INT8", "generic": "UINT8"}

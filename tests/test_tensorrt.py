@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from timm.models.vision_transformer import VisionTransformer
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.lint_tensorrt import RULES, lint_tensorrt
+from ptq4vit_fx.export.targets.lint_tensorrt import RULES, lint_tensorrt
 
 
 @pytest.fixture(scope="module")

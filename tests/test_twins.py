@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.digits import load_digits_images, load_digits_model
-from ptq4vit_fx.export.product_timing import ProductShapes, measure_product, product_model
-from ptq4vit_fx.export.runtime_graph import runtime_graph
+from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product, product_model
+from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
+from ptq4vit_fx.tools.digits import load_digits_images, load_digits_model
 
 SEARCH = {"n": 20, "rounds": 1, "max_shift": 4}
 

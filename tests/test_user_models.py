@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.passes.contract import history
+from ptq4vit_fx.passes.graph.contract import history
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=10, rounds=1)
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(3))

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.layers import add_outputs, compare_layers
-from ptq4vit_fx.export.runtime import load_file, open_session, optimized
+from ptq4vit_fx.export.proof.layers import add_outputs, compare_layers
+from ptq4vit_fx.export.proof.runtime import load_file, open_session, optimized
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
 
 
@@ -91,7 +91,7 @@ def test_batches_of_any_size_count_the_first_images(good_file, converted, small_
     assert {layer.images for layer in seven.sites} == {0, 7}
     assert seven.first_divergence is None
     assert {layer.images for layer in compare_layers(converted, good_file, plain, ragged, 100).sites} == {0, 12}
-    monkeypatch.setattr("ptq4vit_fx.export.layers.CODES_AT_ONCE", 1)  # one image at a time
+    monkeypatch.setattr("ptq4vit_fx.export.proof.layers.CODES_AT_ONCE", 1)  # one image at a time
     assert compare_layers(converted, good_file, plain, ragged, 7) == seven
 
 

@@ -1,0 +1,49 @@
+"""What a file of this package says of itself: the keys of its metadata. Needs onnx and numpy alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+#: The plan as JSON (`QuantPlan.to_json`).
+PLAN_KEY = "ptq4vit_fx.plan"
+#: The recipe's name and the search settings, JSON.
+RECIPE_KEY = "ptq4vit_fx.recipe"
+#: The version of this package that wrote the file.
+VERSION_KEY = "ptq4vit_fx.version"
+#: The calibration's fingerprint.
+CALIBRATION_KEY = "ptq4vit_fx.calibration"
+#: Facts about the calibration and the model's preprocessing, JSON.
+PROVENANCE_KEY = "ptq4vit_fx.provenance"
+#: The deployment target.
+TARGET_KEY = "ptq4vit_fx.target"
+#: The calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
+SCALES_KEY = "ptq4vit_fx.scales"
+
+
+def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """Return key -> text of every metadata entry of a model."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def write_metadata(model: onnx.ModelProto, values: Mapping[str, str]) -> None:
+    """Set the metadata of a model, in place, and who wrote it."""
+    onnx.helper.set_model_props(model, dict(values))
+    model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
+
+
+def encode_scales(scales: NDArray[Any]) -> str:
+    """Return float32 scales as text, bit for bit."""
+    return base64.b64encode(scales.astype("<f4").tobytes()).decode()
+
+
+def calibrated_scales(model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
+    """Return site -> the calibrated scales, shape (count,), that no initializer of the file holds."""
+    coded = json.loads(read_metadata(model).get(SCALES_KEY, "{}"))
+    return {site: np.frombuffer(base64.b64decode(text), "<f4") for site, text in coded.items()}

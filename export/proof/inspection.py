@@ -1,0 +1,173 @@
+"""Read a quantized ONNX file back: every site's quantizer and scales, and what the runtime will do with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, numpy_helper
+
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.integer_products import qdq_nodes
+from ptq4vit_fx.export.metadata import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
+from ptq4vit_fx.export.proof.instructions import Instructions, cpu_instructions
+from ptq4vit_fx.export.proof.runtime import load_file
+from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
+from ptq4vit_fx.export.stored_sites import StoredSite, stored_sites
+from ptq4vit_fx.plan import FloatOp, QuantPlan
+from ptq4vit_fx.quantizers import Quantizer, TwinUniform, describe_quantizer
+
+#: Two products of 255 and a weight up to this size fit into 16 bits: kernels that saturate are exact then.
+SAFE_WEIGHT = 64
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One site as stored: scales are (smallest, largest), or (fine, coarse) of a twin; threshold: of a twin."""
+
+    site: str
+    quantizer: str
+    scales: tuple[float, float]
+    threshold: float | None
+    merged_with: str | None
+
+    def __str__(self) -> str:
+        first, second = (f"{scale:.4g}" for scale in self.scales)
+        if self.threshold is not None:
+            scale = f"{first} | {second}"
+        else:
+            scale = first if self.scales[0] == self.scales[1] else f"{first} .. {second}"
+        note = "" if self.threshold is None else f"{self.threshold:.4g}"
+        if self.merged_with is not None:
+            note = f"{note} one quantizer with {self.merged_with}".strip()
+        return f"{self.site:40}{self.quantizer:24}{scale:>26}  {note}".rstrip()
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What `ptq4vit inspect` tells. inputs: name -> shape, with "any" for the batch, which may vary.
+
+    wide_weights: how many constant int8 weights hold codes beyond SAFE_WEIGHT, which saturating kernels get wrong.
+    """
+
+    version: str
+    target: str
+    calibration: str
+    inputs: dict[str, tuple[int | str, ...]]
+    sites: tuple[SiteRecord, ...]
+    float_ops: tuple[FloatOp, ...]
+    graph: RuntimeGraph
+    runtime: str
+    cpu: Instructions
+    wide_weights: int
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in self.inputs.items())
+        lines = [
+            f"ptq4vit_fx {self.version}, target {self.target}, calibration {self.calibration}, input {shapes}",
+            f"{'site':40}{'quantizer':24}{'scale':>26}  threshold",
+            *map(str, self.sites),
+            *(f"{op.name:40}float: {op.reason}" for op in self.float_ops),
+            f"ONNX Runtime {self.runtime}, the file as it is, on this machine: {len(self.graph.integer_products)} "
+            f"integer products, {len(self.graph.float_products)} in float",
+        ]
+        for product in self.graph.products:
+            kind = "integer" if product.integer else "float"
+            lines.append(f"  {kind:8}{product.name:40}{product.operator:22}{product.types:16}{product.reason}")
+        lines.append(f"{len(self.graph.leftovers)} DequantizeLinear of codes left in the optimized graph")
+        lines += [f"  {leftover}" for leftover in self.graph.leftovers]
+        lines.append(str(self.cpu))
+        if self.cpu.saturates:
+            lines.append(f"  {self._saturation()}")
+        return "\n".join(lines)
+
+    def _saturation(self) -> str:
+        if not self.wide_weights:
+            return "this file has no int8 weight that is large enough to saturate: its results are exact here"
+        return (
+            f"{self.wide_weights} int8 weights of this file can saturate here: for such CPUs export with "
+            'target="onnxruntime-avx2" (uint8 weights), or quantize with w_bits=7'
+        )
+
+
+def inspect_file(path: str | os.PathLike[str]) -> FileReport:
+    """Return what is in a file and what ONNX Runtime makes of it on this machine.
+
+    Raises PTQError if the file does not come from this package, or if a site of its plan is not in its graph.
+    """
+    model = load_file(path)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if PLAN_KEY not in properties:
+        raise failure(
+            "inspect",
+            str(path),
+            expected="a file with a quantization plan",
+            got="none in its metadata",
+            do="pass a file that export_onnx wrote",
+        )
+    plan = QuantPlan.from_json(properties[PLAN_KEY])
+    stored = stored_sites(model)
+    return FileReport(
+        version=properties[VERSION_KEY],
+        target=properties[TARGET_KEY],
+        calibration=properties[CALIBRATION_KEY],
+        inputs={entry.name: _shape(entry) for entry in model.graph.input},
+        sites=tuple(_record(site, quantizer, stored) for site, quantizer in plan.quantizers.items()),
+        float_ops=plan.float_ops,
+        graph=_with_planned_reasons(runtime_graph(load_file(path)), plan),  # a session may take a model's weights away
+        runtime=onnxruntime.__version__,
+        cpu=cpu_instructions(),
+        wide_weights=_wide_weights(model),
+    )
+
+
+def _with_planned_reasons(graph: RuntimeGraph, plan: QuantPlan) -> RuntimeGraph:
+    """Give products that the plan left float the plan's reason: the runtime's graph only shows that they are."""
+    reasons = {op.name: op.reason for op in plan.float_ops}
+
+    def explained(product: RuntimeProduct) -> RuntimeProduct:
+        reason = reasons.get(product.name.partition("/")[0])
+        return product if reason is None or product.integer else replace(product, reason=f"left float: {reason}")
+
+    return replace(graph, products=tuple(map(explained, graph.products)))
+
+
+def _shape(entry: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple("any" if d.dim_param else d.dim_value for d in entry.type.tensor_type.shape.dim)
+
+
+def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> SiteRecord:
+    names = [f"{site}_fine", f"{site}_coarse"] if isinstance(quantizer, TwinUniform) else [site]
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise failure(
+            "inspect",
+            f"site {missing[0]}",
+            expected="a quantizer or a weight of that name in the graph",
+            got="none",
+            do="export the file again: another program has rewritten its graph or its names",
+        )
+    found = [stored[name] for name in names]
+    merged = next((one.source for name, one in zip(names, found, strict=True) if one.source != name), None)
+    if isinstance(quantizer, TwinUniform):
+        fine, coarse = (float(one.scale) for one in found)
+        threshold = fine * quantizer.steps if quantizer.form == "softmax" else 0.0
+        return SiteRecord(site, describe_quantizer(quantizer), (fine, coarse), threshold, merged)
+    scale = found[0].scale if found[0].calibrated is None else found[0].calibrated
+    limits = float(np.min(scale)), float(np.max(scale))
+    return SiteRecord(site, describe_quantizer(quantizer), limits, None, merged)
+
+
+def _wide_weights(model: onnx.ModelProto) -> int:
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {node.input[0] for node in qdq_nodes(model) if node.op_type == "DequantizeLinear"} & constants.keys()
+    signed = [constants[name] for name in weights if constants[name].data_type == TensorProto.INT8]
+    return sum(bool((np.abs(numpy_helper.to_array(t).astype(np.int16)) > SAFE_WEIGHT).any()) for t in signed)

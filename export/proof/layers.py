@@ -1,0 +1,233 @@
+"""Layer by layer: the integer codes of every site, in ONNX Runtime beside the simulation in PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4vit_fx.batches import Inputs
+from ptq4vit_fx.export.proof.runtime import exact_here, load_file, open_model
+from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
+from ptq4vit_fx.export.stored_sites import Array, StoredSite, integers, stored_sites
+from ptq4vit_fx.passes.graph.dataflow import get_attribute, module_path
+from ptq4vit_fx.passes.graph.holders import SiteTensors
+from ptq4vit_fx.passes.graph.operators import QUANTIZE
+
+#: Codes of ONNX Runtime that are held at once, in bytes; one image is always held whole.
+CODES_AT_ONCE = 256 * 2**20
+WORST = 5
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """The integer codes of one site, or of one branch of a twin (`..._fine`, `..._coarse`).
+
+    equal: share of codes that are the same. largest_difference: between two codes of a pair, in steps; None if the
+    tensors have not even the same shape. images: how many were compared, 0 for a weight. same_scale: whether the file
+    has the scale of the converted model.
+    """
+
+    site: str
+    equal: float
+    largest_difference: int | None
+    images: int
+    same_scale: bool
+
+    @property
+    def differs(self) -> bool:
+        """Whether the file departs from the simulation here: in a code, or in what the codes stand for."""
+        return self.equal < 1.0 or not self.same_scale
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Every site in the order of execution. missing: sites that the file has under no name, and so nothing compared.
+
+    disturbed: whether the runtime gave other logits with the codes as outputs than without: it then ran another graph
+    than the deployed one, and the codes are that one's.
+    """
+
+    sites: tuple[LayerComparison, ...] = ()
+    missing: tuple[str, ...] = ()
+    disturbed: bool = False
+
+    @property
+    def first_divergence(self) -> LayerComparison | None:
+        """The first site, in the order of execution, that differs."""
+        return next((site for site in self.sites if site.differs), None)
+
+    def __str__(self) -> str:
+        first = self.first_divergence
+        images = max((site.images for site in self.sites), default=0)
+        if first is None:
+            lines = [f"layer by layer, {images} images: all codes of {len(self.sites)} sites are equal"]
+        else:
+            differing = [site for site in self.sites if site.differs]
+            lines = [
+                f"layer by layer, {images} images: {len(differing)} of {len(self.sites)} sites differ, first "
+                f"{first.site}, {_describe(first)}"
+            ]
+            worst = sorted(differing, key=lambda site: site.equal)[:WORST]
+            lines += [f"  {site.site:40} {_describe(site)}" for site in worst]
+        if self.missing:
+            lines.append(f"  not in the file, not compared: {', '.join(self.missing)}")
+        if self.disturbed:
+            lines.append("  with the codes as outputs the runtime computed other logits: it runs another graph then")
+        return "\n".join(lines)
+
+
+def _describe(site: LayerComparison) -> str:
+    if site.largest_difference is None:
+        return "its codes have another shape in the file"
+    scale = "" if site.same_scale else "; the file has another scale"
+    if site.equal == 1.0:
+        return f"all codes equal{scale}"
+    # Rounded, one code in a million would read as 100 %.
+    share = np.floor(site.equal * 1e6) / 1e4
+    return f"{share:.8g} % of the codes equal, the others off by up to {site.largest_difference}{scale}"
+
+
+def compare_layers(
+    converted: GraphModule,
+    path: str | os.PathLike[str],
+    plain: onnxruntime.InferenceSession,
+    batches: Iterable[Inputs],
+    images: int,
+) -> Layers:
+    """Run the first `images` images in both; compare the codes of every quantizer, and those of every weight once.
+
+    PyTorch takes LayerNorm, softmax and GELU from the runtime. Its codes are compared as they appear, so that only ONNX
+    Runtime's are held. The first image runs alone and tells how much memory one takes, the others in their batches: a
+    file with a dynamic batch must do both. A file of a fixed batch runs whole batches. plain: `open_session(path)`.
+    """
+    model = exact_here(load_file(path))
+    stored = stored_sites(model)
+    read = tuple({site.tensor for site in stored.values() if site.codes is None})
+    session = open_model(add_outputs(model, read))
+    simulation = _Simulation(copy.deepcopy(converted).cpu(), stored)
+    fixed = session.get_inputs()[0].shape[0]
+    at_once = fixed if isinstance(fixed, int) else 1
+    waiting, disturbed = _first_images(batches, images, cut=at_once != fixed), False
+    while waiting:
+        whole = waiting.pop(0)
+        batch = tuple(x[:at_once] for x in whole)
+        if len(whole[0]) > at_once:
+            waiting.insert(0, tuple(x[at_once:] for x in whole))
+        feed = {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), batch, strict=True)}
+        logits = plain.run(None, feed)
+        outputs = session.run(None, feed)
+        disturbed |= any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(logits, outputs, strict=False))
+        if at_once != fixed:
+            at_once = max(1, CODES_AT_ONCE * len(batch[0]) // max(1, sum(array.nbytes for array in outputs)))
+        simulation.codes = dict(zip(read, outputs[len(logits) :], strict=True))
+        simulation.images = len(batch[0])
+        with torch.inference_mode():
+            simulation.run(*(x.cpu() for x in batch))
+    sites = tuple(_comparison(site, count) for site, count in simulation.counts.items())
+    return Layers(sites, tuple(simulation.missing), disturbed)
+
+
+def _first_images(batches: Iterable[Inputs], count: int, *, cut: bool) -> list[Inputs]:
+    """Return the first `count` images in their batches, or with cut=False the whole batches that they are in."""
+    first = []
+    for batch in batches:
+        if count <= 0:
+            break
+        first.append(tuple(x[:count] for x in batch) if cut else batch)
+        count -= len(batch[0])
+    return first
+
+
+def add_outputs(model: onnx.ModelProto, tensors: tuple[str, ...]) -> onnx.ModelProto:
+    """Add these tensors to the outputs of a model, in place, behind its own; return it.
+
+    ONNX Runtime fuses the DequantizeLinear behind a code into the product, never the QuantizeLinear in front of it, so
+    that a code that is read changes no fusion.
+    """
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+    return model
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Codes of one site so far: how many, how many equal, the largest difference (None: another shape)."""
+
+    codes: int
+    equal: int
+    largest: int | None
+    images: int
+    same_scale: bool
+
+
+def _same(mine: Array, theirs: Array) -> bool:
+    """Return whether two scales are the same, one for all channels or one for each."""
+    return (mine.shape == theirs.shape or 1 in (mine.size, theirs.size)) and bool((mine == theirs).all())
+
+
+def _add(before: _Count | None, now: _Count) -> _Count:
+    if before is None:
+        return now
+    shaped = before.largest is not None and now.largest is not None
+    return _Count(
+        before.codes + now.codes,
+        before.equal + now.equal,
+        max(before.largest or 0, now.largest or 0) if shaped else None,
+        before.images + now.images,
+        before.same_scale and now.same_scale,
+    )
+
+
+def _comparison(site: str, count: _Count) -> LayerComparison:
+    return LayerComparison(site, count.equal / count.codes, count.largest, count.images, count.same_scale)
+
+
+class _Simulation(RuntimeFunctions):
+    """Runs the converted model and compares each site's codes, when it comes to them, with `codes` of the runtime.
+
+    Set `codes` (tensor name -> integers) and `images` before each run; read `counts` and `missing` afterwards.
+    """
+
+    def __init__(self, converted: GraphModule, stored: dict[str, StoredSite]) -> None:
+        super().__init__(converted)
+        self.converted, self.stored = converted, stored
+        self.codes: dict[str, Array] = {}
+        self.images = 0
+        self.counts: dict[str, _Count] = {}
+        self.missing: dict[str, None] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        is_weight = n.op == "get_attr" and str(n.target).endswith(".codes")
+        if is_weight or n.target is QUANTIZE:
+            holder = n if is_weight else cast("Node", n.args[1])
+            tensors = get_attribute(self.converted, str(holder.target).rpartition(".")[0])
+            self._compare(module_path(n), result, tensors)
+        return result
+
+    def _compare(self, site: str, codes: Tensor, tensors: SiteTensors) -> None:
+        stored = self.stored.get(site)
+        if stored is None:
+            self.missing[site] = None
+            return
+        if stored.codes is not None and site in self.counts:
+            return  # a weight is compared once
+        theirs = integers(self.codes[stored.tensor] if stored.codes is None else stored.codes, stored)
+        mine = integers(codes.numpy(), replace(stored, zero_point=tensors.zero_point.numpy()))
+        same_scale = _same(tensors.scale.numpy(), stored.scale)
+        images = self.images if stored.codes is None else 0
+        if mine.shape != theirs.shape:
+            now = _Count(mine.size, 0, None, images, same_scale)
+        else:
+            difference = np.abs(mine - theirs)
+            now = _Count(mine.size, int((difference == 0).sum()), int(difference.max(initial=0)), images, same_scale)
+        self.counts[site] = _add(self.counts.get(site), now)

@@ -1,0 +1,176 @@
+"""What OpenVINO makes of a file: which products run on integers, by the precision in its runtime graph."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.containers import DEQUANTIZE
+from ptq4vit_fx.export.model_files import data_files
+from ptq4vit_fx.export.onnx_graph import PRODUCTS, OnnxGraph
+from ptq4vit_fx.export.proof.runtime import load_file
+
+#: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
+PRODUCT_LAYERS = frozenset(["FullyConnected", "MatMul", "Convolution", "GroupConvolution", "MHA", "ScaledAttn"])
+#: A kernel compiled for a whole group of operators, such as q @ k, softmax and softmax @ v (on CPUs with AVX-512).
+COMPILED = "Subgraph"
+INTEGERS = frozenset(["u8", "i8"])
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@dataclass(frozen=True)
+class OpenvinoGraph:
+    """Products by what OpenVINO computes them in.
+
+    integer_products: names of the file's nodes. float_products: name -> why. kernels: name -> OpenVINO's layer type,
+    precision and kernel, such as `FullyConnected i8 jit_gemm_i8`.
+    """
+
+    integer_products: tuple[str, ...]
+    float_products: dict[str, str]
+    kernels: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"OpenVINO: {len(self.integer_products)} integer products, {len(self.float_products)} in float"]
+        return "\n".join([*lines, *(f"  float: {name}: {reason}" for name, reason in self.float_products.items())])
+
+
+def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> OpenvinoGraph:
+    """Compile a file with OpenVINO and read back what every product runs in.
+
+    device: one whose plugin publishes a runtime graph with precisions, as the CPU's does. Raises PTQError if OpenVINO
+    is not installed, if the file cannot be read, if it is one for ONNX Runtime, or if a product of the file cannot be
+    found in the runtime graph: nothing is left out unsaid.
+    """
+    graph = OnnxGraph(load_file(path))
+    other = next((node.name for node in graph.nodes if node.op_type == "MatMulInteger"), None)
+    if other is not None:
+        expected, do = "products behind DequantizeLinear", "export with target='openvino'"
+        raise failure("openvino_graph", str(path), expected=expected, got=f"MatMulInteger in {other}", do=do)
+    products = {node.name: node for node in graph.nodes if node.op_type in PRODUCTS}
+    layers = [_Layer.of(layer) for layer in compile_openvino(path, device).get_runtime_model().get_ops()]
+    found = _match(list(products.values()), [layer for layer in layers if layer.kind in PRODUCT_LAYERS])
+    found |= _compiled([name for name in products if name not in found], layers)
+    kernels = {name: f"{layer.kind} {layer.precision} {layer.kernel}" for name, layer in found.items()}
+    missing = [name for name in products if name not in kernels]
+    if missing:
+        raise failure(
+            "openvino_graph",
+            str(path),
+            expected=f"{len(products)} products in OpenVINO's runtime graph",
+            got=f"no layer for {', '.join(missing[:3])}",
+            do="report this with your version of OpenVINO",
+        )
+    in_float = [name for name in products if found[name].precision not in INTEGERS]
+    return OpenvinoGraph(
+        tuple(name for name in products if found[name].precision in INTEGERS),
+        {name: _why_float(graph, products[name], kernels[name]) for name in in_float},
+        kernels,
+    )
+
+
+def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
+    """Return OpenVINO's compiled model of a file; raises PTQError if OpenVINO is missing or refuses the file.
+
+    What is not integer runs in float32, as in every other runtime: on CPUs with bf16 the plugin's default is bf16, for
+    some quantized products as well.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise failure(
+            "openvino",
+            "the Python package",
+            expected="it to be installed",
+            got=str(error),
+            do="pip install 'ptq4vit-fx[openvino]'",
+        ) from error
+    try:
+        return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
+    except RuntimeError as error:
+        names = " and ".join(sorted(data.name for data in data_files(Path(path))))
+        with_data = f" (its weights are in {names})" if names else ""
+        raise failure(
+            "openvino",
+            f"{path}{with_data}",
+            expected=f"a model that OpenVINO compiles for {device}",
+            got=str(error).strip().splitlines()[0],
+            do="check the path and the device",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of OpenVINO's runtime graph. names: its own, those it was fused from, and its second operand's."""
+
+    kind: str
+    precision: str
+    kernel: str
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(node: Any) -> _Layer:
+        facts = _facts(node)
+        names = [node.get_friendly_name(), *facts.get("originalLayersNames", "").split(",")]
+        if node.get_input_size() > 1:
+            names.append(node.input_value(1).get_node().get_friendly_name())
+        return _Layer(facts["layerType"], facts["runtimePrecision"], facts["primitiveType"], tuple(names))
+
+
+def _facts(node: Any) -> dict[str, str]:
+    return {key: value.astype(str) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
+
+
+def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _Layer]:
+    """Return the layer of each product of the file that can be found, by the product's name.
+
+    Names that start with the product's, or are its output's, decide first. A fused layer may be named after
+    another operator of the same module or site only, and those are given to the products that are left.
+    """
+    found: dict[str, _Layer] = {}
+    for by_path in (False, True):
+        for layer in layers:
+            if layer in found.values():
+                continue
+            paths = {_module(name) for name in layer.names}
+            for node in products:
+                path = node.name.partition("/")[0]
+                same = path in paths if by_path else _is_part(node.name, layer.names) or node.output[0] in layer.names
+                if same and node.name not in found:
+                    found[node.name] = layer
+                    break
+    return found
+
+
+def _compiled(missing: list[str], layers: list[_Layer]) -> dict[str, _Layer]:
+    """Return, for products that are no layer of their own, the compiled group with an operator of the same module."""
+    groups = [(layer, {_module(name) for name in layer.names}) for layer in layers if layer.kind == COMPILED]
+    return {name: layer for layer, modules in groups for name in missing if _module(name) in modules}
+
+
+def _module(name: str) -> str:
+    return name.partition("/")[0].partition(":")[0]
+
+
+def _is_part(name: str, others: tuple[str, ...]) -> bool:
+    return any(other == name or other.startswith(f"{name}/") for other in others)
+
+
+def _why_float(graph: OnnxGraph, product: onnx.NodeProto, kernel: str) -> str:
+    operands = [graph.maker(product, index) for index in (0, 1)]
+    for side, operand in zip(("first", "second"), operands, strict=True):
+        if operand is None or operand.op_type != DEQUANTIZE:
+            return f"not quantized: its {side} operand comes from {operand.op_type if operand else 'a constant'}"
+        zero_points = graph.value(operand.input[2])
+        if np.any(zero_points):
+            return (
+                f"its {side} operand has zero point {zero_points.reshape(-1)[0]}, and OpenVINO multiplies two "
+                "activations as integers without zero points only: export with target='openvino'"
+            )
+    return f"OpenVINO chose {kernel}"

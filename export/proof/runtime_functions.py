@@ -1,0 +1,117 @@
+"""The simulation with the float functions of ONNX Runtime in the place of PyTorch's.
+
+Two libraries compute LayerNorm, softmax and GELU differently in the last bit. Where a value lies between two codes,
+that bit decides which one it becomes, and every later layer multiplies the difference. A comparison that wants to know
+whether a file computes what was simulated takes these functions from the same library on both sides.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import Argument, Target
+
+from ptq4vit_fx.export.proof.runtime import open_model
+
+#: The newest opset in which one of these functions changed (Gelu).
+OPSET = 20
+
+
+class RuntimeFunctions(Interpreter):
+    """Runs a converted model in PyTorch, but layer_norm, softmax and gelu in ONNX Runtime's kernels.
+
+    An addition in front of one of them runs in the same session, because the runtime may fuse the two into a kernel
+    with another last bit (SkipLayerNormalization, BiasGelu). The result is float32 on the CPU; all other nodes run as
+    they are.
+    """
+
+    def __init__(self, converted: GraphModule) -> None:
+        super().__init__(converted)
+        self._sessions: dict[tuple[Any, ...], onnxruntime.InferenceSession] = {}
+        self._translations: dict[Any, Callable[..., Tensor]] = {
+            F.layer_norm: self._layer_norm,
+            F.softmax: self._softmax,
+            F.gelu: self._gelu,
+        }
+        self._fusible = {
+            node.args[0]
+            for node in converted.graph.nodes
+            if node.target in self._translations and _is_sum_for_one_user(node.args[0])
+        }
+
+    def run_node(self, n: Node) -> Any:
+        if n in self._fusible:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return _Sum(*args)
+        return super().run_node(n)
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        translation = self._translations.get(target)
+        return super().call_function(target, args, kwargs) if translation is None else translation(*args, **kwargs)
+
+    def _layer_norm(
+        self,
+        x: Tensor | _Sum,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        scale = torch.ones(tuple(normalized_shape)) if weight is None else weight
+        offset = torch.zeros(tuple(normalized_shape)) if bias is None else bias
+        return self._run("LayerNormalization", x, scale, offset, axis=-len(normalized_shape), epsilon=eps)
+
+    def _softmax(self, x: Tensor | _Sum, dim: int = -1, **_: Any) -> Tensor:
+        return self._run("Softmax", x, axis=dim)
+
+    def _gelu(self, x: Tensor | _Sum, approximate: str = "none") -> Tensor:
+        return self._run("Gelu", x, approximate=approximate)
+
+    def _run(self, name: str, x: Tensor | _Sum, *others: Tensor, **attributes: Any) -> Tensor:
+        first = [x.lhs, x.rhs] if isinstance(x, _Sum) else [x]
+        arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in (*first, *others)]
+        shapes = tuple(array.shape for array in arrays)
+        key = (name, len(first), shapes, *attributes.items())
+        if key not in self._sessions:
+            self._sessions[key] = _session(name, len(first), shapes, attributes)
+        return torch.from_numpy(self._sessions[key].run(None, {f"x{i}": array for i, array in enumerate(arrays)})[0])
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """An addition that is left to the session of the function that reads it."""
+
+    lhs: Tensor
+    rhs: Tensor
+
+
+def _is_sum_for_one_user(node: Any) -> bool:
+    if not isinstance(node, Node) or node.target not in (torch.add, operator.add) or len(node.users) != 1:
+        return False
+    return len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args) and not node.kwargs
+
+
+def _session(
+    name: str, terms: int, shapes: tuple[tuple[int, ...], ...], attributes: dict[str, Any]
+) -> onnxruntime.InferenceSession:
+    """Return a session that runs one operator on inputs x0, x1, ..., the first two added if terms is 2."""
+    names = [f"x{number}" for number in range(len(shapes))]
+    nodes = [helper.make_node("Add", names[:2], ["sum"])] if terms == 2 else []
+    inputs = [nodes[0].output[0] if nodes else names[0], *names[terms:]]
+    graph = helper.make_graph(
+        [*nodes, helper.make_node(name, inputs, ["y"], **attributes)],
+        name,
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, s) for x, s in zip(names, shapes, strict=True)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+    return open_model(model)

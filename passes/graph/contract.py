@@ -1,0 +1,99 @@
+"""The contract of every pass: the stage before, the rewrite, the clean-up, the stage after, the record."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, cast
+
+from torch.fx import GraphModule
+
+from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.stages import Stage, check_stage
+from ptq4vit_fx.plan import QuantPlan
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One pass that ran: its name and how many places it rewrote."""
+
+    name: str
+    count: int
+
+
+def graph_pass(
+    *, before: Stage, after: Stage
+) -> Callable[[Callable[Concatenate[GraphModule, P], int]], Callable[Concatenate[GraphModule, P], GraphModule]]:
+    """Make a pass of a function that rewrites a GraphModule in place and returns the number of rewrites.
+
+    The pass checks that the graph is at the stage `before`, runs the function, removes dead code, lints,
+    recompiles, checks the invariants of the stage `after`, appends a `Rewrite` to the history, and returns the
+    same GraphModule. Raises PTQError on a graph at another stage, and whatever the function raises.
+    """
+
+    def decorate(
+        rewrite: Callable[Concatenate[GraphModule, P], int],
+    ) -> Callable[Concatenate[GraphModule, P], GraphModule]:
+        @functools.wraps(rewrite)
+        def run(graph_module: GraphModule, *args: P.args, **kwargs: P.kwargs) -> GraphModule:
+            name = rewrite.__name__
+            stage = stage_of(graph_module)
+            if stage is not before:
+                raise failure(
+                    f"pass {name}",
+                    f"graph after {', '.join(r.name for r in history(graph_module)) or 'no pass'}",
+                    expected=f"stage {before.value!r}",
+                    got=f"stage {stage.value if stage else None!r}",
+                    do="run the passes in the order of ptq4vit_fx/api.py",
+                )
+            count = rewrite(graph_module, *args, **kwargs)
+            graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or overwrites(node))
+            graph_module.graph.lint()
+            graph_module.recompile()
+            check_stage(graph_module, after, pass_name=name)
+            enter(graph_module, after, Rewrite(name, count))
+            return graph_module
+
+        return cast("Callable[Concatenate[GraphModule, P], GraphModule]", run)
+
+    return decorate
+
+
+def enter(graph_module: GraphModule, stage: Stage, rewrite: Rewrite) -> None:
+    """Record that `rewrite` brought the graph to `stage`."""
+    graph_module.meta["ptq4vit_stage"] = stage
+    graph_module.meta["ptq4vit_history"] = (*history(graph_module), rewrite)
+
+
+def attach(graph_module: GraphModule, **values: Any) -> GraphModule:
+    """Set attributes that survive a deepcopy of the GraphModule; return it."""
+    preserved = graph_module.meta.setdefault("_user_preserved_attributes", {})
+    for name, value in values.items():
+        preserved[name] = value
+        setattr(graph_module, name, value)
+    return graph_module
+
+
+def plan_of(graph_module: GraphModule) -> QuantPlan:
+    """Return the plan that annotate attached."""
+    return cast("QuantPlan", graph_module.plan)
+
+
+def calibration_of(graph_module: GraphModule) -> Calibration | None:
+    """Return the calibration of a prepared or converted model, None before it is calibrated."""
+    return cast("Calibration | None", graph_module.calibration)
+
+
+def stage_of(graph_module: GraphModule) -> Stage | None:
+    """Return the stage of a graph, None if no pass of this package has touched it."""
+    return graph_module.meta.get("ptq4vit_stage")
+
+
+def history(graph_module: GraphModule) -> tuple[Rewrite, ...]:
+    """Return the passes that ran on this graph, oldest first."""
+    return tuple(graph_module.meta.get("ptq4vit_history", ()))

@@ -1,0 +1,133 @@
+"""Capture: one forward and one backward per batch give every product's operands and the gradient of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4vit_fx.batches import Inputs
+from ptq4vit_fx.calibrating.losses import Loss
+from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.passes.graph.observer import ProductObserver
+from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.search.products import Product, to_product
+
+
+@dataclass
+class Captured:
+    """What one product read, and (dL/dout)^2, a tensor per batch; a weight or bias is kept once."""
+
+    lhs: list[Tensor] = field(default_factory=list)
+    rhs: list[Tensor] = field(default_factory=list)
+    importance: list[Tensor] = field(default_factory=list)
+    bias: Tensor | None = None
+
+
+def capture(
+    prepared: GraphModule,
+    ops: Sequence[QuantOp],
+    batches: Iterable[Inputs],
+    *,
+    loss: Loss,
+    with_gradient: bool,
+    quantized: Calibration | None = None,
+) -> dict[str, Captured]:
+    """Run the observed model on every batch and return what the observers of `ops` saw, float32.
+
+    Only gradients of activations are computed: no parameter and no image requires one. quantized: the products
+    that this calibration has parameters for run quantized (sequential calibration), all others in float.
+    """
+    captured = {op.name: Captured() for op in ops}
+    weights = {op.name for op in ops if op.rhs_is_weight}
+
+    def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        seen = captured[name]
+        _check_finite(f"input of {name}", lhs)
+        _check_finite(f"{'weight' if name in weights else 'right operand'} of {name}", rhs)
+        if name not in weights and out.ndim > 2:  # broadcast operands are stored once per image, like the others
+            lhs = lhs.expand(*out.shape[:-2], *lhs.shape[-2:])
+            rhs = rhs.expand(*out.shape[:-2], *rhs.shape[-2:])
+        seen.lhs.append(lhs.detach())
+        if name not in weights or not seen.rhs:
+            seen.rhs.append(rhs.detach())
+        seen.bias = None if bias is None else bias.detach()
+        if with_gradient:
+            if not out.requires_grad:  # nothing before this product is differentiated: start here
+                out = out.detach().requires_grad_(True)
+            out.register_hook(accumulate(seen))  # type: ignore[no-untyped-call]
+        return out
+
+    def accumulate(seen: Captured) -> Callable[[Tensor], None]:
+        batch = len(seen.lhs)
+
+        def add(gradient: Tensor) -> None:
+            _check_finite("the gradient of the loss", gradient)
+            if len(seen.importance) < batch:
+                seen.importance.append(gradient.square())
+            else:
+                seen.importance[-1].addcmul_(gradient, gradient)
+
+        return add
+
+    def record_quantized(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        assert quantized is not None
+        return quantized.product(name, lhs, rhs, bias).to(out.dtype)
+
+    finished = set() if quantized is None else set(quantized.distances)
+    with recording(prepared, captured, record), recording(prepared, finished, record_quantized):
+        for batch in batches:
+            with torch.set_grad_enabled(with_gradient):
+                output = prepared(*batch)
+            if with_gradient:
+                losses = loss(output)
+                losses = [losses] if isinstance(losses, Tensor) else losses
+                for number, value in enumerate(losses):
+                    again = number + 1 < len(losses)
+                    (value / len(losses) ** 0.5).backward(retain_graph=again)
+    return captured
+
+
+def _check_finite(what: str, x: Tensor) -> None:
+    if not all(torch.isfinite(bound) for bound in torch.aminmax(x.detach())):
+        raise failure(
+            "calibrate",
+            what,
+            expected="finite values",
+            got="NaN or infinity",
+            do="run the float model on these images and look where its values become infinite",
+        )
+
+
+class recording:  # noqa: N801 - a context manager
+    """Attach a recorder to the observers of the named ops, and take it away again whatever happens."""
+
+    def __init__(self, prepared: GraphModule, names: Iterable[str], recorder: Any) -> None:
+        wanted = set(names)
+        self.observers = [m for m in observers(prepared) if m.op_name in wanted]
+        self.recorder = recorder
+
+    def __enter__(self) -> None:
+        for observer in self.observers:
+            observer.recorder = self.recorder
+
+    def __exit__(self, *_: object) -> None:
+        for observer in self.observers:
+            observer.recorder = None
+
+
+def observers(prepared: GraphModule) -> Iterator[ProductObserver]:
+    """Yield the observers of a prepared model, in execution order of the plan."""
+    return (module for module in prepared.modules() if isinstance(module, ProductObserver))
+
+
+def captured_product(op: QuantOp, seen: Captured) -> Product:
+    """Return the product of everything that was captured for one op."""
+    importance = torch.cat(seen.importance) if seen.importance else None
+    rhs = seen.rhs[0] if op.rhs_is_weight else torch.cat(seen.rhs)
+    return to_product(op, torch.cat(seen.lhs), rhs, seen.bias, importance)

@@ -1,0 +1,132 @@
+"""The names of products, sites and what belongs to them: one grammar, written and read here alone.
+
+| name | example | of what |
+|---|---|---|
+| product | `blocks.3.attn.matmul_av` | a product of the plan |
+| site | `blocks.3.attn.matmul_av:lhs` | one operand of a product |
+| branch | `blocks.3.attn.matmul_av:lhs_fine` | one range of a site with a twin: `fine` or `coarse` |
+| head | `blocks.3.attn.matmul_qk:lhs_head` | the division by scales per head in front of a site |
+| holder | `blocks.3.attn.matmul_av.lhs_fine` | the module of a converted graph with a scope's tensors |
+| node | `blocks.3.attn.matmul_av:lhs_fine/QuantizeLinear` | a node of an ONNX file: its scope and its operator |
+| tensor | `blocks.3.attn.matmul_av:lhs_fine.scale` | a constant of an ONNX file: its scope and its role |
+| part | `blocks.3.attn.qkv/MatMul_part0` | one of the products that a fused projection was split into |
+
+A scope is what stands in front of the last `/` or `.`: a site, a branch, a head, a product or a module of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Operand = Literal["lhs", "rhs"]
+OPERANDS: tuple[Operand, Operand] = ("lhs", "rhs")
+Range = Literal["fine", "coarse"]
+#: The ranges of a twin, in the order in which their products are summed.
+RANGES: tuple[Range, Range] = ("fine", "coarse")
+Role = Literal["codes", "scale", "zero_point"]
+
+#: One operand of one product, such as `blocks.3.attn.matmul_qk:lhs`. Survives deepcopy and file formats.
+Site = str
+
+_OPERAND, _BRANCH, _MODULE, _NODE = ":", "_", ".", "/"
+_HEAD, _PART = "_head", "_part"
+
+
+def site(product: str, operand: Operand) -> Site:
+    """Return the site of an operand."""
+    return f"{product}{_OPERAND}{operand}"
+
+
+def product_of(name: str) -> str:
+    """Return the product of a site, a branch or a head; of a product, itself."""
+    return name.partition(_OPERAND)[0]
+
+
+def operand_of(name: str) -> Operand | None:
+    """Return the operand of a site, a branch or a head, None for any other name."""
+    operand = name.partition(_OPERAND)[2].partition(_BRANCH)[0]
+    return operand if operand in OPERANDS else None
+
+
+def branch(site: Site, part: Range | None) -> str:
+    """Return the name of one range of a site with a twin; without a range, the site itself."""
+    return site if part is None else f"{site}{_BRANCH}{part}"
+
+
+def site_of(name: str) -> Site:
+    """Return the site of a site, a branch or a head; of any other name, itself."""
+    operand = operand_of(name)
+    return name if operand is None else site(product_of(name), operand)
+
+
+def range_of(name: str) -> Range | None:
+    """Return the range of a branch, None for any other name."""
+    rest = name.removeprefix(site_of(name)).removeprefix(_BRANCH)
+    return rest if rest in RANGES else None
+
+
+def head(scope: str) -> str:
+    """Return the name of the division by scales per head in front of a site, or behind a product."""
+    return f"{scope}{_HEAD}"
+
+
+def is_head(scope: str) -> bool:
+    """Return whether a scope, in either spelling, is a division by (or a multiplication with) scales per head."""
+    return scope.endswith(_HEAD)
+
+
+def holder(scope: str) -> str:
+    """Return the path of the module in a converted graph that holds the tensors of a scope."""
+    return scope.replace(_OPERAND, _MODULE)
+
+
+def join(owner: str, leaf: str) -> str:
+    """Return the path of an attribute, or the name of a tensor, in its owner ("" for the root)."""
+    return f"{owner}{_MODULE}{leaf}" if owner else leaf
+
+
+def owner_of(path: str) -> str:
+    """Return the path of the module that has an attribute ("" for the root), or the scope of a tensor."""
+    return path.rpartition(_MODULE)[0]
+
+
+def leaf_of(path: str) -> str:
+    """Return the last part of a dotted path: the attribute's own name, or the role of a tensor."""
+    return path.rpartition(_MODULE)[2]
+
+
+def is_inside(path: str, owner: str) -> bool:
+    """Return whether a path is `owner` or lies in it."""
+    return path == owner or path.startswith(f"{owner}{_MODULE}")
+
+
+def identifier(name: str) -> str:
+    """Return a name as torch.fx spells nodes and modules that it adds: letters, digits and underscores."""
+    return name.replace(_MODULE, "_").replace(_OPERAND, "_")
+
+
+def node(scope: str, operator: str, number: int = 0) -> str:
+    """Return the name of an ONNX node; a number tells nodes with the same scope and operator apart."""
+    base = f"{scope}{_NODE}{operator}" if scope else operator
+    return f"{base}_{number}" if number else base
+
+
+def scope_of(node_name: str) -> str:
+    """Return the scope of an ONNX node, "" if it has none."""
+    return node_name.rpartition(_NODE)[0]
+
+
+def tensor(scope: str, role: Role) -> str:
+    """Return the name of a constant of an ONNX file."""
+    return join(scope, role)
+
+
+def part(name: str, number: int) -> str:
+    """Return the name of what belongs to one part of a fused projection."""
+    return f"{name}{_PART}{number}"
+
+
+def is_part(name: str) -> bool:
+    """Return whether a name is that of a part of a fused projection."""
+    before, found, number = name.rpartition(_PART)
+    return bool(before and found) and number.isdigit()

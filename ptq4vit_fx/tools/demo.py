@@ -1,0 +1,157 @@
+"""`ptq4vit demo`: the embedded digits model through the whole pipeline, as a table and a picture."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ptq4vit_fx import recipes
+from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
+from ptq4vit_fx.calibrating.capture import capture
+from ptq4vit_fx.calibrating.losses import pseudo_label
+from ptq4vit_fx.export.onnx_export import export_onnx
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
+from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform
+from ptq4vit_fx.tools.digits import load_digits_images, load_digits_model
+
+CALIBRATION_IMAGES = 32
+PICTURE = "twin_grids.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the demo's table: what to do, and after `_quantize` what came out of it."""
+
+    recipe: str
+    bits: int
+    simulated: float = 0.0
+    deployed: float = 0.0
+    file_bytes: int = 0
+    seconds: float = 0.0
+
+
+RUNS = tuple(Run(recipe, bits) for bits in (8, 6, 4) for recipe in ("base_ptq", "ptq4vit"))
+
+
+def run_demo(folder: Path, console: Console) -> None:
+    """Quantize at W8A8, W6A6 and W4A4 with both recipes, export, run, print the table, save twin_grids.png.
+
+    Export is single-threaded Python, so the runs are spread over processes, one thread each.
+    """
+    if not folder.is_dir():
+        check_writable(folder, "demo --out")
+        folder.mkdir()
+    test, labels = load_digits_images("test")
+    table = Table(title=f"digits ViT, {len(test)} test images, {CALIBRATION_IMAGES} calibration images")
+    for column in ("recipe", "bits", "float", "simulated", "ONNX Runtime", "file", "calibrated in"):
+        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
+    float_top1 = _top1(load_digits_model()(test), labels)
+    workers = min(len(RUNS) + 1, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+        try:
+            picture = pool.submit(draw_grids, folder / PICTURE)
+            runs = list(track(pool.map(_quantize, RUNS, repeat(folder)), "demo", total=len(RUNS), console=console))
+            picture.result()
+        finally:  # an error or Ctrl-C does not wait for what has not started
+            pool.shutdown(cancel_futures=True)
+    for run in runs:
+        table.add_row(
+            run.recipe,
+            f"W{run.bits}A{run.bits}",
+            f"{float_top1:.2%}",
+            f"{run.simulated:.2%}",
+            f"{run.deployed:.2%}",
+            f"{run.file_bytes / 1e3:.0f} kB",
+            f"{run.seconds:.1f} s",
+        )
+    console.print(table)
+    console.print(f"picture: {folder / PICTURE}", markup=False)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the demo, which ends its workers
+    torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def _calibrated(recipe: str, bits: int) -> GraphModule:
+    images = load_digits_images("train")[0][:CALIBRATION_IMAGES]
+    prepared = prepare_fx(load_digits_model(), getattr(recipes, recipe)(bits, bits), images[:1])
+    calibrate(prepared, images, progress=False)
+    return prepared
+
+
+def _quantize(run: Run, folder: Path) -> Run:
+    """Return the run with its results; write its ONNX file to the folder."""
+    prepared = _calibrated(run.recipe, run.bits)
+    converted = convert_fx(prepared)
+    test, labels = load_digits_images("test")
+    path = folder / f"digits_{run.recipe}_w{run.bits}a{run.bits}.onnx"
+    exported = export_onnx(converted, path, test[:1])
+    session = open_session(path, threads=1)
+    logits = session.run(None, {session.get_inputs()[0].name: test.numpy()})[0]
+    calibration = calibration_of(prepared)
+    assert calibration is not None
+    with torch.inference_mode():
+        simulated = _top1(converted(test), labels)
+    return replace(
+        run,
+        simulated=simulated,
+        deployed=_top1(torch.from_numpy(logits), labels),
+        file_bytes=exported.bytes,
+        seconds=calibration.provenance["seconds"],
+    )
+
+
+def draw_grids(path: Path) -> None:
+    """Draw a softmax and a GELU histogram of the W4A4 model with the uniform and the twin grid over each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    prepared = _calibrated("ptq4vit", 4)
+    images = load_digits_images("train")[0][:CALIBRATION_IMAGES]
+    plan, calibration = plan_of(prepared), calibration_of(prepared)
+    assert calibration is not None
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for row, source in enumerate(("softmax", "gelu")):
+        op = next(op for op in plan.ops if op.lhs_source == source)
+        seen = capture(prepared, [op], [(images,)], loss=pseudo_label, with_gradient=False)[op.name]
+        values = torch.cat(seen.lhs).flatten()
+        twin, params = plan.quantizers[f"{op.name}:lhs"], calibration.params[f"{op.name}:lhs"]
+        assert isinstance(twin, TwinUniform)
+        assert isinstance(params, TwinParams)
+        uniform = Uniform(twin.bits)
+        levels = {
+            "uniform": torch.unique(uniform.fake_quantize(values.clone(), uniform.initial_scale(values.abs().max()))),
+            "twin": torch.unique(twin.fake_quantize(values.clone(), params)),
+        }
+        for column, (name, grid) in enumerate(levels.items()):
+            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            axes.hist(values.numpy(), bins=200, log=True, color="0.7")
+            for level in np.asarray(grid):
+                axes.axvline(level, color="tab:red" if name == "uniform" else "tab:blue", linewidth=0.8)
+            axes.set_title(f"{op.name}, after {source}\n{name} grid, {twin.bits} bits, {len(grid)} levels in use")
+            axes.set_xlabel("value")
+            axes.set_ylabel("count (log)")
+    with atomic_path(path, "save picture") as temporary:
+        figure.savefig(temporary, dpi=100)
