@@ -97,7 +97,7 @@ def _columns(graph_module: GraphModule, projection: Projection, division: Node) 
     The graph itself moves the numbers of the columns: no list of what every reshape does is needed. Only what lies
     between is run, on the example's shapes.
     """
-    interpreter = Interpreter(graph_module)
+    interpreter = Interpreter(graph_module, garbage_collect_values=False)
     values = interpreter.env
     shape = shape_of(projection.linear)
     values[projection.linear] = torch.arange(shape[-1], dtype=torch.float32).expand(shape).contiguous()

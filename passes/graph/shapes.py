@@ -29,6 +29,8 @@ MULTIPLIES = "ptq4vit_multiplies"
 RESULT = "tensor_meta"
 #: The call that the result belongs to.
 CALL = "ptq4vit_call"
+#: Where a GraphModule keeps the results of calls that were computed.
+KNOWN = "ptq4vit_known_results"
 EXAMPLE_BATCH = "ptq4vit_example_batch"
 
 #: Results other than tensors that are kept as they are.
@@ -87,7 +89,7 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
     device = _device(graph_module, example_inputs[0].device)
     try:
         with torch.no_grad(), without_fast_attention(), _flop_counter() as counter:
-            _Recorder(graph_module, counter).run(*(x.to(device) for x in example_inputs))
+            _Recorder(graph_module, counter, whole=True).run(*(x.to(device) for x in example_inputs))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise failure(
             "prepare_fx",
@@ -106,39 +108,50 @@ def propagate_shapes(graph_module: GraphModule, pass_name: str) -> list[Node]:
     """
     if not has_shapes(graph_module):
         return []
+    known = graph_module.meta.setdefault(KNOWN, {})
     computed = []
-    with contextlib.ExitStack() as stack:
-        recorder: _Recorder | None = None
-        for node in graph_module.graph.nodes:
-            if node.op == "get_attr":
-                node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
-            if node.op in ("placeholder", "get_attr", "output") or node.meta.get(CALL) == _call(node):
-                continue
-            if recorder is None:
-                stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(without_fast_attention())
-                counter = stack.enter_context(_flop_counter())
-                recorder = _Recorder(graph_module, counter)
-            try:
-                recorder.recompute(node)
-            except Exception as error:
-                raise failure(
-                    f"pass {pass_name}",
-                    f"node {node.name}",
-                    expected=f"operands that {node._pretty_print_target(node.target)} takes",
-                    got=str(error.__cause__ or error).splitlines()[0],
-                    do="report this as a bug in that pass",
-                ) from error
-            computed.append(node)
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        call = _call(node)
+        if node.meta.get(CALL) == call:
+            continue
+        key = _key(graph_module, node, call)
+        if key not in known:
+            known[key] = _computed(graph_module, node, pass_name)
+        node.meta[RESULT], node.meta[MULTIPLIES] = known[key]
+        node.meta[CALL] = call
+        computed.append(node)
     return computed
+
+
+def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[Any, int]:
+    """Return the result and the multiplications of a node, run on fake tensors of its operands' shapes."""
+    try:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            torch.no_grad(),
+            without_fast_attention(),
+            _flop_counter() as counter,
+        ):
+            return _Recorder(graph_module, counter, whole=False).recompute(node)
+    except Exception as error:
+        raise failure(
+            f"pass {pass_name}",
+            f"node {node.name}",
+            expected=f"operands that {node._pretty_print_target(node.target)} takes",
+            got=str(error.__cause__ or error).splitlines()[0],
+            do="report this as a bug in that pass",
+        ) from error
 
 
 class _Recorder(Interpreter):
     """Runs nodes, and notes for each its result, its call, and its multiplications."""
 
-    def __init__(self, graph_module: GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(graph_module, garbage_collect_values=True)
+    def __init__(self, graph_module: GraphModule, counter: FlopCounterMode, *, whole: bool) -> None:
+        super().__init__(graph_module, garbage_collect_values=whole)
         self._counter = counter
         self._of = _device(graph_module, torch.device("cpu"))
         self.extra_traceback = False
@@ -152,12 +165,12 @@ class _Recorder(Interpreter):
             n.meta[CALL] = _call(n)
         return result
 
-    def recompute(self, node: Node) -> None:
-        """Run one node on operands of the shapes that are known."""
+    def recompute(self, node: Node) -> tuple[Any, int]:
+        """Run one node on operands of the shapes that are known; return its result and multiplications."""
         for operand in node.all_input_nodes:
             self.env[operand] = _empty(operand.meta.get(RESULT), self._of)
         self.run_node(node)
-        self.env.clear()
+        return node.meta[RESULT], node.meta[MULTIPLIES]
 
 
 def example_of(graph_module: GraphModule, node: Node) -> Any:
@@ -188,6 +201,16 @@ def _described_leaf(x: Any) -> Any:
 def _call(node: Node) -> tuple[Any, ...]:
     """Return what the result of a node depends on: its call, with the results of its operands."""
     return (node.op, node.target, *map_arg((node.args, node.kwargs), lambda n: n.meta.get(RESULT)))
+
+
+def _key(graph_module: GraphModule, node: Node, call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what tells a call from all others of this graph: the blocks of a transformer make the same ones."""
+    target: Any = node.target
+    if node.op == "call_module":
+        module = graph_module.get_submodule(target)
+        if type(module).__module__.startswith("ptq4vit_fx."):  # a quantizer or an observer
+            target = (type(module), *(tensor.shape for tensor in module.buffers()))
+    return (node.op, target, repr(call[2:]))
 
 
 def _flop_counter() -> FlopCounterMode:
