@@ -45,7 +45,7 @@ def trace(
         message = _untraceable(model, tracer, error)
         if example_inputs is None:
             raise message from error
-        return _entered(_export_or(message, root, example_inputs), "trace_by_export")
+        return _entered(_export_or(message, root, example_inputs), "trace_by_export", example_inputs)
     if example_inputs is not None:
         record_shapes(graph_module, example_inputs)
         if any(
@@ -54,11 +54,13 @@ def trace(
         ):
             # What is closed in the first graph is reported by annotate if the second tracer cannot open it.
             with contextlib.suppress(Exception):
-                return _entered(trace_by_export(root, example_inputs), "trace_by_export")
-    return _entered(graph_module, "trace")
+                return _entered(trace_by_export(root, example_inputs), "trace_by_export", example_inputs)
+    return _entered(graph_module, "trace", None)
 
 
-def _entered(graph_module: GraphModule, tracer: str) -> GraphModule:
+def _entered(graph_module: GraphModule, tracer: str, not_yet_recorded: Sequence[Tensor] | None) -> GraphModule:
+    if not_yet_recorded is not None:
+        record_shapes(graph_module, not_yet_recorded)
     enter(graph_module, Stage.TRACED, Rewrite(tracer, len(graph_module.graph.nodes)))
     return graph_module
 
