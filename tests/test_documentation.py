@@ -80,6 +80,11 @@ def test_examples_run(tmp_path, monkeypatch, capsys, name):
     assert "ONNX Runtime against the simulation, 4 images" in printed
 
 
+def commands_of(program: typer.Typer) -> dict[str, Any]:
+    """Return name -> command; empty where the program is one command."""
+    return dict(getattr(typer.main.get_command(program), "commands", {}))
+
+
 def command_lines() -> Iterator[tuple[str, str]]:
     """Yield (document, command line) of whatever starts a program of this project: blocks, and `code` within a line."""
     for path in DOCUMENTS:
@@ -98,7 +103,7 @@ COMMAND_LINES = list(command_lines())
 def test_command_lines_are_found():
     """Of each kind, so that a changed layout does not leave the next test without work."""
     starts = [line.split()[:2] for _, line in COMMAND_LINES]
-    assert {name for program, name in starts if program == "ptq4vit"} == set(typer.main.get_command(app).commands)
+    assert {name for program, name in starts if program == "ptq4vit"} == set(commands_of(app))
     assert sum(program == "python" for program, _ in starts) > 20
     assert sum(program == "make" for program, _ in starts) >= 3
 
@@ -109,7 +114,7 @@ def test_command_lines_are_understood(monkeypatch, document, line):
     if program == "make":
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     elif program == "ptq4vit":
-        command = typer.main.get_command(app).commands[name]
+        command = commands_of(app)[name]
         if arguments or not any(parameter.required for parameter in command.params):  # else it is only mentioned
             command.make_context(name, arguments)
     else:
@@ -120,10 +125,10 @@ def test_command_lines_are_understood(monkeypatch, document, line):
 def parse_program(module: Any, arguments: list[str]) -> None:
     """Parse the arguments of a program in examples/ without running it."""
     if hasattr(module, "app"):
-        command = typer.main.get_command(module.app)
-        if hasattr(command, "commands"):
+        command: Any = typer.main.get_command(module.app)
+        if commands_of(module.app):
             name, *arguments = arguments
-            command = command.commands[name]
+            command = commands_of(module.app)[name]
         if arguments[2:] != []:  # `SIM` and `ACC` themselves are introduced without a model
             command.make_context("program", arguments)
     elif arguments[2:] != []:

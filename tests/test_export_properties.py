@@ -10,7 +10,7 @@ files are deployed, whole graphs are compared too: every code of every site, and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -103,7 +103,7 @@ def quantized(case, folder):
     """Return the float model, the converted one, its file read back, and images that calibration has not seen."""
     torch.manual_seed(case.seed)
     images = case.magnitude * torch.randn(8, case.heads * case.head_dim, case.side, case.side)
-    twins = {
+    twins: dict[str, Any] = {
         form: ptq.Uniform(case.a_bits, signed=False)
         if case.twins == "unsigned"
         else case.twins and ptq.TwinUniform(case.a_bits, form, wide=case.twins == "wide")
@@ -254,7 +254,7 @@ def check_weights(network, converted, model):
 def divisors(name, converted, model):
     """What each column of a q/k/v projection is divided by: its head's scale over that of the quantizer behind."""
     path, stored, columns = name.removesuffix("qkv:rhs"), stored_sites(model), stored_sites(model)[name].scale.size
-    operands = ("matmul_qk:lhs", "matmul_qk:rhs", "matmul_av:rhs")
+    operands: tuple[str, ...] = ("matmul_qk:lhs", "matmul_qk:rhs", "matmul_av:rhs")
     if f"{path}matmul:lhs" in stored:  # kind "scores": no values
         operands = ("matmul:lhs", "matmul:rhs")
     expected = np.ones((3, columns // 3), np.float32)

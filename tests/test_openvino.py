@@ -258,6 +258,7 @@ def test_a_file_that_openvino_refuses_is_named(tmp_path):
         compile_openvino(tmp_path / "no.onnx")
 
 
+@pytest.mark.sweep
 @pytest.mark.fixtures
 def test_a_trained_model_keeps_its_classes(tmp_path, trained):
     model, size = trained.load_model("deit_tiny_p8_64")
