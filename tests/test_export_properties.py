@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
@@ -281,17 +282,38 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+CASES = [
+    Case((Block("norm"), Block("attention", residual=True), Block("gelu", residual=True))),
+    Case((Block("attention", bias=False), Block("gelu")), w_bits=4, a_bits=4, weights="group"),
+    Case((Block("attention"), Block("gelu")), twins="wide"),
+    Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="wide"),
+    Case((Block("attention"), Block("gelu")), twins="unsigned"),
+    Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="unsigned"),
+    Case((Block("relu"), Block("scores"), Block("linear")), w_bits=2, a_bits=3, matmul="tensor"),
+]
+RANDOM = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_runtime_computes_what_the_formulas_say(tmp_path, case):
+    check(tmp_path, case)
+
+
+@settings(RANDOM, max_examples=4)
 @given(case=cases)
-@example(case=Case((Block("norm"), Block("attention", residual=True), Block("gelu", residual=True))))
-@example(case=Case((Block("attention", bias=False), Block("gelu")), w_bits=4, a_bits=4, weights="group"))
-@example(case=Case((Block("attention"), Block("gelu")), twins="wide"))
-@example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="wide"))
-@example(case=Case((Block("attention"), Block("gelu")), twins="unsigned"))
-@example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="unsigned"))
-@example(case=Case((Block("relu"), Block("scores"), Block("linear")), w_bits=2, a_bits=3, matmul="tensor"))
-def test_the_runtime_computes_what_the_formulas_say(tmp_path_factory, case):
-    folder = tmp_path_factory.mktemp("case")
+def test_of_a_few_random_models_too(tmp_path_factory, case):
+    check(tmp_path_factory.mktemp("case"), case)
+
+
+@pytest.mark.sweep
+@settings(RANDOM, max_examples=40)
+@given(case=cases)
+def test_of_many_random_models_too(tmp_path_factory, case):
+    check(tmp_path_factory.mktemp("case"), case)
+
+
+def check(folder, case):
+    """Quantize and export the model, and hold every step that the runtime takes against its formula."""
     network, converted, model, images = quantized(case, folder)
     check_weights(network, converted, model)
     for optimize in (False, True):

@@ -219,9 +219,19 @@ def multiplied_behind(model):
 
 
 @pytest.mark.parametrize("function", [attention, two_windows])
-@pytest.mark.parametrize("batch", [None, 1, 3])
 @pytest.mark.parametrize(("twins", "products"), [("uniform", 5), ("exact", 6)])
-@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-avx2", "onnxruntime-arm"])
+@pytest.mark.parametrize(
+    ("target", "batch"),
+    [
+        *(("onnxruntime", batch) for batch in (None, 1, 3)),
+        *(("onnxruntime-avx2", None), ("onnxruntime-arm", None)),
+        *(
+            pytest.param(f"onnxruntime-{cpu}", batch, marks=pytest.mark.sweep)
+            for cpu in ("avx2", "arm")
+            for batch in (1, 3)
+        ),
+    ],
+)
 def test_scales_per_head_are_in_the_product(tmp_path, target, twins, products, batch, function):
     path, converted = file_of(tmp_path, function, target, twins, batch, **projections())
     model = onnx.load(path)

@@ -172,7 +172,17 @@ def reference_18(tmp_path_factory, converted, small_images):
     return run_as_written(path, small_images), run_exact(path, small_images)
 
 
-@pytest.mark.parametrize("opset", range(17, newest_opset() + 1))
+#: Opsets that are made in another way than the one before: rules of this package, the exporter, the version converter.
+KINDS_OF_OPSET = (17, 18, 20, 23, 24, NEWEST_IN_RUNTIME)
+
+
+@pytest.mark.parametrize(
+    "opset",
+    [
+        pytest.param(opset, marks=() if opset in KINDS_OF_OPSET else pytest.mark.sweep)
+        for opset in range(17, newest_opset() + 1)
+    ],
+)
 def test_every_opset_computes_the_same_to_the_last_bit(tmp_path, converted, small_images, reference_18, opset):
     path = tmp_path / "model.onnx"
     ptq.export_onnx(converted, path, small_images[:1], target="generic", opset=opset)
@@ -185,6 +195,15 @@ def test_every_opset_computes_the_same_to_the_last_bit(tmp_path, converted, smal
         onnx.save(model, path)
     assert np.array_equal(run_as_written(path, small_images), reference_18[0])
     assert np.array_equal(run_exact(path, small_images), reference_18[1])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="ONNX Runtime 1.32 has no QuantizeLinear of opset 28: once it has, raise the newest"
+)
+def test_the_runtime_has_the_opset_behind_its_newest(tmp_path, converted, small_images):
+    path = tmp_path / "model.onnx"
+    ptq.export_onnx(converted, path, small_images[:1], target="generic", opset=NEWEST_IN_RUNTIME + 1)
+    assert run_exact(path, small_images).shape == (12, 5)
 
 
 def reducing(opset_attributes=None, operator="ReduceMean", inputs=("x", "axes")):
