@@ -131,8 +131,8 @@ def test_passes_refuse_the_wrong_order():
         remove_identities(graph)
 
 
-def test_write_qdq_is_the_same_product_in_float(small_vit, small_images):
-    converted = ptq.quantize(small_vit, small_images, progress=False)
+def test_write_qdq_is_the_same_product_in_float(small_converted, small_images):
+    converted = small_converted
     products = [planned_product(node) for node in converted.graph.nodes if node.target is INTEGER_MATMUL]
     twins = sum(isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values())
     assert len(products) == len(plan_of(converted).ops) + twins
