@@ -1,7 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# A process per core; a file stays in one, where its fixtures are made once.
+PYTEST := -m pytest -n auto --dist loadfile
+COVERAGE := --cov --cov-report=
+# What runs before each commit: the whole pipeline on one small model, and the mathematics on tensors alone.
+QUICK := pipeline quantizers search screening operators qconfig passes canonical_forms rooms
+# The oldest releases that installation accepts.
+OLDEST := torch==2.9.1 torchvision==0.24.1 timm==1.0.20
 
-.PHONY: setup demo test coverage lint clean
+.PHONY: setup demo quick test test-all test-oldest coverage lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -9,14 +16,29 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check $(OLDEST) -e '.[dev]'
+	touch $@
+
 setup: .venv/.installed
 
 demo: setup
 	$(BIN)/ptq4vit demo --out out
 
-# A process per core; a file stays in one, where its fixtures are made once.
+quick: setup
+	$(BIN)/python $(PYTEST) -m 'not sweep' $(QUICK:%=tests/test_%.py)
+
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python $(PYTEST) $(COVERAGE) -m 'not sweep'
+	$(BIN)/coverage report --skip-covered --fail-under=90
+
+# What `make test` leaves out: every family, every target at every opset, trained models on many images.
+test-all: test
+	$(BIN)/python $(PYTEST) -m sweep
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python $(PYTEST) -m 'not sweep'
 
 coverage: setup
 	$(BIN)/ptq4vit coverage --out docs
@@ -27,4 +49,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info out
+	rm -rf .venv .venv-oldest build dist *.egg-info out .coverage

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.passes.graph.contract import plan_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BATCH = 25
@@ -50,6 +51,7 @@ def recipe(bits: int, weights: Literal["channel", "group"], *, hessian: bool, so
     """Return the recipe `ptq4vit` with some of its parts switched off."""
     mapping = ptq.recipes.ptq4vit(bits, bits, weights)
     qconfig = mapping.global_qconfig
+    assert qconfig is not None
     qconfig = replace(qconfig, softmax=qconfig.softmax if softmax else None, gelu=qconfig.gelu if gelu else None)
     return mapping.set_global(qconfig).with_search(metric="hessian" if hessian else "cosine")
 
@@ -61,7 +63,7 @@ def main(
     images: Annotated[int, typer.Option(help="validation images")] = 1000,
     calibration_images: int = 32,
     bits: Annotated[list[int] | None, typer.Option(help="of weights and activations, repeatable")] = None,
-    weights: Annotated[str, typer.Option(help="granularity: channel, or group as in the paper")] = "group",
+    weights: Annotated[Literal["channel", "group"], typer.Option(help="granularity; the paper's: group")] = "group",
 ) -> None:
     """Print one Markdown row per combination.
 
@@ -91,16 +93,16 @@ def main(
                 for op in prepared.plan.ops
                 for operand in ("lhs", "rhs")
             }
-            ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
+            ptq.load_calibration(prepared, ptq.Calibration(plan_of(prepared), params))
             score = runtime_top1(ptq.convert_fx(prepared), pixels, labels)
-            scores[hessian, softmax, gelu, width] = score
+            scores[(hessian, softmax, gelu), width] = score
             print(f"W{width}A{width} hessian={hessian} softmax={softmax} gelu={gelu}: {score:.2%}", flush=True)
     print(f"\n{model}: float {float_top1(network, pixels, labels):.2%}, {images} images of `val`, {weights} weights\n")
     print("| Hessian | softmax twin | GELU twin | " + " | ".join(f"W{b}A{b}" for b in widths) + " |")
     print("|---|---|---|" + "---|" * len(widths))
     for on_off in itertools.product((False, True), repeat=3):
         marks = " | ".join("yes" if on else "" for on in on_off)
-        print(f"| {marks} | " + " | ".join(f"{scores[(*on_off, b)]:.2%}" for b in widths) + " |")
+        print(f"| {marks} | " + " | ".join(f"{scores[on_off, b]:.2%}" for b in widths) + " |")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.plan import QuantOp, QuantPlan
+from ptq4vit_fx.passes.graph.contract import plan_of
+from ptq4vit_fx.plan import QuantOp
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 BATCH = 8
@@ -87,7 +88,7 @@ def cost(
     """Print the cost of a calibration in forward passes, timed directly before and after it."""
     network, pixels = load(model, fixtures, images)
     prepared = ptq.prepare_fx(network, getattr(ptq.recipes, recipe)(bits, bits), pixels[:1])
-    runs = []
+    runs: list[tuple[float, int, Calibration]] = []
     forwards = [forward_seconds(network, pixels)]
     for _ in range(repeats):
         calibration = ptq.calibrate(prepared, pixels)
@@ -110,7 +111,7 @@ def cost(
     for name, values in rows.items():
         spent = sum(values) * wall
         print(f"| search: {name} | {len(values)} | {spent:.1f} | {spent / forward:.1f} |")
-    print(f"| all | {len(prepared.plan.ops)} | {facts['seconds']:.1f} | {ratio:.1f} |")
+    print(f"| all | {len(calibration.plan.ops)} | {facts['seconds']:.1f} | {ratio:.1f} |")
 
 
 @app.command()
@@ -130,7 +131,7 @@ def exhaustive(
         some = ptq.QConfigMapping().set_global(None).set_module_name_regex(only, mapping.global_qconfig)
         prepared = ptq.prepare_fx(network, some if only else mapping, pixels[:1])
         found[name] = (prepared, ptq.calibrate(prepared, pixels))
-    plan: QuantPlan = found["default"][0].plan
+    plan = plan_of(found["default"][0])
     ours, best = (calibration for _, calibration in found.values())
     print("| product | same lhs | same rhs | distance, default / exhaustive |\n|---|---|---|---|")
     ratios = []
@@ -184,7 +185,8 @@ def devices(
     recipe = ptq.recipes.ptq4vit(bits, bits)
     prepared = ptq.prepare_fx(network, recipe, pixels[:1])
     every = ptq.prepare_fx(network, recipe.with_search(screen_rows=None), pixels[:1])
-    there, apart = {"device": device}, {"search_device": device}
+    there: dict[str, Any] = {"device": device}
+    apart: dict[str, Any] = {"search_device": device}
     calibrate = partial(ptq.calibrate, data=pixels, progress=False)
     ptq.calibrate(prepared, pixels[:2], progress=False, **there)  # loads kernels
     captured_there, captured_here = calibrate(every, **there), calibrate(every, **apart)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.fx import GraphModule
+
+import ptq4vit_fx as ptq
 
 if WORKERS := int(
     os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
@@ -32,7 +36,13 @@ def small_images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def trained():
+def small_converted(small_vit: nn.Module, small_images: torch.Tensor) -> GraphModule:
+    """The small ViT at W8A8 by the default recipe. All tests of a process share it: change a deepcopy."""
+    return ptq.quantize(small_vit, small_images, progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained() -> ModuleType:
     if not FIXTURES.is_dir():
         pytest.skip(f"no trained models at {FIXTURES}")
     sys.path.insert(0, str(FIXTURES))

@@ -86,7 +86,7 @@ def test_activations_choose_the_quantizer(case, tracer):
     prepared = prepare_traced(graph, ptq.recipes.ptq4vit(), (X,))
     assert prepared.plan.op("b").lhs_source == source
     assert torch.equal(prepared(X), model(X))
-    expected = ptq.Uniform(8)
+    expected: ptq.Uniform | ptq.TwinUniform = ptq.Uniform(8)
     if source is not None and NEGATIVE_RANGE[source]:
         expected = ptq.TwinUniform(8, form="gelu", minimum=NEGATIVE_RANGE[source])
     elif source is not None:
@@ -101,7 +101,7 @@ def test_lowered_activations_compute_what_is_simulated(activation, bits, tmp_pat
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     converted = ptq.quantize(model, images, qconfig_mapping=ptq.recipes.ptq4vit(8, bits), progress=False)
     error = (converted(images) - model(images)).norm() / model(images).norm()
-    assert error < {8: 0.02, 6: 0.08, 4: 0.35}[bits]
+    assert error < {8: 0.01, 6: 0.03, 4: 0.12}[bits]
     ptq.export_onnx(converted, tmp_path / "model.onnx", images[:1])
     assert ptq.verify_onnx(tmp_path / "model.onnx", converted, images).simulation.cosine > 0.9999
 

@@ -16,6 +16,7 @@ from ptq4vit_fx.calibrating import calibrator
 from ptq4vit_fx.calibrating.capture import capture, captured_product
 from ptq4vit_fx.calibrating.losses import fisher, pseudo_label
 from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, SEARCH_FACTOR, MemoryBudget
+from ptq4vit_fx.search.search_op import search_op
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 
@@ -39,9 +40,9 @@ def searched(monkeypatch):
     """Names of the products that are searched; the search fails where `names.stop` is reached, like Ctrl-C."""
 
     class Names(list):
-        stop = None
+        stop: int | None = None
 
-    names, search_op, lock = Names(), calibrator.search_op, Lock()
+    names, lock = Names(), Lock()
 
     def watched(op, *args, **kwargs):
         with lock:
@@ -108,8 +109,7 @@ def test_less_memory_means_more_passes_and_the_same_scales(small_vit, small_imag
     assert little.fingerprint() == plenty.fingerprint()
 
 
-def weights_of(model, images, loss, name="head"):
-    prepared = prepared_for(model, images)
+def weights_of(prepared, images, loss, name="head"):
     seen = capture(prepared, [prepared.plan.op(name)], [(images,)], loss=loss, with_gradient=True)
     return captured_product(prepared.plan.op(name), seen[name]).element_weight[0, 0].numpy()
 
@@ -119,13 +119,14 @@ def test_fisher_weights_are_the_expectation_over_the_prediction(small_vit, small
         p = small_vit(3 * small_images).double().softmax(-1).numpy()
     error = p[:, None, :] - np.eye(5)  # (image, label, class): dL/dlogit for each label
     expected = np.einsum("bl,blc->bc", p, error**2)
-    drawn = weights_of(small_vit, 3 * small_images, fisher(seed=0, draws=1000))
+    prepared = prepared_for(small_vit, small_images)
+    drawn = weights_of(prepared, 3 * small_images, fisher(seed=0, draws=1000))
     np.testing.assert_allclose(drawn, expected, atol=1e-3)
-    few = [weights_of(small_vit, 3 * small_images, fisher(seed=s)) for s in range(200)]
+    few = [weights_of(prepared, 3 * small_images, fisher(seed=s)) for s in range(200)]
     np.testing.assert_allclose(np.mean(few, 0), expected, atol=0.035)  # four standard errors
     label = p.argmax(1)
     chosen = error[np.arange(12), label] ** 2
-    np.testing.assert_allclose(weights_of(small_vit, 3 * small_images, pseudo_label), chosen, rtol=1e-4)
+    np.testing.assert_allclose(weights_of(prepared, 3 * small_images, pseudo_label), chosen, rtol=1e-4)
 
 
 def test_fisher_draws_follow_the_seed(small_vit, small_images):
@@ -138,7 +139,6 @@ def test_fisher_draws_follow_the_seed(small_vit, small_images):
 
 def test_sequential_search_sees_what_the_quantized_products_give(small_vit, small_images, monkeypatch):
     inputs = {}
-    search_op = calibrator.search_op
 
     def watched(op, product, *args, **kwargs):
         inputs[op.name] = product.lhs
@@ -218,15 +218,16 @@ def works(model, images):
 
 
 def test_constant_images_all_zero_weights_and_tiny_shapes(small_images):
-    assert works(vit(), torch.zeros(4, 3, 16, 16)) < 0.2  # range zero at the patches
-    assert works(vit(), small_images[:1]) < 0.2
-    assert works(vit(patch_size=16, class_token=False, global_pool="avg"), small_images) < 0.2  # one token
-    assert works(vit(embed_dim=8, num_heads=8), small_images) < 0.2  # head dimension 1
-    assert works(vit(), list(small_images.split([1, 4, 7]))) < 0.2
+    # range zero at the patches; all tokens equal, so that the coarse steps of softmax are 7 % off and nothing averages
+    assert works(vit(), torch.zeros(4, 3, 16, 16)) < 0.1
+    assert works(vit(), small_images[:1]) < 0.02
+    assert works(vit(patch_size=16, class_token=False, global_pool="avg"), small_images) < 0.02  # one token
+    assert works(vit(embed_dim=8, num_heads=8), small_images) < 0.02  # head dimension 1
+    assert works(vit(), list(small_images.split([1, 4, 7]))) < 0.02
     silent = vit()
     nn.init.zeros_(silent.blocks[0].mlp.fc1.weight)
     nn.init.zeros_(silent.blocks[0].attn.proj.weight)
-    assert works(silent, small_images) < 0.2
+    assert works(silent, small_images) < 0.01
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient of the loss is zero")

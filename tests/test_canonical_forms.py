@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ def exported(model):
     return by_export
 
 
-ATEN = {
+ATEN: dict[str, Any] = {
     "linear": (lambda m, x: m.a(x), {"a": nn.Linear(8, 4)}, F.linear),
     "conv": (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding=1)}, F.conv2d),
     "conv, padding by name": (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding="same")}, F.conv2d),

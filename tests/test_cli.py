@@ -180,7 +180,7 @@ def test_out_is_checked_before_the_work(workspace, out):
 
 
 def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
-    searched = []
+    searched: list[str] = []
 
     def interrupted(op, *args, **kwargs):  # Ctrl-C in the fourth search
         searched.append(op.name)
@@ -198,7 +198,9 @@ def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
 
 
 def test_the_same_command_goes_on_from_a_checkpoint(workspace, monkeypatch):
-    searched, stop, lock = [], [4], Lock()
+    searched: list[str] = []
+    stop: list[int | None] = [4]
+    lock = Lock()
 
     def interrupted(op, *args, **kwargs):
         with lock:

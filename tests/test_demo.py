@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 
 import onnx
+import pytest
 from PIL import Image
 from rich.console import Console
 
-from ptq4vit_fx.tools.demo import RUNS, run_demo
+from ptq4vit_fx.tools import demo
+from ptq4vit_fx.tools.demo import RUNS, Run, run_demo
 
 
-def test_demo_fills_its_table_and_saves_its_files(tmp_path):
+@pytest.mark.parametrize("runs", [RUNS[-1:], pytest.param(RUNS, marks=pytest.mark.sweep)], ids=["one row", "all rows"])
+def test_demo_fills_its_table_and_saves_its_files(tmp_path, monkeypatch, runs: tuple[Run, ...]):
+    monkeypatch.setattr(demo, "RUNS", runs)
     console = Console(record=True, width=120)
     run_demo(tmp_path / "out", console)
     text = console.export_text()
@@ -21,19 +25,20 @@ def test_demo_fills_its_table_and_saves_its_files(tmp_path):
         if (cells := re.search(r"(base_ptq|ptq4vit) .*W(\d)A", line))
         for recipe, bits in [cells.groups()]
     }
-    assert set(rows) == {(run.recipe, run.bits) for run in RUNS}
+    assert set(rows) == {(run.recipe, run.bits) for run in runs}
     for (recipe, bits), (reference, simulated, deployed) in rows.items():
         assert reference > 98
-        assert abs(simulated - deployed) <= 1.0  # rounding may move images that are tied
+        assert simulated == deployed
         if bits == 8:
             assert simulated > reference - 0.6
         if recipe == "ptq4vit":
             assert simulated > reference - 2.0
-    assert rows["ptq4vit", 4][1] > rows["base_ptq", 4][1]
+    if ("base_ptq", 4) in rows:
+        assert rows["ptq4vit", 4][1] > rows["base_ptq", 4][1]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".onnx", ".png"}
     for path in (tmp_path / "out").glob("*.onnx"):
         onnx.checker.check_model(onnx.load(path), full_check=True)
-    assert len(list((tmp_path / "out").glob("*.onnx"))) == len(RUNS)
+    assert len(list((tmp_path / "out").glob("*.onnx"))) == len(runs)
     with Image.open(tmp_path / "out" / "twin_grids.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").resize((60, 40)).getcolors(maxcolors=2400)) > 20

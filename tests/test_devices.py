@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibrating import calibrator
+from ptq4vit_fx.search.search_op import search_op
 
 ELSEWHERE = torch.device("meta")
 aten = torch.ops.aten
@@ -38,11 +39,11 @@ class Remote(Tensor):
         made.held = held
         return made
 
-    def __repr__(self) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Remote({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return run(func, args, kwargs or {})
 
 
@@ -132,7 +133,6 @@ def test_calibration_on_another_device_gives_the_same_scales(small_vit, small_im
     monkeypatch.setattr(torch, "tensor", tensor)
     prepared = ptq.prepare_fx(small_vit, mapping, small_images[:1])
     searched: list[torch.device] = []
-    search_op = calibrator.search_op
 
     def watched(op: Any, product: Any, *args: Any, **kwargs: Any) -> Any:
         searched.append(product.lhs.device)

@@ -45,7 +45,7 @@ def test_split_is_disjoint_and_complete(train_part, test_part):
 
 def test_unknown_split_is_one_sentence():
     with pytest.raises(PTQError, match="expected 'train' or 'test'"):
-        load_digits_images("val")
+        load_digits_images("val")  # type: ignore[arg-type]
 
 
 def test_shipped_checkpoint_reads_98_percent_of_the_test_images(script, test_part):

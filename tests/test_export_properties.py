@@ -10,13 +10,14 @@ files are deployed, whole graphs are compared too: every code of every site, and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
@@ -103,7 +104,7 @@ def quantized(case, folder):
     """Return the float model, the converted one, its file read back, and images that calibration has not seen."""
     torch.manual_seed(case.seed)
     images = case.magnitude * torch.randn(8, case.heads * case.head_dim, case.side, case.side)
-    twins = {
+    twins: dict[str, Any] = {
         form: ptq.Uniform(case.a_bits, signed=False)
         if case.twins == "unsigned"
         else case.twins and ptq.TwinUniform(case.a_bits, form, wide=case.twins == "wide")
@@ -254,7 +255,7 @@ def check_weights(network, converted, model):
 def divisors(name, converted, model):
     """What each column of a q/k/v projection is divided by: its head's scale over that of the quantizer behind."""
     path, stored, columns = name.removesuffix("qkv:rhs"), stored_sites(model), stored_sites(model)[name].scale.size
-    operands = ("matmul_qk:lhs", "matmul_qk:rhs", "matmul_av:rhs")
+    operands: tuple[str, ...] = ("matmul_qk:lhs", "matmul_qk:rhs", "matmul_av:rhs")
     if f"{path}matmul:lhs" in stored:  # kind "scores": no values
         operands = ("matmul:lhs", "matmul:rhs")
     expected = np.ones((3, columns // 3), np.float32)
@@ -281,17 +282,38 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+CASES = [
+    Case((Block("norm"), Block("attention", residual=True), Block("gelu", residual=True))),
+    Case((Block("attention", bias=False), Block("gelu")), w_bits=4, a_bits=4, weights="group"),
+    Case((Block("attention"), Block("gelu")), twins="wide"),
+    Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="wide"),
+    Case((Block("attention"), Block("gelu")), twins="unsigned"),
+    Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="unsigned"),
+    Case((Block("relu"), Block("scores"), Block("linear")), w_bits=2, a_bits=3, matmul="tensor"),
+]
+RANDOM = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_runtime_computes_what_the_formulas_say(tmp_path, case):
+    check(tmp_path, case)
+
+
+@settings(RANDOM, max_examples=4)
 @given(case=cases)
-@example(case=Case((Block("norm"), Block("attention", residual=True), Block("gelu", residual=True))))
-@example(case=Case((Block("attention", bias=False), Block("gelu")), w_bits=4, a_bits=4, weights="group"))
-@example(case=Case((Block("attention"), Block("gelu")), twins="wide"))
-@example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="wide"))
-@example(case=Case((Block("attention"), Block("gelu")), twins="unsigned"))
-@example(case=Case((Block("attention"), Block("gelu")), w_bits=4, a_bits=4, twins="unsigned"))
-@example(case=Case((Block("relu"), Block("scores"), Block("linear")), w_bits=2, a_bits=3, matmul="tensor"))
-def test_the_runtime_computes_what_the_formulas_say(tmp_path_factory, case):
-    folder = tmp_path_factory.mktemp("case")
+def test_of_a_few_random_models_too(tmp_path_factory, case):
+    check(tmp_path_factory.mktemp("case"), case)
+
+
+@pytest.mark.sweep
+@settings(RANDOM, max_examples=40)
+@given(case=cases)
+def test_of_many_random_models_too(tmp_path_factory, case):
+    check(tmp_path_factory.mktemp("case"), case)
+
+
+def check(folder, case):
+    """Quantize and export the model, and hold every step that the runtime takes against its formula."""
     network, converted, model, images = quantized(case, folder)
     check_weights(network, converted, model)
     for optimize in (False, True):

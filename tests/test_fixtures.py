@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import onnx
 import pytest
@@ -14,16 +15,32 @@ from ptq4vit_fx.calibrating.losses import pseudo_label
 
 pytestmark = pytest.mark.fixtures
 
-#: Validation images per model: what two cores do in a few minutes. examples/accuracy.py runs all 5,000.
-IMAGES = {"deit_tiny_p8_64": 1000, "swin_micro_64": 1000, "vit_s14": 100}
-PARITY_IMAGES = {"deit_tiny_p8_64": 500, "swin_micro_64": 500, "vit_s14": 40}
+
+@dataclass(frozen=True)
+class Case:
+    """A trained model and how many images it is calibrated, scored and verified on; examples/accuracy.py runs 5,000."""
+
+    model: str
+    calibrated: int
+    scored: int
+    verified: int
 
 
-@pytest.fixture(scope="module", params=IMAGES)
+#: A few images for `make test`, and for the sweep what two cores do in a few minutes.
+FEW = Case("deit_tiny_p8_64", 8, 200, 25)
+MANY = (Case("deit_tiny_p8_64", 32, 1000, 500), Case("swin_micro_64", 32, 1000, 500), Case("vit_s14", 32, 100, 40))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[FEW, *(pytest.param(case, marks=pytest.mark.sweep) for case in MANY)],
+    ids=lambda case: f"{case.model}-{case.scored}",
+)
 def quantized(request, trained):
-    model, size = trained.load_model(request.param)
-    converted = ptq.quantize(model, trained.load_images("calib", 32, size)[0], progress=False)
-    return request.param, model, size, converted
+    case: Case = request.param
+    model, size = trained.load_model(case.model)
+    converted = ptq.quantize(model, trained.load_images("calib", case.calibrated, size)[0], progress=False)
+    return case, model, size, converted
 
 
 def top1(model, images):
@@ -32,8 +49,8 @@ def top1(model, images):
 
 
 def test_w8a8_is_nearly_lossless(trained, quantized):
-    name, model, size, converted = quantized
-    images, labels = trained.load_images("val", IMAGES[name], size)
+    case, model, size, converted = quantized
+    images, labels = trained.load_images("val", case.scored, size)
     mine, theirs = top1(converted, images), top1(model, images)
     # The standard error of the difference is half a point on 1,000 images, one and a half on 100.
     allowed = 0.01 if len(images) == 1000 else 0.03
@@ -42,9 +59,9 @@ def test_w8a8_is_nearly_lossless(trained, quantized):
 
 
 def test_the_file_is_standard_and_computes_what_was_simulated(tmp_path, trained, quantized):
-    name, _, size, converted = quantized
+    case, _, size, converted = quantized
     path = tmp_path / "model.onnx"
-    images = trained.load_images("val", PARITY_IMAGES[name], size)[0]
+    images = trained.load_images("val", case.verified, size)[0]
     ptq.export_onnx(converted, path, images[:1])
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)

@@ -25,7 +25,7 @@ def converted_with_shift(bits, shift):
     (site,) = (key for key, q in calibration.plan.quantizers.items() if isinstance(q, TwinUniform))
     twin = calibration.plan.quantizers[site]
     params = calibration.params | {site: twin.softmax_params(torch.tensor(shift))}
-    ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
+    ptq.load_calibration(prepared, ptq.Calibration(calibration.plan, params))
     return ptq.convert_fx(prepared), twin, params[site]
 
 

@@ -113,15 +113,14 @@ def test_such_codes_are_refused_in_a_product_of_activations(tmp_path, small_imag
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.xfail(products_saturate(), strict=True, reason="this CPU has no VNNI: OpenVINO's kernels saturate")
 def test_eight_bit_weights_are_exact_where_the_cpu_is(tmp_path, small_images, many_images):
     converted = ptq.quantize(tiny_vit(), small_images, progress=False)
     ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1], target="openvino")
     same_class, same_logits = agreement(tmp_path / "model.onnx", many_images)
     assert not openvino_graph(tmp_path / "model.onnx").float_products
-    if products_saturate():
-        assert same_logits < 0.9
-        pytest.skip(f"this CPU has no VNNI: OpenVINO saturates, top-1 agreement {same_class:.1%}")
     assert same_class >= 0.99
+    assert same_logits >= 0.9
 
 
 def test_products_that_stay_float_are_named_with_the_reason(tmp_path, converted, small_images):
@@ -217,26 +216,35 @@ def division_and_clip(scales):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def test_why_bounds_stand_in_front_of_the_division(tmp_path):
-    """If this fails because the first difference is 0, OpenVINO is repaired and the rule can go."""
-    path = tmp_path / "model.onnx"
-    scales = np.array([0.001, 0.003], np.float32).reshape(-1, 1, 1)
-    x = np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32) * 0.05
-    wanted = np.round(np.clip(x / scales, -32, 31))
-    for model, right in (
-        (division_and_clip(scales), False),
-        (bound_in_front_of_division(division_and_clip(scales)), True),
-        (division_and_clip(np.float32(0.002)), None),
-    ):
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, path)
-        (got,) = compile_openvino(path)({"x": x}).values()
-        (mine,) = open_session(path).run(None, {"x": x})
-        if right is None:  # one scale for all: computed right either way
-            assert np.array_equal(got, mine)
-        else:
-            assert np.array_equal(mine, wanted)
-            assert (np.abs(got - wanted).max() == 0) == right
+SCALES = np.array([0.001, 0.003], np.float32).reshape(-1, 1, 1)
+VALUES = np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32) * 0.05
+
+
+def computed(path, model):
+    """Return what OpenVINO and ONNX Runtime compute from VALUES."""
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    (theirs,) = compile_openvino(path)({"x": VALUES}).values()
+    (mine,) = open_session(path).run(None, {"x": VALUES})
+    return theirs, mine
+
+
+@pytest.mark.xfail(
+    strict=True, reason="OpenVINO clips after a division by a tensor wrongly: once it does not, drop bounds"
+)
+def test_openvino_clips_after_a_division_by_a_tensor(tmp_path):
+    theirs, mine = computed(tmp_path / "model.onnx", division_and_clip(SCALES))
+    np.testing.assert_array_equal(theirs, mine)
+
+
+def test_bounds_in_front_of_the_division_are_computed_right(tmp_path):
+    wanted = np.round(np.clip(VALUES / SCALES, -32, 31))
+    _, plain = computed(tmp_path / "model.onnx", division_and_clip(SCALES))
+    theirs, mine = computed(tmp_path / "model.onnx", bound_in_front_of_division(division_and_clip(SCALES)))
+    for found in (plain, mine, theirs):
+        np.testing.assert_array_equal(found, wanted)
+    one_scale = computed(tmp_path / "model.onnx", division_and_clip(np.float32(0.002)))  # right either way
+    np.testing.assert_array_equal(*one_scale)
 
 
 def test_other_clips_are_left_alone():
@@ -258,6 +266,7 @@ def test_a_file_that_openvino_refuses_is_named(tmp_path):
         compile_openvino(tmp_path / "no.onnx")
 
 
+@pytest.mark.sweep
 @pytest.mark.fixtures
 def test_a_trained_model_keeps_its_classes(tmp_path, trained):
     model, size = trained.load_model("deit_tiny_p8_64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
-from ptq4vit_fx.passes.graph.contract import stage_of
+from ptq4vit_fx.passes.graph.contract import plan_of, stage_of
 from ptq4vit_fx.passes.graph.marks import planned_product
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
 from ptq4vit_fx.passes.graph.shapes import record_shapes
@@ -51,7 +52,7 @@ def test_remove_identities(function, modules, rewrites):
     assert torch.equal(graph(X), before)
 
 
-CANONICAL = {
+CANONICAL: dict[str, Any] = {
     "linear": (lambda m, x: m.a(x), {"a": nn.Linear(8, 4)}, F.linear),
     "conv": (lambda m, x: m.a(x), {"a": nn.Conv2d(3, 4, 3, padding=1)}, F.conv2d),
     "layer norm": (lambda m, x: m.a(x), {"a": nn.LayerNorm(8)}, F.layer_norm),
@@ -130,16 +131,16 @@ def test_passes_refuse_the_wrong_order():
         remove_identities(graph)
 
 
-def test_write_qdq_is_the_same_product_in_float(small_vit, small_images):
-    converted = ptq.quantize(small_vit, small_images, progress=False)
+def test_write_qdq_is_the_same_product_in_float(small_converted, small_images):
+    converted = small_converted
     products = [planned_product(node) for node in converted.graph.nodes if node.target is INTEGER_MATMUL]
     twins = sum(isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values())
-    assert len(products) == len(converted.plan.ops) + twins
+    assert len(products) == len(plan_of(converted).ops) + twins
     assert DEQUANTIZE not in [node.target for node in converted.graph.nodes]
     qdq = write_qdq(copy.deepcopy(converted))
     assert stage_of(qdq) is Stage.QDQ
     assert [planned_product(node) for node in qdq.graph.nodes if node.target is torch.matmul] == products
-    assert torch.cosine_similarity(qdq(small_images), converted(small_images)).min() > 0.999
+    assert torch.cosine_similarity(qdq(small_images), converted(small_images)).min() > 0.99999
 
 
 class Overlapping(nn.Module):
@@ -160,4 +161,4 @@ def test_patch_convolution_becomes_a_product_and_an_overlapping_one_does_not():
     assert sum(node.target is INTEGER_MATMUL for node in converted.graph.nodes) == 3  # patches: two branches; head
     assert sum(node.target is F.conv2d for node in converted.graph.nodes) == 1
     error = (converted(X) - model(X)).norm() / model(X).norm()
-    assert error < 0.05
+    assert error < 0.02

@@ -12,11 +12,6 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.trace import trace
 
 
-@pytest.fixture(scope="module")
-def converted(small_vit, small_images):
-    return ptq.quantize(small_vit, small_images, progress=False)
-
-
 def test_trace_is_bit_equal_and_leaves_the_model_alone(small_vit, small_images):
     before = copy.deepcopy(small_vit.state_dict())
     graph = trace(small_vit)
@@ -50,39 +45,39 @@ def test_four_bits_leave_the_image_at_eight_and_group_weights_as_the_paper(small
     assert quantizers["head:lhs"] == ptq.Uniform(4)
 
 
-def test_int8_simulation_is_close_to_float(small_vit, small_images, converted):
+def test_int8_simulation_is_close_to_float(small_vit, small_images, small_converted):
     reference = small_vit(small_images)
-    error = (converted(small_images) - reference).norm() / reference.norm()
-    assert error < 0.05
+    error = (small_converted(small_images) - reference).norm() / reference.norm()
+    assert error < 0.02
 
 
-def test_same_seed_same_scales(small_vit, small_images, converted):
+def test_same_seed_same_scales(small_vit, small_images, small_converted):
     again = ptq.quantize(small_vit, small_images, progress=False)
-    assert again.calibration.fingerprint() == converted.calibration.fingerprint()
+    assert again.calibration.fingerprint() == small_converted.calibration.fingerprint()
 
 
-def test_calibration_file_round_trip(tmp_path, small_vit, small_images, converted):
+def test_calibration_file_round_trip(tmp_path, small_vit, small_images, small_converted):
     path = tmp_path / "scales.safetensors"
-    converted.calibration.save(path)
+    small_converted.calibration.save(path)
     loaded = ptq.Calibration.load(path)
-    assert loaded.fingerprint() == converted.calibration.fingerprint()
+    assert loaded.fingerprint() == small_converted.calibration.fingerprint()
     other = ptq.prepare_fx(small_vit, ptq.recipes.base_ptq(), small_images[:1])
     with pytest.raises(ptq.PTQError, match="load_calibration"):
         ptq.load_calibration(other, loaded)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-avx2"])
-def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, converted, target):
+def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, small_converted, target):
     path = tmp_path / "model.onnx"
-    ptq.export_onnx(converted, path, small_images[:1], target=target)
+    ptq.export_onnx(small_converted, path, small_images[:1], target=target)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
     assert any(node.name == "blocks.1.attn.matmul_qk/MatMulInteger" for node in model.graph.node)
     for batch in (1, 4, 7):
-        report = ptq.verify_onnx(path, converted, small_images[:batch])
+        report = ptq.verify_onnx(path, small_converted, small_images[:batch])
         assert report.images == batch
-        assert report.simulation.cosine > 0.999
+        assert report.simulation.cosine > 0.9999
         assert report.same_functions.bit_equal == 1.0
     assert "to the last bit" in str(report)
     assert not report.graph.float_products
@@ -90,15 +85,15 @@ def test_onnx_is_standard_integer_and_agrees(tmp_path, small_images, converted, 
 
 
 @pytest.mark.parametrize("opset", [18, 21, 23])
-def test_other_opsets_compute_the_same(tmp_path, small_images, converted, opset):
+def test_other_opsets_compute_the_same(tmp_path, small_images, small_converted, opset):
     path = tmp_path / "model.onnx"
     with pytest.raises(ptq.PTQError, match="expected 17 to"):
-        ptq.export_onnx(converted, path, small_images[:1], opset=16)
+        ptq.export_onnx(small_converted, path, small_images[:1], opset=16)
     assert not path.exists()
-    ptq.export_onnx(converted, path, small_images[:1], opset=opset)
+    ptq.export_onnx(small_converted, path, small_images[:1], opset=opset)
     assert {entry.version for entry in onnx.load(path).opset_import} == {opset}
-    report = ptq.verify_onnx(path, converted, small_images)
-    assert report.simulation.cosine > 0.999
+    report = ptq.verify_onnx(path, small_converted, small_images)
+    assert report.simulation.cosine > 0.9999
     assert report.graph.integer_products
 
 

@@ -47,7 +47,7 @@ def brute_force(candidates, quantize, product, gradient, target):
 def test_matmul_search_is_brute_force(seed, softmax):
     lhs, rhs, gradient = operands(seed, softmax=softmax)
     op = QuantOp("matmul", "matmul", lhs_source="softmax" if softmax else None)
-    product = to_product(op, *(torch.from_numpy(t) for t in (lhs, rhs)), None, torch.from_numpy(gradient**2))
+    product = to_product(op, torch.from_numpy(lhs), torch.from_numpy(rhs), None, torch.from_numpy(gradient**2))
     quantizer = TwinUniform(BITS, "softmax") if softmax else Uniform(BITS)
     result = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
 
@@ -99,7 +99,7 @@ def gelu_twin(x, coarse):
 @pytest.mark.parametrize("gelu", [False, True])
 def test_linear_search_is_brute_force(seed, gelu):
     random = np.random.default_rng(seed)
-    x = random.normal(0, 1.5, (50, 8)).astype(np.float32)
+    x: np.ndarray = random.normal(0, 1.5, (50, 8)).astype(np.float32)
     if gelu:
         x = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
     weight, bias = random.normal(0, 0.3, (6, 8)).astype(np.float32), random.normal(0, 1, 6).astype(np.float32)
@@ -135,7 +135,7 @@ def test_convolution_search_is_brute_force(seed, granularity):
     kernel = (random.normal(0, 1, (4, 2, 3, 2)) * np.array([1, 0.2, 3, 1])[:, None, None, None]).astype(np.float32)
     gradient = random.normal(0, 1, (3, 4, 4, 3)).astype(np.float32)
     op = QuantOp("conv", "conv2d", rhs_is_weight=True, stride=(2, 2), padding=(1, 0))
-    product = to_product(op, *(torch.from_numpy(t) for t in (image, kernel)), None, torch.from_numpy(gradient**2))
+    product = to_product(op, torch.from_numpy(image), torch.from_numpy(kernel), None, torch.from_numpy(gradient**2))
     result = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity=granularity), SETTINGS)
 
     def convolve(x, k):
@@ -174,7 +174,7 @@ def test_default_screening_ends_near_the_exhaustive_search(seed):
     weight = random.normal(0, 0.3, (24, 32)).astype(np.float32)
     gradient = (random.normal(0, 1, (3000, 24)) * random.exponential(1, (3000, 1))).astype(np.float32)
     op = QuantOp("fc", "linear", rhs_is_weight=True)
-    product = to_product(op, *(torch.from_numpy(t) for t in (x, weight)), None, torch.from_numpy(gradient**2))
+    product = to_product(op, torch.from_numpy(x), torch.from_numpy(weight), None, torch.from_numpy(gradient**2))
     screened = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(), seed=seed)
     exhaustive = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(screen_rows=None))
     assert screened.distance_after <= exhaustive.distance_after * 1.02

@@ -90,6 +90,8 @@ def test_three_products_with_the_codes_and_scales_of_one(tmp_path, function, wei
     assert np.array_equal(run(one), run(three))
     mine, theirs = (stored_sites(onnx.load(path)) for path in (three, one))
     assert mine.keys() == theirs.keys()
+    assert mine["qkv:rhs"].codes is not None
+    assert theirs["qkv:rhs"].codes is not None
     assert np.array_equal(mine["qkv:rhs"].codes, theirs["qkv:rhs"].codes)
     assert np.array_equal(mine["qkv:rhs"].scale, theirs["qkv:rhs"].scale)
     for site, params in converted.calibration.params.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from typing import Any
 
 import numpy as np
 import onnx
@@ -170,7 +172,17 @@ def reference_18(tmp_path_factory, converted, small_images):
     return run_as_written(path, small_images), run_exact(path, small_images)
 
 
-@pytest.mark.parametrize("opset", range(17, newest_opset() + 1))
+#: Opsets that are made in another way than the one before: rules of this package, the exporter, the version converter.
+KINDS_OF_OPSET = (17, 18, 20, 23, 24, NEWEST_IN_RUNTIME)
+
+
+@pytest.mark.parametrize(
+    "opset",
+    [
+        pytest.param(opset, marks=() if opset in KINDS_OF_OPSET else pytest.mark.sweep)
+        for opset in range(17, newest_opset() + 1)
+    ],
+)
 def test_every_opset_computes_the_same_to_the_last_bit(tmp_path, converted, small_images, reference_18, opset):
     path = tmp_path / "model.onnx"
     ptq.export_onnx(converted, path, small_images[:1], target="generic", opset=opset)
@@ -183,6 +195,15 @@ def test_every_opset_computes_the_same_to_the_last_bit(tmp_path, converted, smal
         onnx.save(model, path)
     assert np.array_equal(run_as_written(path, small_images), reference_18[0])
     assert np.array_equal(run_exact(path, small_images), reference_18[1])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="ONNX Runtime 1.32 has no QuantizeLinear of opset 28: once it has, raise the newest"
+)
+def test_the_runtime_has_the_opset_behind_its_newest(tmp_path, converted, small_images):
+    path = tmp_path / "model.onnx"
+    ptq.export_onnx(converted, path, small_images[:1], target="generic", opset=NEWEST_IN_RUNTIME + 1)
+    assert run_exact(path, small_images).shape == (12, 5)
 
 
 def reducing(opset_attributes=None, operator="ReduceMean", inputs=("x", "axes")):
@@ -236,7 +257,7 @@ def test_other_weights_and_targets_keep_their_bytes(tmp_path, converted, four_bi
 
 def test_a_fixed_batch_and_chosen_names(tmp_path, converted, small_images):
     path = tmp_path / "model.onnx"
-    names = {"input_names": ["pixels"], "output_names": ["scores"]}
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["scores"]}
     ptq.export_onnx(converted, path, small_images[:1], batch=4, **names)
     model = onnx.load(path)
     shapes = [v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.output, *model.graph.value_info)]
@@ -302,7 +323,7 @@ def test_a_model_that_is_written_over_never_meets_the_weights_of_another(
             other.blocks[0].mlp.fc1.weight.mul_(-1)
         other_converted = ptq.quantize(other, small_images, progress=False)
         replaced: list[str] = []
-        replace = model_files.os.replace
+        replace = os.replace
 
         def interrupted(source, target):
             replaced.append(str(target))
@@ -311,7 +332,7 @@ def test_a_model_that_is_written_over_never_meets_the_weights_of_another(
             replace(source, target)
 
         with patch.context() as inner:
-            inner.setattr(model_files.os, "replace", interrupted)
+            inner.setattr(os, "replace", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ptq.export_onnx(other_converted, path, small_images[:1])
         assert replaced[1] == str(path)
@@ -358,7 +379,9 @@ def test_every_scale_is_read_back_bit_for_bit(tmp_path, converted, small_images,
     for site, params in converted.calibration.params.items():
         if isinstance(converted.plan.quantizers[site], ptq.TwinUniform):
             assert np.array_equal(scales[site].scale, params.fine_scale.numpy())
-            assert np.array_equal(scales[site].coarse_scale, params.coarse_scale.numpy())
+            coarse = scales[site].coarse_scale
+            assert coarse is not None
+            assert np.array_equal(coarse, params.coarse_scale.numpy())
         else:
             assert np.array_equal(scales[site].scale, params.scale.numpy()), site
 
@@ -367,7 +390,7 @@ def test_equal_scales_of_heads_are_read_back_at_every_site(tmp_path, converted, 
     prepared = ptq.prepare_fx(tiny_vit(), ptq.recipes.ptq4vit(), small_images[:1])
     params = dict(converted.calibration.params)
     params["blocks.0.attn.matmul_qk:rhs"] = params["blocks.0.attn.matmul_qk:lhs"]
-    ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
+    ptq.load_calibration(prepared, ptq.Calibration(converted.plan, params))
     ptq.export_onnx(ptq.convert_fx(prepared), tmp_path / "model.onnx", small_images[:1])
     scales = read_scales(tmp_path / "model.onnx")
     assert np.array_equal(scales["blocks.0.attn.matmul_qk:rhs"].scale, scales["blocks.0.attn.matmul_qk:lhs"].scale)

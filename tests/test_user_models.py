@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.passes.graph.contract import history
+from ptq4vit_fx.passes.graph.contract import history, plan_of
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=10, rounds=1)
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -79,9 +79,9 @@ def test_a_hand_written_vit(tmp_path):
     torch.testing.assert_close(prepared(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
     ptq.calibrate(prepared, IMAGES, progress=False)
     converted = ptq.convert_fx(prepared)
-    assert torch.cosine_similarity(converted(IMAGES), model(IMAGES)).min() > 0.999
+    assert torch.cosine_similarity(converted(IMAGES), model(IMAGES)).min() > 0.9999
     ptq.export_onnx(converted, tmp_path / "model.onnx", IMAGES[:1])
-    assert ptq.verify_onnx(tmp_path / "model.onnx", converted, IMAGES).simulation.cosine > 0.999
+    assert ptq.verify_onnx(tmp_path / "model.onnx", converted, IMAGES).simulation.cosine > 0.9999
 
 
 class Fused(nn.Module):
@@ -132,7 +132,7 @@ def test_leaf_modules_stay_closed_and_float(leaf, attention):
     assert {op.name for op in prepared.plan.ops} == {"patches", "up", "down", "head"}
     torch.testing.assert_close(prepared(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
     ptq.calibrate(prepared, IMAGES, progress=False)
-    assert torch.cosine_similarity(ptq.convert_fx(prepared)(IMAGES), model(IMAGES)).min() > 0.99
+    assert torch.cosine_similarity(ptq.convert_fx(prepared)(IMAGES), model(IMAGES)).min() > 0.999
 
 
 def test_leaf_modules_stay_float_where_only_torch_export_gets_through():
@@ -160,7 +160,7 @@ def test_names_of_parts_that_do_not_exist_are_errors_with_near_names():
 def test_skip_leaves_products_float():
     model = HandWritten().eval()
     with pytest.warns(ptq.PTQWarning, match="head stays float: left float by module name 'head'"):
-        plan = ptq.prepare_fx(model, QUICK, IMAGES[:1], skip=["attention", "head"]).plan
+        plan = plan_of(ptq.prepare_fx(model, QUICK, IMAGES[:1], skip=["attention", "head"]))
     assert [op.name for op in plan.ops] == ["patches", "up", "down"]
     assert len(plan.float_ops) == 8
     assert QUICK.module_names == {}
@@ -190,7 +190,7 @@ def test_several_inputs_and_outputs_with_a_given_loss(tmp_path):
     ptq.calibrate(prepared, data, progress=False, loss=lambda out: out["boxes"].square().sum() + out["scores"].sum())
     converted = ptq.convert_fx(prepared)
     expected, actual = model(IMAGES, sizes), converted(IMAGES, sizes)
-    assert (actual["boxes"] - expected["boxes"]).norm() < 0.05 * expected["boxes"].norm()
+    assert (actual["boxes"] - expected["boxes"]).norm() < 0.02 * expected["boxes"].norm()
     path = tmp_path / "model.onnx"
     ptq.export_onnx(converted, path, (IMAGES[:1], sizes[:1]))
     graph = onnx.load(path).graph

@@ -139,6 +139,7 @@ def test_scales_per_head_are_read_where_the_quantizer_has_others(good_file, conv
         assert torch.equal(torch.from_numpy(stored[site].calibrated.copy()), scale)
         assert stored[site].scale == 2.0 ** round(float(scale.log2().mean()))
     weight = stored["blocks.0.attn.qkv:rhs"]
+    assert weight.calibrated is not None
     assert torch.equal(
         torch.from_numpy(weight.calibrated.copy()), converted.calibration.params["blocks.0.attn.qkv:rhs"].scale
     )

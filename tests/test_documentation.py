@@ -1,0 +1,135 @@
+"""What the documentation shows is run: its Python, its command lines, and the short programs in examples/."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import typer
+from scripts import load_script
+
+from ptq4vit_fx.tools.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = ROOT / "examples"
+#: What would be downloaded or take minutes, and what is run in its place; everything else runs as it is written.
+STAND_INS = {
+    '"vit_small_patch16_224", pretrained=True': (
+        '"vit_small_patch16_224", img_size=32, embed_dim=64, depth=1, num_heads=2'
+    ),
+    "torch.randn(32, 3, 224, 224)": "torch.randn(4, 3, 32, 32)",
+    '"tiny_vit_5m_224", pretrained=False, num_classes=10': (
+        '"tiny_vit_5m_224", num_classes=10, embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), window_sizes=(4, 4)'
+    ),
+    "torch.randn(4, 3, 224, 224)": "torch.randn(4, 3, 64, 64)",
+}
+#: Names of programs in the tables of README.
+SHORT = {"SIM": "python examples/simulate.py --fixtures FOLDER", "ACC": "python examples/accuracy.py --fixtures FOLDER"}
+
+
+def run_source(source: str, name: str) -> dict[str, Any]:
+    """Run Python with its stand-ins; return its names."""
+    for written, small in STAND_INS.items():
+        source = source.replace(written, small)
+    assert not re.search(r", pretrained=True|\b224, 224", source), f"{name}: add a stand-in for what is large"
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, name, "exec", dont_inherit=True), names)
+    return names
+
+
+def python_blocks() -> Iterator[tuple[str, str]]:
+    """Yield (document and line, source) of each block of Python."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            yield f"{path.name}:{text.count(chr(10), 0, block.start()) + 1}", block[1]
+
+
+@pytest.mark.filterwarnings("ignore::ptq4vit_fx.errors.PTQWarning")
+def test_python_in_the_documents_runs(tmp_path, monkeypatch, capsys):
+    """In the order of the documents, in one folder: README writes the file that docs/targets.md reads."""
+    monkeypatch.chdir(tmp_path)
+    names = {name: run_source(source, name) for name, source in python_blocks()}
+    assert [name.partition(":")[0] for name in names] == ["README.md", "targets.md"]
+    quantized, read = names.values()
+    assert "to the last bit" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "scales.safetensors"}
+    params = quantized["converted"].calibration.params
+    assert read["scales"]["blocks.0.attn.proj:rhs.scale"].shape == params["blocks.0.attn.proj:rhs"].scale.shape
+    assert "blocks.0.attn.matmul_qk:lhs" in read["calibrated"]
+
+
+@pytest.mark.parametrize("name", ["quantize_timm", "quantize_torchvision", "quantize_huggingface"])
+@pytest.mark.filterwarnings("ignore::ptq4vit_fx.errors.PTQWarning")
+def test_examples_run(tmp_path, monkeypatch, capsys, name):
+    if name == "quantize_huggingface":
+        pytest.importorskip("transformers", reason="the extra hf is not installed")
+    monkeypatch.chdir(tmp_path)
+    run_source((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"), f"{name}.py")
+    (path,) = tmp_path.glob("*.onnx")
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    printed = capsys.readouterr().out
+    assert str(path.name) in printed
+    assert "ONNX Runtime against the simulation, 4 images" in printed
+
+
+def commands_of(program: typer.Typer) -> dict[str, Any]:
+    """Return name -> command; empty where the program is one command."""
+    return dict(getattr(typer.main.get_command(program), "commands", {}))
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Yield (document, command line) of whatever starts a program of this project: blocks, and `code` within a line."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+        for written in dict.fromkeys(lines):
+            word, _, rest = written.partition(" ")
+            line = f"{SHORT[word]} {rest}" if word in SHORT and rest else written
+            if re.match(r"ptq4vit [a-z]|python examples/|make [a-z-]+$", line) and "..." not in line:
+                yield path.name, line.translate(str.maketrans("", "", "[]"))
+
+
+COMMAND_LINES = list(command_lines())
+
+
+def test_command_lines_are_found():
+    """Of each kind, so that a changed layout does not leave the next test without work."""
+    starts = [line.split()[:2] for _, line in COMMAND_LINES]
+    assert {name for program, name in starts if program == "ptq4vit"} == set(commands_of(app))
+    assert sum(program == "python" for program, _ in starts) > 20
+    assert sum(program == "make" for program, _ in starts) >= 3
+
+
+@pytest.mark.parametrize(("document", "line"), COMMAND_LINES, ids=[f"{d} {line[:60]}" for d, line in COMMAND_LINES])
+def test_command_lines_are_understood(monkeypatch, document, line):
+    program, name, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    elif program == "ptq4vit":
+        command = commands_of(app)[name]
+        if arguments or not any(parameter.required for parameter in command.params):  # else it is only mentioned
+            command.make_context(name, arguments)
+    else:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        parse_program(load_script(ROOT / name), arguments)
+
+
+def parse_program(module: Any, arguments: list[str]) -> None:
+    """Parse the arguments of a program in examples/ without running it."""
+    if hasattr(module, "app"):
+        command: Any = typer.main.get_command(module.app)
+        if commands_of(module.app):
+            name, *arguments = arguments
+            command = commands_of(module.app)[name]
+        if arguments[2:] != []:  # `SIM` and `ACC` themselves are introduced without a model
+            command.make_context("program", arguments)
+    elif arguments[2:] != []:
+        module.parse_arguments()
