@@ -153,11 +153,11 @@ def test_sequential_search_sees_what_the_quantized_products_give(small_vit, smal
         logits = simulated(small_images)
     weight, bias = (small_vit.head.weight, small_vit.head.bias)
     quantizer, params = prepared.plan.quantizers, prepared.calibration.params
-    x = quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"].scale)
-    w = quantizer["head:rhs"].fake_quantize(weight, params["head:rhs"].scale)
+    x = quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"])
+    w = quantizer["head:rhs"].fake_quantize(weight, params["head:rhs"])
     torch.testing.assert_close(x @ w.t() + bias, logits, rtol=0, atol=1e-4)
     calibrate(prepared, small_images)
-    assert not torch.allclose(quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"].scale), x)
+    assert not torch.allclose(quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"]), x)
 
 
 def test_report_gives_scales_distances_and_signal_to_noise(small_vit, small_images):

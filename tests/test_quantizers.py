@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ptq4vit_fx import PTQError, TwinUniform, Uniform
 from ptq4vit_fx.activations import NEGATIVE_RANGE
-from ptq4vit_fx.quantizers import quantizer_from_dict, quantizer_to_dict
+from ptq4vit_fx.quantizers import UniformParams, quantizer_from_dict, quantizer_to_dict
 
 BITS = st.integers(2, 8)
 
@@ -26,7 +26,7 @@ def test_uniform_is_the_formula(bits, scale, seed):
     x = np.random.default_rng(seed).normal(0, 3, 500).astype(np.float32)
     s = np.float32(scale)
     expected = s * np.clip(np.rint(x / s), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    quantizer, params = Uniform(bits), torch.tensor(s)
+    quantizer, params = Uniform(bits), UniformParams(torch.tensor(s))
     actual = quantizer.fake_quantize(torch.from_numpy(x), params)
     np.testing.assert_array_equal(actual.numpy(), expected)
     codes = quantizer.codes(torch.from_numpy(x), params)
@@ -41,8 +41,8 @@ def test_an_unsigned_grid_spends_no_code_below_the_minimum(bits, scale, minimum,
     s, top = np.float32(scale), 2**bits - 1
     below = min(np.rint(np.float32(minimum) / s), top)
     expected = s * np.clip(np.rint(x / s), -below, top - below)
-    quantizer, params = Uniform(bits, signed=False, minimum=minimum), torch.tensor(s)
-    assert int(quantizer.zero_point(params)) == below
+    quantizer, params = Uniform(bits, signed=False, minimum=minimum), UniformParams(torch.tensor(s))
+    assert int(quantizer.zero_point(params.scale)) == below
     actual = quantizer.fake_quantize(torch.from_numpy(x), params)
     np.testing.assert_array_equal(actual.numpy(), expected)
     codes = quantizer.codes(torch.from_numpy(x), params)
