@@ -8,6 +8,8 @@ from threading import Lock
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -97,6 +99,28 @@ def test_checkpoint_of_something_else_is_refused(tmp_path, small_vit, small_imag
     with pytest.raises(ptq.PTQError, match="expected a file in an existing, writable folder"):
         calibrate(other, small_images, checkpoint=tmp_path / "none" / "scales.safetensors")
     assert path.read_bytes() == before
+
+
+def test_a_file_gives_back_the_parameters_of_both_kinds_of_quantizers(tmp_path, small_vit, small_images):
+    path = tmp_path / "scales.safetensors"
+    calibration = calibrate(prepared_for(small_vit, small_images), small_images)
+    calibration.save(path)
+    read = ptq.Calibration.load(path)
+    assert {tuple(params.tensors()) for params in read.params.values()} == {("scale",), ("fine_scale", "coarse_scale")}
+    assert {params.axis for params in read.params.values()} == {None, 0, -3}
+    assert {key: params.axis for key, params in read.params.items()} == {
+        key: params.axis for key, params in calibration.params.items()
+    }
+    assert read.fingerprint() == calibration.fingerprint()
+    assert sorted(read.report().splitlines()) == sorted(calibration.report().splitlines())
+    assert read.plan == calibration.plan
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = file.metadata()
+    assert {"head:rhs/scale", "blocks.0.attn.matmul_av:lhs/fine_scale"} <= tensors.keys()
+    save_file(tensors | {"elsewhere:lhs/scale": torch.ones(())}, path, metadata)
+    with pytest.raises(ptq.PTQError, match="elsewhere:lhs: expected a site of the plan in the same file, got another"):
+        ptq.Calibration.load(path)
 
 
 def test_less_memory_means_more_passes_and_the_same_scales(small_vit, small_images):

@@ -154,3 +154,45 @@ def test_quantizers_are_read_back_and_those_of_another_version_refused():
         quantizer_from_dict(record | {"offset": 1})
     with pytest.raises(PTQError, match="kind: expected Uniform or TwinUniform, got 'Log'"):
         quantizer_from_dict({"kind": "Log"})
+
+
+def parameters():
+    """Return a quantizer of each kind with parameters, and values for it."""
+    x = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    twin = TwinUniform(6, "softmax")
+    return [
+        (Uniform(6), UniformParams(torch.tensor(0.02)), x),
+        (Uniform(6, granularity="head"), UniformParams(torch.tensor([0.02, 0.3, 0.1]), axis=-2), x),
+        (twin, twin.softmax_params(torch.tensor(3)), x),
+    ]
+
+
+@pytest.mark.parametrize(("quantizer", "params", "x"), parameters(), ids=["uniform", "per head", "twin"])
+def test_parameters_are_their_tensors_and_their_axis(quantizer, params, x):
+    built = quantizer.params_from(params.to(torch.device("cpu")).tensors(), params.axis)
+    assert type(built) is type(params)
+    assert built.axis == params.axis
+    codes = quantizer.codes(x, params)
+    assert torch.equal(quantizer.codes(x, built), codes)
+    assert torch.equal(quantizer.decode(codes, built), quantizer.fake_quantize(x.clone(), params))
+    assert quantizer_from_dict(quantizer_to_dict(quantizer)) == quantizer
+
+
+def test_scales_along_an_axis_are_broadcast():
+    _, (quantizer, params, x), _ = parameters()
+    for head, scale in enumerate(params.scale):
+        alone = quantizer.fake_quantize(x[:, head].clone(), UniformParams(scale))
+        assert torch.equal(quantizer.fake_quantize(x.clone(), params)[:, head], alone)
+
+
+def test_parameters_of_another_kind_are_refused():
+    (uniform, scale, x), _, (twin, scales, _) = parameters()
+    for method in ("codes", "decode", "fake_quantize"):
+        with pytest.raises(PTQError, match="Uniform: parameters: expected UniformParams, got TwinParams; calibrate"):
+            getattr(uniform, method)(x, scales)
+        with pytest.raises(PTQError, match="TwinUniform: parameters: expected TwinParams, got UniformParams"):
+            getattr(twin, method)(x, scale)
+    with pytest.raises(PTQError, match="Uniform: parameters: expected scale, got fine_scale and coarse_scale"):
+        uniform.params_from(scales.tensors())
+    with pytest.raises(PTQError, match="TwinUniform: parameters: expected fine_scale and coarse_scale, got none"):
+        twin.params_from({})
