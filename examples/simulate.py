@@ -26,8 +26,7 @@ from torch.fx import GraphModule
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.passes.graph.contract import calibration_of
-from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
+from ptq4vit_fx.pipeline import CONVERSION
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BATCH = 25
@@ -48,11 +47,7 @@ def top1(model: Callable[[Tensor], Tensor], loaded: Iterator[tuple[Tensor, Tenso
 
 def simulation(prepared: GraphModule) -> GraphModule:
     """Return the calibrated model with its operands fake-quantized and its products in float."""
-    calibration = calibration_of(prepared)
-    assert calibration is not None
-    simulated = copy.deepcopy(prepared)
-    insert_quantizers(simulated, calibration.plan.quantizers, calibration.params)
-    return simulated
+    return CONVERSION.until("insert_quantizers").run(copy.deepcopy(prepared))
 
 
 def exported(prepared: GraphModule, example: Tensor) -> Callable[[Tensor], Tensor]:

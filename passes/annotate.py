@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
 from ptq4vit_fx.errors import PTQWarning, failure, near_names
-from ptq4vit_fx.names import OPERANDS, Operand, site
+from ptq4vit_fx.names import OPERANDS, Operand, identifier, is_inside, join, leaf_of, owner_of, site
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
-from ptq4vit_fx.passes.graph.activations import activation_of
+from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
 from ptq4vit_fx.passes.graph.contract import attach, graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta, downstream, module_path, origin
-from ptq4vit_fx.passes.graph.shapes import MULTIPLIES
-from ptq4vit_fx.passes.graph.stages import PRODUCT_TARGETS, Stage
-from ptq4vit_fx.plan import FloatOp, ProductKind, QuantOp, QuantPlan
+from ptq4vit_fx.passes.graph.dataflow import downstream, origin
+from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
+from ptq4vit_fx.passes.graph.rewriter import rename
+from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, shape_of
+from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.plan import FloatOp, QuantOp, QuantPlan
+from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
@@ -54,7 +55,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             reason = f"left float by {rule}" if rule else "no rule of the QConfigMapping matches it"
             float_ops.append(FloatOp(op.name, reason))
             continue
-        node.meta["ptq4vit_op"] = op.name
+        mark_product(node, op.name)
         ops.append(op)
         quantizers |= {site(op.name, "lhs"): lhs, site(op.name, "rhs"): rhs}
         searches[op.name] = qconfig.search
@@ -77,15 +78,15 @@ def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:
     taken: dict[str, int] = {}
     products = []
     for node in graph_module.graph.nodes:
-        kind = PRODUCT_TARGETS.get(node.target) if node.op == "call_function" else None
+        kind = kind_of(node)
         if kind is None:
             continue
         base = _base_name(node, kind)
         repeat = taken.get(base, 0)
         taken[base] = repeat + 1
         name = f"{base}_{repeat}" if repeat else base
-        node._rename(name.replace(".", "_"))
-        adopt_meta(node, node, name)
+        rename(node, identifier(name))
+        put_in_scope(node, node, name)
         products.append((node, _describe(node, name, kind)))
     return products
 
@@ -93,11 +94,10 @@ def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:
 def _base_name(node: Node, kind: str) -> str:
     weight = node.args[1]
     if isinstance(weight, Node) and weight.op == "get_attr":
-        owner, _, leaf = str(weight.target).rpartition(".")
-        if leaf in ("weight", FOLDED_WEIGHT):
-            return owner
-    path = module_path(node)
-    return f"{path}.{_role(node, kind)}" if path else _role(node, kind)
+        path = str(weight.target)
+        if leaf_of(path) in ("weight", FOLDED_WEIGHT) and owner_of(path):
+            return owner_of(path)
+    return join(scope_of(node), _role(node, kind))
 
 
 def _role(node: Node, kind: str) -> str:
@@ -127,27 +127,13 @@ def _describe(node: Node, name: str, kind: ProductKind) -> QuantOp:
     )
     if kind != "conv2d":
         return op
-    defaults: tuple[Any, ...] = (None, 1, 0, 1, 1)
-    positional = (*node.args[2:], *defaults[len(node.args) - 2 :])
-    keys = ("bias", "stride", "padding", "dilation", "groups")
-    geometry = {key: node.kwargs.get(key, value) for key, value in zip(keys, positional, strict=True)}
-    padding = geometry["padding"]
-    return replace(
-        op,
-        stride=_pair(geometry["stride"]),
-        padding=padding if isinstance(padding, str) else _pair(padding),
-        dilation=_pair(geometry["dilation"]),
-        groups=int(geometry["groups"]),
-    )
+    stride, padding, dilation, groups = cast("tuple[Any, ...]", node.args[3:])
+    return replace(op, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def _is_weight(value: Any, kind: ProductKind) -> bool:
     is_attribute = isinstance(value, Node) and value.op == "get_attr"
-    return is_attribute and (kind != "matmul" or len(value.meta["tensor_meta"].shape) == 2)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+    return is_attribute and (kind != "matmul" or len(shape_of(value)) == 2)
 
 
 def _attention_operands_per_weight(products: list[tuple[Node, QuantOp]]) -> dict[Node, int]:
@@ -165,7 +151,7 @@ def _attention_operands_per_weight(products: list[tuple[Node, QuantOp]]) -> dict
 
 def _projection(node: Node) -> Node | None:
     """Return the linear that computed an attention operand, through moves, scalings and normalizations."""
-    scaling = {torch.mul, operator.mul, F.layer_norm, F.normalize}
+    scaling = {*MULTIPLICATIONS, F.layer_norm, F.normalize}
     while True:
         node = origin(node)
         if node.target is F.linear:
@@ -204,7 +190,7 @@ def _quantizer(
     elif source is not None and isinstance(quantizer, Uniform):
         quantizer = replace(quantizer, signed=False)
     if isinstance(quantizer, Uniform) and quantizer.granularity != "tensor":
-        heads = op.kind == "matmul" and len(value.meta["tensor_meta"].shape) == 4
+        heads = op.kind == "matmul" and len(shape_of(value)) == 4
         quantizer = replace(quantizer, granularity="head" if heads else "tensor")
     return quantizer
 
@@ -223,7 +209,7 @@ def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> No
 
 def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
     """Return why this product cannot or must not be quantized, whatever the mapping says."""
-    inside = [path for path in closed if any(name == path or name.startswith(f"{path}.") for name in _scopes(node, op))]
+    inside = [path for path in closed if any(is_inside(name, path) for name in (op.name, *scopes_of(node)))]
     if inside:
         return f"{inside[0]} is one of leaf_modules"
     if op.kind != "matmul" and not op.rhs_is_weight:
@@ -231,20 +217,15 @@ def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
     return None
 
 
-def _scopes(node: Node, op: QuantOp) -> list[str]:
-    return [op.name, *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
-
-
 def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
     """List what multiplied while shapes were recorded, but is no QuantOp: nothing stays float unsaid."""
     found = []
     for node in graph_module.graph.nodes:
-        if not node.meta.get(MULTIPLIES) or node.target in PRODUCT_TARGETS:
+        if not node.meta.get(MULTIPLIES) or kind_of(node) is not None:
             continue
         if node.op != "call_module":
             name = getattr(node.target, "__name__", str(node.target))
-            path = module_path(node)
-            found.append(FloatOp(f"{path}.{node.name}" if path else node.name, f"{name} is not supported"))
+            found.append(FloatOp(join(scope_of(node), node.name), f"{name} is not supported"))
             continue
         module = graph_module.get_submodule(str(node.target))
         inside = [name for name, m in module.named_modules() if name and isinstance(m, nn.Linear | nn.Conv2d)]

@@ -10,7 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
+from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -38,11 +39,8 @@ def decompose_attention(graph_module: GraphModule) -> int:
                 )
         scale = arguments.get("scale")
         if scale is None:
-            scale = arguments["query"].meta["tensor_meta"].shape[-1] ** -0.5
-        with graph_module.graph.inserting_before(node):
-            result = _open(graph_module.graph, node, arguments, scale)
-        node.replace_all_uses_with(result)
-        graph_module.graph.erase_node(node)
+            scale = shape_of(arguments["query"])[-1] ** -0.5
+        replace(node, _open(Writer(node), arguments, scale))
     if found:
         _reshape_views(graph_module.graph)
     return len(found)
@@ -57,14 +55,11 @@ def _reshape_views(graph: Graph) -> None:
             node.target = torch.ops.aten.reshape.default
 
 
-def _open(graph: Graph, fused: Node, arguments: dict[str, Any], scale: Any) -> Node:
-    def call(function: Any, *args: Any, **kwargs: Any) -> Node:
-        return adopt_meta(graph.call_function(function, args, kwargs), fused)
-
+def _open(call: Writer, arguments: dict[str, Any], scale: Any) -> Node:
     query, key, value = (arguments[name] for name in PARAMETERS[:3])
     scores = call(torch.matmul, call(torch.mul, query, scale), call(torch.transpose, key, -2, -1))
     mask = arguments.get("attn_mask")
-    if mask is not None and "tensor_meta" in mask.meta:  # a function in the graph may return None
+    if is_tensor(mask):  # a function in the graph may return None
         scores = call(add_mask, scores, mask)
     return call(torch.matmul, call(F.softmax, scores, dim=-1), value)
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from ptq4vit_fx.names import join, leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta, module_path, origin
-from ptq4vit_fx.passes.graph.stages import PRODUCT_TARGETS, Stage
+from ptq4vit_fx.passes.graph.dataflow import origin
+from ptq4vit_fx.passes.graph.marks import kind_of, scope_of
+from ptq4vit_fx.passes.graph.rewriter import Writer
+from ptq4vit_fx.passes.graph.stages import Stage
 
 #: Name of a weight that was computed from a parameter `weight`.
 FOLDED_WEIGHT = "weight_folded"
@@ -31,14 +34,13 @@ def fold_constants(graph_module: GraphModule) -> int:
     ]
     for node in frontier:
         target = _register(graph_module, node, values[node])
-        with graph_module.graph.inserting_after(node):
-            constant = adopt_meta(graph_module.graph.get_attr(target), node)
+        constant = Writer(node.next, like=node).attribute(target)
         node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
     folded = []
     for node in reversed(list(values)):
         if not node.users and node.op != "get_attr":
-            if node.target in PRODUCT_TARGETS and isinstance(node.args[1], Node):
-                folded.append(str(node.args[1].target).removesuffix(".weight"))
+            if kind_of(node) is not None and isinstance(node.args[1], Node):
+                folded.append(owner_of(str(node.args[1].target)))
             graph_module.graph.erase_node(node)
     graph_module.meta[FOLDED_LAYERS] = tuple(reversed(folded))
     return len(frontier)
@@ -58,16 +60,20 @@ def _constant_values(graph_module: GraphModule) -> dict[Node, Any]:
 def _is_worth_it(node: Node, values: dict[Node, Any]) -> bool:
     if node.op == "get_attr" or not isinstance(values[node], Tensor):
         return False
-    multiplied = any(user.target in PRODUCT_TARGETS and user.args[1] is node for user in node.users)
-    return multiplied or origin(node).op != "get_attr"
+    return _is_multiplied(node) or origin(node).op != "get_attr"
+
+
+def _is_multiplied(node: Node) -> bool:
+    """Return whether a product has this value as its right operand, as it has a weight."""
+    return any(kind_of(user) is not None and user.args[1] is node for user in node.users)
 
 
 def _register(graph_module: GraphModule, node: Node, value: Tensor) -> str:
     """Hold the value in the module that computed it; return its path."""
-    path, leaf = module_path(node), f"{node.name}_folded"
-    weight = next((str(n.target) for n in _sources(node) if str(n.target).endswith(".weight")), None)
-    if weight is not None and any(user.target in PRODUCT_TARGETS and user.args[1] is node for user in node.users):
-        path, leaf = weight.removesuffix(".weight"), FOLDED_WEIGHT
+    path, leaf = scope_of(node), f"{node.name}_folded"
+    weight = next((str(n.target) for n in _sources(node) if leaf_of(str(n.target)) == "weight"), None)
+    if weight is not None and _is_multiplied(node):
+        path, leaf = owner_of(weight), FOLDED_WEIGHT
     owner: nn.Module = graph_module
     for name in filter(None, path.split(".")):
         if not isinstance(getattr(owner, name, None), nn.Module):
@@ -76,7 +82,7 @@ def _register(graph_module: GraphModule, node: Node, value: Tensor) -> str:
     if hasattr(owner, leaf):
         leaf = node.name
     owner.register_buffer(leaf, value.detach().contiguous())
-    return f"{path}.{leaf}" if path else leaf
+    return join(path, leaf)
 
 
 def _sources(node: Node) -> list[Node]:

@@ -7,7 +7,7 @@ A constant factor in between, the 1 / sqrt(d) of attention, goes the same way.
 
 from __future__ import annotations
 
-import operator
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from ptq4vit_fx.names import is_head, owner_of
+from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.contract import graph_pass
 from ptq4vit_fx.passes.graph.dataflow import get_attribute, moves_only
-from ptq4vit_fx.passes.graph.holders import hold
+from ptq4vit_fx.passes.graph.marks import planned_product, planned_products
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
+from ptq4vit_fx.passes.graph.rewriter import Writer
+from ptq4vit_fx.passes.graph.shapes import example_of, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.lower_activations import HEAD
-
-MULTIPLICATIONS = (operator.mul, torch.mul, torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
 
 
 @dataclass
@@ -35,18 +36,15 @@ class Projection:
     factors: list[Node]
 
 
-@graph_pass(before=Stage.CONVERTED, after=Stage.CONVERTED)
+@graph_pass(before=Stage.LOWERED, after=Stage.LOWERED)
 def fold_head_scales(graph_module: GraphModule) -> int:
     """Fold divisions by scales per head, and constant factors, into the linear layers in front of them.
 
     A linear layer is left as it is if any of its values goes elsewhere too, or to two heads with different scales.
     """
-    linears = [n for n in graph_module.graph.nodes if n.target is F.linear and "ptq4vit_op" in n.meta]
+    linears = [node for node, _ in planned_products(graph_module.graph) if node.target is F.linear]
     projections = [p for p in (_projection(graph_module, node) for node in linears) if p is not None]
-    if not projections:
-        return 0
-    columns = _columns(graph_module, projections)
-    return sum(_fold(graph_module, projection, columns) for projection in projections)
+    return sum(_fold(graph_module, projection) for projection in projections)
 
 
 def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
@@ -60,8 +58,10 @@ def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
     queue = [(linear, user) for user in linear.users]
     while queue:
         node, user = queue.pop()
-        if user.target in (getattr, "size") or (moves_only(user) and user.args[0] is not node):
-            continue  # reads its shape alone
+        if user.target == "size" or (user.target is getattr and not moves_only(user)):
+            continue  # reads its shape alone, as expand_as does of its other operand
+        if moves_only(user) and user.args[0] is not node:
+            continue
         if _is_division(user):
             found.divisions.append(user)
             continue
@@ -79,7 +79,7 @@ def _is_stored(node: Any) -> bool:
 
 def _is_division(node: Node) -> bool:
     divisor = node.args[1] if node.target is torch.div else None
-    return isinstance(divisor, Node) and str(divisor.target).endswith(f"{HEAD}.scale")
+    return isinstance(divisor, Node) and is_head(owner_of(str(divisor.target)))
 
 
 def _factor(graph_module: GraphModule, node: Node) -> float | None:
@@ -91,68 +91,55 @@ def _factor(graph_module: GraphModule, node: Node) -> float | None:
     return float(factor) if isinstance(factor, (int, float)) and factor > 0 else None
 
 
-def _columns(graph_module: GraphModule, projections: list[Projection]) -> dict[Node, Tensor]:
-    """Return division -> the column of the projection that each of its values comes from.
+def _columns(graph_module: GraphModule, projection: Projection, division: Node) -> Tensor:
+    """Return the column of the projection that each value in front of a division comes from.
 
-    The graph itself moves the numbers of the columns: no list of what every reshape does is needed.
+    The graph itself moves the numbers of the columns: no list of what every reshape does is needed. Only what lies
+    between is run, on the example's shapes.
     """
-
-    class Columns(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            if n in linears:
-                shape = n.meta["tensor_meta"].shape
-                return torch.arange(shape[-1], dtype=torch.float32).expand(shape).contiguous()
-            if n in factors:
-                return self.fetch_args_kwargs_from_env(n)[0][0]
-            if n in divisions:
-                columns[n] = self.fetch_args_kwargs_from_env(n)[0][0].long()
-            return super().run_node(n)
-
-    linears = {p.linear for p in projections}
-    factors = {factor for p in projections for factor in p.factors}
-    divisions = {division for p in projections for division in p.divisions}
-    columns: dict[Node, Tensor] = {}
-    inputs = [
-        torch.zeros(n.meta["tensor_meta"].shape, dtype=n.meta["tensor_meta"].dtype)
-        for n in graph_module.graph.nodes
-        if n.op == "placeholder"
-    ]
+    interpreter = Interpreter(graph_module, garbage_collect_values=False)
+    values = interpreter.env
+    shape = shape_of(projection.linear)
+    values[projection.linear] = torch.arange(shape[-1], dtype=torch.float32).expand(shape).contiguous()
+    way = _way(division, projection.linear)
     with torch.inference_mode():
-        Columns(graph_module).run(*inputs)
-    return columns
+        for node in reversed(way[:-1]):
+            if node in projection.factors:
+                values[node] = values[cast("Node", node.args[0])]
+                continue
+            for operand in node.all_input_nodes:
+                values.setdefault(operand, example_of(graph_module, operand))
+            values[node] = interpreter.run_node(node)
+    return cast("Tensor", values[way[0]]).long()
 
 
-def _fold(graph_module: GraphModule, projection: Projection, columns: dict[Node, Tensor]) -> int:
+def _fold(graph_module: GraphModule, projection: Projection) -> int:
     """Rewrite one projection; return how many divisions went."""
     linear = projection.linear
-    scale_node = cast("Node", cast("Node", linear.args[1]).args[1])
-    scale = get_attribute(graph_module, str(scale_node.target))
-    count = int(linear.meta["tensor_meta"].shape[-1])
+    scale_path = str(cast("Node", cast("Node", linear.args[1]).args[1]).target)
+    scale = get_attribute(graph_module, scale_path)
+    count = shape_of(linear)[-1]
     divisors = torch.zeros(count, dtype=torch.float64)
     for division in projection.divisions:
         held = cast("Node", division.args[1])
-        factor = 1.0
-        for node in _way(division, linear):
-            if node in projection.factors:
-                factor *= _factor(graph_module, node) or 1.0
-        per_head = get_attribute(graph_module, str(held.target)).double().flatten() / factor
-        for head, numbers in enumerate(columns[division].movedim(-3, 0)):
+        factors = [_factor(graph_module, n) or 1.0 for n in _way(division, linear) if n in projection.factors]
+        per_head = get_attribute(graph_module, str(held.target)).double().flatten() / math.prod(factors)
+        for head, numbers in enumerate(_columns(graph_module, projection, division).movedim(-3, 0)):
             mine = numbers.unique()
             taken = divisors[mine]
             if bool(((taken != 0) & (taken != per_head[head])).any()):
                 return 0
             divisors[mine] = per_head[head]
     divisors[divisors == 0] = 1.0
-    owner = graph_module.get_submodule(str(scale_node.target).rpartition(".")[0])
+    owner = graph_module.get_submodule(owner_of(scale_path))
     zero_point = cast("Tensor", owner.zero_point)
     owner.zero_point = zero_point.expand(count).clone()  # a scale per column, also where there was one
     owner.scale = (scale.double() / divisors).float()
-    bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+    bias = linear.args[2]
     if isinstance(bias, Node):
         folded = (get_attribute(graph_module, str(bias.target)).detach().double() / divisors).float()
-        with graph_module.graph.inserting_before(linear):
-            (held,) = hold(graph_module, f"{linear.meta['ptq4vit_op']}_folded", {"bias": folded}, like=linear)
-        linear.replace_input_with(bias, held)
+        (held,) = Writer(linear, scope=f"{planned_product(linear)}_folded").hold({"bias": folded})
+        linear.update_arg(2, held)
     for node in (*projection.divisions, *projection.factors):
         node.replace_all_uses_with(cast("Node", node.args[0]))
     return len(projection.divisions)

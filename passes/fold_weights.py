@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch.fx import GraphModule, Node
 
+from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta, get_attribute
-from ptq4vit_fx.passes.graph.holders import hold
+from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.marks import planned_products, scope_of
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import UniformQuantizer
 
@@ -17,10 +21,8 @@ from ptq4vit_fx.passes.insert_quantizers import UniformQuantizer
 def fold_weights(graph_module: GraphModule) -> int:
     """Fold get_attr -> UniformQuantizer into an int8 buffer and a dequantize_linear call; the float weights leave."""
     count = 0
-    for node in list(graph_module.graph.nodes):
-        if "ptq4vit_op" not in node.meta:
-            continue
-        quantized = node.args[1]
+    for node, _ in planned_products(graph_module.graph):
+        quantized = cast("Any", node.args[1])
         if quantized.op == "call_module" and quantized.args[0].op == "get_attr":
             _fold(graph_module, quantized)
             count += 1
@@ -35,18 +37,13 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
     weight = get_attribute(graph_module, str(source.target)).detach()
     codes = module.quantizer.codes(weight, module.params).to(torch.int8)
     axis = 0 if module.axis is None else module.axis % weight.ndim
-    site = quantized.meta["ptq4vit_site"]
     tensors = {
         "codes": codes,
         "scale": module.scale,
         "zero_point": torch.zeros_like(module.scale, dtype=torch.int8),
     }
-    with graph_module.graph.inserting_before(quantized):
-        attributes = hold(graph_module, site, tensors, like=quantized)
-        folded = graph_module.graph.call_function(DEQUANTIZE, (*attributes, axis))
-    adopt_meta(folded, quantized, site).meta["ptq4vit_site"] = site
-    quantized.replace_all_uses_with(folded)
-    graph_module.graph.erase_node(quantized)
+    write = Writer(quantized, scope=scope_of(quantized))
+    replace(quantized, write(DEQUANTIZE, *write.hold(tensors), axis))
     graph_module.delete_submodule(str(quantized.target))
     _drop(graph_module, source)
 
@@ -56,7 +53,5 @@ def _drop(graph_module: GraphModule, source: Node) -> None:
     target = str(source.target)
     if not source.users:
         graph_module.graph.erase_node(source)
-    if any(node.op == "get_attr" and node.target == target for node in graph_module.graph.nodes):
-        return
-    owner, _, leaf = target.rpartition(".")
-    delattr(graph_module.get_submodule(owner), leaf)
+    if not any(node.op == "get_attr" and node.target == target for node in graph_module.graph.nodes):
+        delattr(graph_module.get_submodule(owner_of(target)), leaf_of(target))

@@ -9,28 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from ptq4vit_fx.passes.graph.activations import BY_ATEN, IN_PLACE
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.product_forms import FORMS
 
 aten = torch.ops.aten
 
 #: Calls with the same arguments. What is missing here is no product, no activation, and stays an aten call.
 SAME_ARGUMENTS: dict[Any, Callable[..., Any]] = {
-    aten.linear.default: F.linear,
-    aten.conv2d.default: F.conv2d,
-    aten.conv2d.padding: F.conv2d,
-    aten.matmul.default: torch.matmul,
-    aten.bmm.default: torch.matmul,
-    aten.mm.default: torch.matmul,
+    **{spelling: form.function for form in FORMS for spelling in form.spellings if hasattr(spelling, "overloadpacket")},
+    **BY_ATEN,
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
-    aten.gelu.default: F.gelu,
-    aten.silu.default: F.silu,
-    aten.hardswish.default: F.hardswish,
-    aten.relu.default: F.relu,
-    aten.sigmoid.default: torch.sigmoid,
-    aten.hardsigmoid.default: F.hardsigmoid,
-    aten.relu6.default: F.relu6,
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
     aten.mul.Tensor: torch.mul,
@@ -38,14 +29,6 @@ SAME_ARGUMENTS: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: F.dropout,
     aten.feature_dropout.default: F.dropout2d,
     aten.alpha_dropout.default: F.alpha_dropout,
-}
-#: Calls that overwrite their argument.
-IN_PLACE: dict[Any, Callable[..., Any]] = {
-    aten.relu_.default: F.relu,
-    aten.silu_.default: F.silu,
-    aten.hardswish_.default: F.hardswish,
-    aten.hardsigmoid_.default: F.hardsigmoid,
-    aten.relu6_.default: F.relu6,
 }
 
 
@@ -55,14 +38,10 @@ def from_aten(graph_module: GraphModule) -> int:
     count = 0
     for node in list(graph_module.graph.nodes):
         call = _call(node) if node.op == "call_function" else None
-        if call is None:
-            continue
-        function, args, kwargs = call
-        with graph_module.graph.inserting_before(node):
-            replacement = adopt_meta(graph_module.graph.call_function(function, args, kwargs), node)
-        node.replace_all_uses_with(replacement)
-        graph_module.graph.erase_node(node)
-        count += 1
+        if call is not None:
+            function, args, kwargs = call
+            replace(node, Writer(node)(function, *args, **kwargs))
+            count += 1
     return count
 
 

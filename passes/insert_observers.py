@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from ptq4vit_fx.names import identifier
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.observer import ProductObserver
+from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.stages import Stage
 
 
@@ -14,16 +16,12 @@ from ptq4vit_fx.passes.graph.stages import Stage
 def insert_observers(graph_module: GraphModule) -> int:
     """Insert `out = observer(lhs, rhs, bias, out)` behind every product of the plan; values do not change."""
     count = 0
-    for node in list(graph_module.graph.nodes):
-        op_name = node.meta.get("ptq4vit_op")
-        if op_name is None:
-            continue
-        target = f"{op_name.replace('.', '_')}_observer"
-        graph_module.add_submodule(target, ProductObserver(op_name))
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        with graph_module.graph.inserting_after(node):
-            observer = graph_module.graph.call_module(target, (node.args[0], node.args[1], bias, node))
-        adopt_meta(observer, node)
-        node.replace_all_uses_with(observer, delete_user_cb=lambda user, own=observer: user is not own)
+    for node, name in planned_products(graph_module.graph):
+        target = f"{identifier(name)}_observer"
+        graph_module.add_submodule(target, ProductObserver(name))
+        lhs, rhs, bias = (*node.args[:3], None)[:3]
+        observer = Writer(node.next, like=node).module(target, lhs, rhs, bias, node)
+        for user in [user for user in node.users if user is not observer]:
+            user.replace_input_with(node, observer)
         count += 1
     return count

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from ptq4vit_fx.names import OPERANDS, Site, site
-from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta
+from ptq4vit_fx.names import OPERANDS, identifier, site
+from ptq4vit_fx.passes.graph.contract import calibration_of, graph_pass
+from ptq4vit_fx.passes.graph.marks import planned_products
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams
 
@@ -42,40 +43,25 @@ class TwinQuantizer(FakeQuantize):
 
 
 @graph_pass(before=Stage.OBSERVED, after=Stage.SIMULATED)
-def insert_quantizers(graph_module: GraphModule, quantizers: dict[Site, Quantizer], params: dict[Site, QParams]) -> int:
-    """Put a uniform or twin quantizer on every operand of every observed product, and take the observers away."""
+def insert_quantizers(graph_module: GraphModule) -> int:
+    """Put a uniform or twin quantizer on every operand of every observed product, and take the observers away.
+
+    The plan and the parameters are those of the calibration that is set on the graph.
+    """
+    calibration = calibration_of(graph_module)
+    assert calibration is not None
     count = 0
-    for node in list(graph_module.graph.nodes):
-        op_name = node.meta.get("ptq4vit_op")
-        if op_name is None:
-            continue
+    for node, name in planned_products(graph_module.graph):
         for index, operand in enumerate(OPERANDS):
-            key = site(op_name, operand)
-            quantized = _insert(graph_module, node, index, key, quantizers[key], params[key])
-            node.update_arg(index, quantized)
-            count += 1
-        observer = next(user for user in node.users if _is_observer_of(user, node))
-        observer.replace_all_uses_with(node)
-        graph_module.graph.erase_node(observer)
+            key = site(name, operand)
+            module = make_quantizer(calibration.plan.quantizers[key], calibration.params[key])
+            graph_module.add_submodule(identifier(key), module)
+            node.update_arg(index, Writer(node, scope=key).module(identifier(key), node.args[index]))
+        (observer,) = node.users
+        replace(observer, node)
         graph_module.delete_submodule(str(observer.target))
+        count += 1
     return count
-
-
-def _is_observer_of(user: Node, node: Node) -> bool:
-    return user.op == "call_module" and user.args[-1] is node
-
-
-def _insert(
-    graph_module: GraphModule, node: Node, index: int, key: Site, quantizer: Quantizer, params: QParams
-) -> Node:
-    module = make_quantizer(quantizer, params)
-    target = key.replace(".", "_").replace(":", "_")
-    graph_module.add_submodule(target, module)
-    with graph_module.graph.inserting_before(node):
-        quantized = graph_module.graph.call_module(target, (node.args[index],))
-    quantized.meta["ptq4vit_site"] = key
-    quantized.meta["tensor_meta"] = node.args[index].meta["tensor_meta"]  # type: ignore[union-attr]
-    return adopt_meta(quantized, node)
 
 
 def make_quantizer(quantizer: Quantizer, params: QParams) -> FakeQuantize:

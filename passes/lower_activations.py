@@ -1,14 +1,14 @@
 """Lower quantizers of activations to QuantizeLinear / DequantizeLinear on uint8, twins to two branches.
 
-A product of a twin is the sum of two integer products (DESIGN: x = fine part + coarse part, so
-x @ w = fine @ w + coarse @ w). Scales per head leave the product: the operand is divided by them in front, and
+A product of a twin is the sum of two integer products: x = fine part + coarse part, so
+x @ w = fine @ w + coarse @ w. Scales per head leave the product: the operand is divided by them in front, and
 the float result is multiplied behind, because integer kernels hold one activation scale.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ptq4vit_fx.names import Range, Site, branch, head
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta
-from ptq4vit_fx.passes.graph.holders import hold
+from ptq4vit_fx.passes.graph.marks import mark_product, planned_product, planned_products, scope_of
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.passes.graph.rewriter import Writer, rename, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
 
 UINT8_MAX = 255
-#: What the module with a site's scales per head has behind the site's name.
-HEAD = "_head"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Branch:
     saturates where that is needed; where it cannot, the value is clamped in front.
     """
 
-    name: str
+    range: Range | None
     scale: Tensor
     quant_min: int
     quant_max: int
@@ -58,91 +57,77 @@ class Branch:
         return (None if low is None else low * scale, None if high is None else high * scale)
 
 
-@graph_pass(before=Stage.SIMULATED, after=Stage.CONVERTED)
+@graph_pass(before=Stage.SIMULATED, after=Stage.LOWERED)
 def lower_activations(graph_module: GraphModule) -> int:
     """Lower every activation quantizer in front of a planned product."""
-    count = 0
-    for node in list(graph_module.graph.nodes):
-        if "ptq4vit_op" in node.meta:
-            count += _lower_product(graph_module, node)
-    return count
+    return sum(_lower_product(graph_module, node) for node, _ in planned_products(graph_module.graph))
 
 
 def _lower_product(graph_module: GraphModule, node: Node) -> int:
     """Rewrite one product; return how many operands were lowered."""
-    lowered = 0
+    write = Writer(node)
     branches: list[list[Node]] = []
     head_scales: list[Tensor] = []
-    for operand in node.args[:2]:
-        assert isinstance(operand, Node)
-        if operand.op != "call_module":  # a folded weight
+    operands = cast("tuple[Node, Node]", node.args[:2])
+    for operand in operands:
+        module = graph_module.get_submodule(str(operand.target)) if operand.op == "call_module" else None
+        if isinstance(module, TwinQuantizer):
+            branches.append(_twin(write, operand, module))
+        elif isinstance(module, UniformQuantizer):
+            branches.append([_uniform(write, operand, module, head_scales)])
+        else:  # a folded weight
             branches.append([operand])
-            continue
-        module = graph_module.get_submodule(str(operand.target))
-        with graph_module.graph.inserting_before(node):
-            if isinstance(module, TwinQuantizer):
-                branches.append(_twin(graph_module, operand, module))
-            else:
-                assert isinstance(module, UniformQuantizer)
-                branches.append([_uniform(graph_module, operand, module, head_scales)])
-        lowered += 1
-    _write_sum(graph_module, node, [(lhs, rhs) for lhs in branches[0] for rhs in branches[1]], head_scales)
-    return lowered
+    _write_sum(write, [(lhs, rhs) for lhs in branches[0] for rhs in branches[1]], head_scales)
+    return sum(operand.op == "call_module" for operand in operands)
 
 
-def _uniform(graph_module: GraphModule, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]) -> Node:
+def _uniform(write: Writer, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]) -> Node:
     """Return the dequantized operand; scales per head are divided out in front and appended to `head_scales`.
 
     But for one power of two, which stays the quantizer's scale: OpenVINO takes an operand of scale 1 for a float one.
     """
-    x, scale, quantizer = quantized.args[0], module.scale, module.quantizer
-    assert isinstance(x, Node)
+    x, scale, quantizer, site = quantized.args[0], module.scale, module.quantizer, scope_of(quantized)
     if module.axis is not None:
         unit = torch.exp2(torch.log2(scale).mean().round())
         per_head = module.params.broadcast(3) / unit  # (heads, 1, 1)
-        site = quantized.meta["ptq4vit_site"]
-        (divisor,) = hold(graph_module, f"{site}{HEAD}", {"scale": per_head}, like=quantized)
-        x = _call(graph_module, quantized, torch.div, x, divisor)
+        (divisor,) = write.within(head(site)).hold({"scale": per_head})
+        x = write(torch.div, x, divisor)
         head_scales.append(per_head)
         scale = unit
     below = int(quantizer.zero_point(scale))
-    return _pair(graph_module, quantized, x, Branch("", scale, -below, quantizer.top - below))
+    return _pair(write, site, x, Branch(None, scale, -below, quantizer.top - below))
 
 
-def _write_sum(
-    graph_module: GraphModule, node: Node, pairs: list[tuple[Node, Node]], head_scales: list[Tensor]
-) -> None:
+def _write_sum(write: Writer, pairs: list[tuple[Node, Node]], head_scales: list[Tensor]) -> None:
     """Replace product(lhs, rhs) by the sum over the pairs of branches; the last term carries the bias."""
-    graph = graph_module.graph
-    with graph.inserting_before(node):
-        terms: list[Node] = []
-        for lhs, rhs in pairs:
-            term = graph.node_copy(node)
-            term.args = (lhs, rhs, *node.args[2:])
-            if len(node.args) > 2 and len(terms) < len(pairs) - 1:
-                term.update_arg(2, None)
-            term.meta = dict(node.meta)
-            terms.append(term)
-        result = terms[0]
-        for term in terms[1:]:
-            result = _call(graph_module, node, torch.add, result, term)
-        if head_scales:
-            path = f"{node.meta['ptq4vit_op']}.output_head"
-            (scale,) = hold(graph_module, path, {"scale": torch.stack(head_scales).prod(0)}, like=node)
-            result = _call(graph_module, node, torch.mul, result, scale)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+    node = write.place
+    name = planned_product(node)
+    assert name is not None
+    terms: list[Node] = []
+    for number, (lhs, rhs) in enumerate(pairs, 1):
+        rest = list(node.args[2:])
+        if rest and number < len(pairs):
+            rest[0] = None
+        terms.append(write(cast("Any", node.target), lhs, rhs, *rest))
+        mark_product(terms[-1], name)
+        rename(terms[-1], node.name)
+    result = terms[0]
+    for term in terms[1:]:
+        result = write(torch.add, result, term)
+    if head_scales:
+        (scale,) = write.within(head(f"{name}.output")).hold({"scale": torch.stack(head_scales).prod(0)})
+        result = write(torch.mul, result, scale)
+    replace(node, result)
 
 
-def _twin(graph_module: GraphModule, quantized: Node, module: TwinQuantizer) -> list[Node]:
+def _twin(write: Writer, quantized: Node, module: TwinQuantizer) -> list[Node]:
     """Return the dequantized fine and coarse part of a twin-quantized operand."""
-    x = quantized.args[0]
-    assert isinstance(x, Node)
+    x, site = quantized.args[0], scope_of(quantized)
     twin, params = module.quantizer, module.params
     top = twin.levels - 1
 
-    def pair(value: Node, branch: Branch) -> Node:
-        return _pair(graph_module, quantized, value, branch)
+    def pair(value: Any, part: Branch) -> Node:
+        return _pair(write, site, value, part)
 
     if twin.form == "gelu":
         # Saturation alone splits the signs: zero point 255 drops the positives, zero point 0 the negatives.
@@ -153,34 +138,25 @@ def _twin(graph_module: GraphModule, quantized: Node, module: TwinQuantizer) -> 
         # x = min(x, t) + max(x - t, 0): the fine part saturates at t by itself, the other one at zero. A wide twin is
         # just that. The paper's is where t is a multiple of the coarse step, but for two codes, both to the better:
         # the one just below t becomes t, and the one just below 1 becomes 1.
-        rest = _call(graph_module, quantized, torch.sub, x, threshold)
+        rest = write(torch.sub, x, threshold)
         fine = Branch("fine", params.fine_scale, 0, twin.steps, below=False)
         coarse = Branch("coarse", params.coarse_scale, 0, twin.steps, above=False)
         return [pair(x, fine), pair(rest, coarse)]
     # t is at most half a coarse step: the coarse part of what lies below t is zero by itself. The fine part of the
     # others has to be made zero, as in the paper; x - high is exact, because high is x or 0.
     below = float(np.nextafter(np.float32(threshold), np.float32(0)))
-    high = _call(graph_module, quantized, F.threshold, x, below, 0.0)
-    low = _call(graph_module, quantized, torch.sub, x, high)
+    high = write(F.threshold, x, below, 0.0)
+    low = write(torch.sub, x, high)
     fine = Branch("fine", params.fine_scale, 0, top, below=False)
     return [pair(low, fine), pair(x, Branch("coarse", params.coarse_scale, 0, top, below=False))]
 
 
-def _pair(graph_module: GraphModule, quantized: Node, x: Node, branch: Branch) -> Node:
+def _pair(write: Writer, site: Site, x: Any, part: Branch) -> Node:
     """Insert [clamp,] quantize_linear, dequantize_linear; return the last."""
-    low, high = branch.clamp_bounds()
+    low, high = part.clamp_bounds()
     if low is not None or high is not None:
-        x = _call(graph_module, quantized, torch.clamp, x, low, high)
-    site = quantized.meta["ptq4vit_site"]
-    zero_point = torch.full_like(branch.scale, branch.zero_point, dtype=torch.uint8)
-    path = f"{site}_{branch.name}" if branch.name else site
-    scale, zero = hold(graph_module, path, {"scale": branch.scale, "zero_point": zero_point}, like=quantized)
-    codes = _call(graph_module, quantized, QUANTIZE, x, scale, zero, 0)
-    result = _call(graph_module, quantized, DEQUANTIZE, codes, scale, zero, 0)
-    for made in (codes, result):
-        adopt_meta(made, quantized, path).meta["ptq4vit_site"] = site
-    return result
-
-
-def _call(graph_module: GraphModule, like: Node, function: Any, *args: Any) -> Node:
-    return adopt_meta(graph_module.graph.call_function(function, args), like)
+        x = write(torch.clamp, x, low, high)
+    own = write.within(branch(site, part.range))
+    zero_point = torch.full_like(part.scale, part.zero_point, dtype=torch.uint8)
+    scale, zero = own.hold({"scale": part.scale, "zero_point": zero_point})
+    return own(DEQUANTIZE, own(QUANTIZE, x, scale, zero, 0), scale, zero, 0)

@@ -8,38 +8,47 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta, get_attribute
+from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
-from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
+from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.passes.graph.stages import FLOAT_PRODUCTS, Stage
+from ptq4vit_fx.plan import FloatOp
 
 
-@graph_pass(before=Stage.CONVERTED, after=Stage.CONVERTED)
+@graph_pass(before=Stage.LOWERED, after=Stage.CONVERTED)
 def lower_products(graph_module: GraphModule) -> int:
     """Replace matmul(dequantize(a), dequantize(b)) by integer_matmul(a, b).
 
     A float product of dequantized operands rounds every partial sum, an integer kernel none: one quantizer later the
-    two differ in whole codes. Convolutions that overlap stay float products: no runtime has an integer one for them.
+    two differ in whole codes. Products that no runtime multiplies as integers stay, and are listed with the reason.
     """
-    count = 0
-    for node in list(graph_module.graph.nodes):
-        if node.target is torch.matmul and "ptq4vit_op" in node.meta and _is_integer(graph_module, node):
-            lhs, rhs = (operand.args[:3] for operand in cast("tuple[Node, Node]", node.args))
-            with graph_module.graph.inserting_before(node):
-                product = graph_module.graph.call_function(INTEGER_MATMUL, (*lhs, *rhs))
-            adopt_meta(product, node).meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
-            node.replace_all_uses_with(product)
-            graph_module.graph.erase_node(node)
-            product._rename(str(product.meta["ptq4vit_op"]).replace(".", "_"))
-            count += 1
+    count, stays = 0, {}
+    for node, name in planned_products(graph_module.graph):
+        if reason := _float_reason(node):
+            stays[name] = FloatOp(name, reason)
+            continue
+        lhs, rhs = (operand.args[:3] for operand in cast("tuple[Node, Node]", node.args))
+        product = Writer(node)(INTEGER_MATMUL, *lhs, *rhs)
+        replace(node, product, product=product)
+        count += 1
+    graph_module.meta[FLOAT_PRODUCTS] = tuple(stays.values())
     return count
 
 
-def _is_integer(graph_module: GraphModule, node: Node) -> bool:
-    """Return whether both operands are codes, the lhs with one scale, the rhs with one or one per column."""
+def _float_reason(node: Node) -> str | None:
+    """Return why a product cannot be one of integers, None if it can.
+
+    Both operands must be codes, the lhs with one scale, the rhs with one or, as a matrix, with one per column.
+    """
+    if node.target is not torch.matmul:
+        return "its windows overlap, and no runtime has an integer convolution with float output"
     lhs, rhs = cast("tuple[Node, Node]", node.args)
     if lhs.target is not DEQUANTIZE or rhs.target is not DEQUANTIZE:
-        return False
-    dimensions = [get_attribute(graph_module, str(cast("Node", dq.args[1]).target)).ndim for dq in (lhs, rhs)]
-    codes, axis = cast("Node", rhs.args[0]), rhs.args[3]
-    is_matrix = codes.op == "get_attr" and get_attribute(graph_module, str(codes.target)).ndim == 2
-    return dimensions == [0, 0] or (dimensions == [0, 1] and is_matrix and bool(axis == 1))
+        return "its weight is computed and transposed behind its quantizer"
+    scales = [len(shape_of(cast("Node", operand.args[1]))) for operand in (lhs, rhs)]
+    codes = cast("Node", rhs.args[0])
+    per_column = scales[1] == 1 and codes.op == "get_attr" and len(shape_of(codes)) == 2 and rhs.args[3] == 1
+    if scales[0] or (scales[1] and not per_column):
+        return "an operand has scales along an axis that is summed over"
+    return None

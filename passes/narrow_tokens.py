@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.decompose_attention import add_mask
+from ptq4vit_fx.passes.graph import activations
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta, call_name, permutation, shape_of
+from ptq4vit_fx.passes.graph.dataflow import call_name, permutation
+from ptq4vit_fx.passes.graph.rewriter import Writer
+from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
 
 #: Calls that compute every element of their result from the elements at the same place.
 ELEMENTWISE = frozenset(
     {
-        *("add", "sub", "mul", "div", "truediv", "neg", "sigmoid", "tanh", "exp", "contiguous", "clone"),
-        *("gelu", "silu", "relu", "relu6", "hardswish", "hardsigmoid", add_mask.__name__),
+        *("add", "sub", "mul", "div", "truediv", "neg", "tanh", "exp", "contiguous", "clone", add_mask.__name__),
+        *activations.ELEMENTWISE,
     }
 )
 #: Reshapes that are given every size, and those that are not.
@@ -60,10 +63,10 @@ def narrow_tokens(graph_module: GraphModule) -> int:
             start = has.start if has is not None else 0
             inside = Span(span.dim, span.start - start, span.stop - start)
             if node not in spans and has is not None:
-                node.replace_all_uses_with(_select(graph_module, operand, inside, like=node))
+                node.replace_all_uses_with(_select(operand, inside, like=node))
             elif node in spans and has != span:
                 if (operand, span) not in cut:
-                    cut[operand, span] = _select(graph_module, operand, inside)
+                    cut[operand, span] = _select(operand, inside)
                 node.replace_input_with(operand, cut[operand, span])
         if node in spans:
             _narrow(node, spans[node])
@@ -99,8 +102,8 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
 
     None if the node needs all of its operands for any part of its result, or if what it does is not known.
     """
-    operands = [value for value in node.args if _has_shape(value)]
-    if not operands or not _has_shape(node):
+    operands = [value for value in node.args if is_tensor(value)]
+    if not operands or not is_tensor(node):
         return None
     name, shape, first = call_name(node), shape_of(node), operands[0]
     if node.op == "call_module":
@@ -155,21 +158,14 @@ def _narrow(node: Node, span: Span) -> None:
     if call_name(node) in SIZED:
         sizes = _sizes(node)
         node.args = (node.args[0], (*sizes[: span.dim], span.length, *sizes[span.dim + 1 :]))
-    _set_shape(node, (*shape_of(node)[: span.dim], span.length, *shape_of(node)[span.dim + 1 :]))
 
 
-def _select(graph_module: GraphModule, operand: Node, span: Span, like: Node | None = None) -> Node:
+def _select(operand: Node, span: Span, like: Node | None = None) -> Node:
     """Insert the selection of a part behind its operand, or in place of the selection `like`."""
-    shape = shape_of(operand)
-    single = like is not None and len(shape_of(like)) < len(shape)
+    single = like is not None and len(shape_of(like)) < len(shape_of(operand))
     entry = span.start if single else slice(span.start, span.stop)
-    at = graph_module.graph.inserting_after(operand) if like is None else graph_module.graph.inserting_before(like)
-    with at:
-        index = (*(slice(None) for _ in range(span.dim)), entry)
-        node = graph_module.graph.call_function(operator.getitem, (operand, index))
-    node.meta["tensor_meta"] = operand.meta["tensor_meta"]
-    _set_shape(node, (*shape[: span.dim], *(() if single else (span.length,)), *shape[span.dim + 1 :]))
-    return adopt_meta(node, like or operand)
+    write = Writer(operand.next, like=operand) if like is None else Writer(like)
+    return write(operator.getitem, operand, (*(slice(None) for _ in range(span.dim)), entry))
 
 
 def _selection(node: Node) -> Span | None:
@@ -177,7 +173,7 @@ def _selection(node: Node) -> Span | None:
 
     Nothing is known of the size and of the end of the first dimension, the batch.
     """
-    if len(node.args) < 2 or not _has_shape(node.args[0]) or not _has_shape(node):
+    if len(node.args) < 2 or not is_tensor(node.args[0]) or not is_tensor(node):
         return None
     index: Any
     name, shape, dim, index = call_name(node), shape_of(node.all_input_nodes[0]), node.args[1], None
@@ -200,11 +196,3 @@ def _selection(node: Node) -> Span | None:
         return Span(dim, index, index + 1)
     start, stop, step = index.indices(shape[dim])
     return Span(dim, start, stop) if step == 1 and start < stop else None
-
-
-def _set_shape(node: Node, shape: tuple[int, ...]) -> None:
-    node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=shape)
-
-
-def _has_shape(node: Any) -> TypeGuard[Node]:
-    return isinstance(node, Node) and hasattr(node.meta.get("tensor_meta"), "shape")

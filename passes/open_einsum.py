@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta, shape_of
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
+from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
 
 
@@ -53,13 +54,9 @@ def open_einsum(graph_module: GraphModule) -> int:
     count = 0
     for node in list(graph_module.graph.nodes):
         contraction = _contraction(node) if node.target is torch.einsum and len(node.args) == 3 else None
-        if contraction is None:
-            continue
-        with graph_module.graph.inserting_before(node):
-            result = _open(graph_module, node, contraction)
-        node.replace_all_uses_with(result)
-        graph_module.graph.erase_node(node)
-        count += 1
+        if contraction is not None:
+            replace(node, _open(node, contraction))
+            count += 1
     return count
 
 
@@ -81,11 +78,9 @@ def _contraction(node: Node) -> Contraction | None:
     return contraction if same and contraction.is_matrix_product() else None
 
 
-def _open(graph_module: GraphModule, node: Node, c: Contraction) -> Node:
+def _open(node: Node, c: Contraction) -> Node:
     a, b = node.all_input_nodes if len(node.all_input_nodes) == 2 else node.all_input_nodes * 2
-
-    def call(function: Any, x: Any, *args: Any) -> Node:
-        return adopt_meta(graph_module.graph.call_function(function, (x, *args)), node)
+    call = Writer(node)
 
     def permuted(x: Any, have: str, want: str) -> Any:
         return x if have == want else call(torch.permute, x, tuple(have.index(label) for label in want))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.rewriter import replace
 from ptq4vit_fx.passes.graph.stages import Stage
 
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, DropPath)
@@ -23,8 +24,7 @@ def remove_identities(graph_module: GraphModule) -> int:
     modules = dict(graph_module.named_modules())
     found = [node for node in graph_module.graph.nodes if _is_identity(node, modules)]
     for node in found:
-        node.replace_all_uses_with(node.args[0])
-        graph_module.graph.erase_node(node)
+        replace(node, node.args[0])
     return len(found)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.from_aten import SAME_ARGUMENTS
+from ptq4vit_fx.passes.graph.activations import SPELLINGS
 from ptq4vit_fx.passes.graph.contract import graph_pass
 from ptq4vit_fx.passes.graph.dataflow import moves_only, origin, overwrites
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -39,20 +40,22 @@ def _changed_argument(node: Node) -> Node | None:
     first = node.args[0] if node.args else None
     if not isinstance(first, Node) or not overwrites(node):
         return None
-    has_pure_form = (
-        hasattr(torch.Tensor, str(node.target)[:-1])
-        if node.op == "call_method"
-        else "inplace" in node.kwargs or _pure_overload(node.target) is not None
-    )
-    return first if has_pure_form else None
+    return first if "inplace" in node.kwargs or _pure(node) is not None else None
 
 
-def _pure_overload(target: Any) -> Any:
-    if not isinstance(target, torch._ops.OpOverload):
+def _pure(node: Node) -> Any:
+    """Return the function, method or operator that computes what this one writes into its argument, None if none."""
+    target: Any = node.target
+    if node.op == "call_module":
         return None
-    packet, overload = str(target).removeprefix("aten.").split(".")
-    pure = getattr(torch.ops.aten, packet.removesuffix("_"), None) if packet not in ("copy_", "index_put_") else None
-    return getattr(pure, overload, None)
+    if isinstance(target, torch._ops.OpOverload):
+        packet, overload = str(target).removeprefix("aten.").split(".")
+        known = packet not in ("copy_", "index_put_")
+        pure = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None) if known else None
+        return SAME_ARGUMENTS.get(pure, pure)
+    name = str(target if isinstance(target, str) else getattr(target, "__name__", "")).removesuffix("_")
+    pure = name if isinstance(target, str) and hasattr(torch.Tensor, name) else getattr(torch, name, None)
+    return SPELLINGS.get(pure, pure)
 
 
 def _has_other_views(node: Node, changed: Node, order: dict[Node, int]) -> bool:
@@ -67,10 +70,9 @@ def _has_other_views(node: Node, changed: Node, order: dict[Node, int]) -> bool:
 
 
 def _make_pure(node: Node) -> None:
-    if node.op == "call_method":
-        node.target = str(node.target)[:-1]
-    elif "inplace" in node.kwargs:
+    if "inplace" in node.kwargs:
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    else:
-        pure = _pure_overload(node.target)
-        node.target = SAME_ARGUMENTS.get(pure, pure)
+        return
+    pure = _pure(node)
+    node.op = "call_method" if isinstance(pure, str) else "call_function"
+    node.target = pure

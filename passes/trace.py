@@ -15,7 +15,7 @@ import timm.models
 from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import PTQError, failure, near_names
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -137,3 +137,21 @@ def _source_line(error: BaseException) -> str:
         return "source line unknown"
     filename, line = frames[-1]
     return f"{filename}:{line}: {linecache.getline(filename, line).strip()}"
+
+
+def module_paths(model: nn.Module, leaf_modules: Sequence[str | type[nn.Module]]) -> tuple[str, ...]:
+    """Return the paths of the modules that a type or a path names. Raises PTQError (near names) if it names none."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    paths: list[str] = []
+    for leaf in leaf_modules:
+        if isinstance(leaf, str):
+            found, known = [leaf] if leaf in modules else [], list(modules)
+        else:
+            found = [name for name, module in modules.items() if isinstance(module, leaf)]
+            known = sorted({type(module).__name__ for module in modules.values()})
+        if not found:
+            name = leaf if isinstance(leaf, str) else leaf.__name__
+            do = f"near names: {near_names(name, known)}"
+            raise failure("prepare_fx", "leaf_modules", expected="a module of the model", got=repr(name), do=do)
+        paths += found
+    return tuple(dict.fromkeys(paths))

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.shapes import without_fast_attention
 
@@ -40,8 +41,7 @@ def _hold_constants(root: nn.Module, program: torch.export.ExportedProgram) -> N
         if spec.kind is not InputKind.CONSTANT_TENSOR:
             continue
         value = program.constants[str(spec.target)]
-        path, _, leaf = str(spec.target).rpartition(".")
-        owner = root.get_submodule(path)
+        owner, leaf = root.get_submodule(owner_of(str(spec.target))), leaf_of(str(spec.target))
         if not isinstance(getattr(owner, leaf, None), Tensor):
             owner.register_buffer(leaf, value, persistent=False)
 

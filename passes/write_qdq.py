@@ -6,8 +6,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import adopt_meta
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
+from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 
 
@@ -17,22 +17,15 @@ def write_qdq(graph_module: GraphModule) -> int:
 
     Codes that several products read are dequantized once.
     """
-    graph = graph_module.graph
     dequantized: dict[Node, Node] = {}
-    products = [node for node in graph.nodes if node.target is INTEGER_MATMUL]
+    products = [node for node in graph_module.graph.nodes if node.target is INTEGER_MATMUL]
     for node in products:
         operands = []
         for codes, scale, zero_point in (node.args[:3], node.args[3:]):
             if codes not in dequantized:
                 # Behind the parameters, which all stand in front of this product, and in front of every other reader.
-                with graph.inserting_before(node):
-                    made = graph.call_function(DEQUANTIZE, (codes, scale, zero_point, 1))
-                dequantized[codes] = adopt_meta(made, codes)
+                dequantized[codes] = Writer(node, like=codes)(DEQUANTIZE, codes, scale, zero_point, 1)
             operands.append(dequantized[codes])
-        with graph.inserting_before(node):
-            product = adopt_meta(graph.call_function(torch.matmul, tuple(operands)), node)
-        product.meta["ptq4vit_op"] = node.meta["ptq4vit_op"]
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
-        product._rename(str(product.meta["ptq4vit_op"]).replace(".", "_"))
+        product = Writer(node)(torch.matmul, *operands)
+        replace(node, product, product=product)
     return len(products)

@@ -1,4 +1,4 @@
-"""The pipeline on one page, a pass a line."""
+"""The API on one page: what a user calls, and what each call is made of. The passes are in `pipeline.py`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,11 @@ from ptq4vit_fx.calibrating.calibrator import CalibrationOptions, run_calibratio
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.exclusions import module_paths, skipping
-from ptq4vit_fx.passes.annotate import annotate
-from ptq4vit_fx.passes.canonicalize import canonicalize
-from ptq4vit_fx.passes.decompose_attention import decompose_attention
-from ptq4vit_fx.passes.fold_constants import fold_constants
-from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
-from ptq4vit_fx.passes.fold_weights import fold_weights
-from ptq4vit_fx.passes.from_aten import from_aten
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, stage_of
-from ptq4vit_fx.passes.graph.shapes import record_shapes
+from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.insert_observers import insert_observers
-from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
-from ptq4vit_fx.passes.lower_activations import lower_activations
-from ptq4vit_fx.passes.lower_linears import lower_linears
-from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
-from ptq4vit_fx.passes.lower_products import lower_products
-from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
-from ptq4vit_fx.passes.open_einsum import open_einsum
-from ptq4vit_fx.passes.remove_identities import remove_identities
-from ptq4vit_fx.passes.replace_in_place import replace_in_place
-from ptq4vit_fx.passes.trace import trace
+from ptq4vit_fx.passes.trace import module_paths, trace
+from ptq4vit_fx.pipeline import CONVERSION, preparation
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.recipes import ptq4vit
 
@@ -62,24 +45,16 @@ def prepare_fx(
     inputs = example_tensors(example_inputs)
     _check_weights(model)
     closed = module_paths(model, leaf_modules)
-    return prepare_traced(trace(model, inputs, closed), skipping(qconfig_mapping, skip), inputs, closed)
+    return prepare_traced(trace(model, inputs, closed), qconfig_mapping.skipping(skip), inputs, closed)
 
 
 def prepare_traced(
     graph_module: GraphModule, qconfig_mapping: QConfigMapping, inputs: Inputs, closed: Sequence[str] = ()
 ) -> GraphModule:
     """Do what `prepare_fx` does behind the tracer, in place; closed: paths of modules whose products stay float."""
-    from_aten(graph_module)
-    remove_identities(graph_module)
-    record_shapes(graph_module, inputs)
-    open_einsum(graph_module)
-    decompose_attention(graph_module)
-    canonicalize(graph_module)
-    replace_in_place(graph_module)
-    fold_constants(graph_module)
-    record_shapes(graph_module, inputs)
-    annotate(graph_module, qconfig_mapping, closed)
-    insert_observers(graph_module)
+    if not has_shapes(graph_module):
+        record_shapes(graph_module, inputs)
+    preparation(qconfig_mapping, closed).run(graph_module)
     return attach(graph_module, calibration=None)
 
 
@@ -162,16 +137,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
             got="a model that was not calibrated",
             do="call calibrate(prepared, images) or load_calibration(prepared, calibration) first",
         )
-    graph_module = copy.deepcopy(prepared)
-    insert_quantizers(graph_module, calibration.plan.quantizers, calibration.params)
-    narrow_tokens(graph_module)
-    lower_patch_convolution(graph_module)
-    fold_weights(graph_module)
-    lower_activations(graph_module)
-    fold_head_scales(graph_module)
-    lower_linears(graph_module)
-    lower_products(graph_module)
-    return graph_module
+    return CONVERSION.run(copy.deepcopy(prepared))
 
 
 def quantize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ptq4vit_fx.activations import SourceActivation
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
+from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_from_dict, quantizer_to_dict
-
-ProductKind = Literal["linear", "conv2d", "matmul"]
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.metrics import get_metric
+from ptq4vit_fx.names import is_inside
+from ptq4vit_fx.product_forms import FORMS
 from ptq4vit_fx.quantizers import Quantizer, Uniform
 
 #: Object types that users may name, and the kind of product that each stands for.
 OBJECT_KINDS: dict[Any, str] = {
-    nn.Linear: "linear",
-    F.linear: "linear",
-    nn.Conv2d: "conv2d",
-    F.conv2d: "conv2d",
-    torch.matmul: "matmul",
-    torch.bmm: "matmul",
+    name: form.kind for form in FORMS for name in (form.module, form.function, *form.spellings) if callable(name)
 }
 
 
@@ -143,7 +138,7 @@ class QConfigMapping:
 
     def resolve(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
         """Return the QConfig of a product and the rule that gave it (None if no rule matches)."""
-        owners = [owner for owner in self.module_names if name == owner or name.startswith(f"{owner}.")]
+        owners = [owner for owner in self.module_names if is_inside(name, owner)]
         if owners:
             owner = max(owners, key=len)
             return self.module_names[owner], f"module name {owner!r}"
@@ -162,7 +157,7 @@ class QConfigMapping:
         missing = [
             ("set_module_name", owner)
             for owner in self.module_names
-            if not any(name == owner or name.startswith(f"{owner}.") for name in names)
+            if not any(is_inside(name, owner) for name in names)
         ]
         missing += [
             ("set_module_name_regex", pattern)
@@ -176,15 +171,21 @@ class QConfigMapping:
         ]
         return missing
 
+    def skipping(self, names: Sequence[str]) -> QConfigMapping:
+        """Return a copy that leaves these modules or products float; a name without a match is its error."""
+        mapping = copy.copy(self)
+        mapping.module_names = dict(self.module_names) | dict.fromkeys(names)
+        return mapping
+
     def with_search(self, **changes: Any) -> QConfigMapping:
         """Return a copy in which every QConfig's search settings have the given fields replaced."""
 
         def changed(qconfig: QConfig | None) -> QConfig | None:
             return qconfig and replace(qconfig, search=replace(qconfig.search, **changes))
 
-        copy = QConfigMapping(self.recipe)
-        copy.global_qconfig = changed(self.global_qconfig)
-        copy.object_types = {key: changed(value) for key, value in self.object_types.items()}
-        copy.module_name_regexes = {key: changed(value) for key, value in self.module_name_regexes.items()}
-        copy.module_names = {key: changed(value) for key, value in self.module_names.items()}
-        return copy
+        mapping = QConfigMapping(self.recipe)
+        mapping.global_qconfig = changed(self.global_qconfig)
+        mapping.object_types = {key: changed(value) for key, value in self.object_types.items()}
+        mapping.module_name_regexes = {key: changed(value) for key, value in self.module_name_regexes.items()}
+        mapping.module_names = {key: changed(value) for key, value in self.module_names.items()}
+        return mapping

@@ -17,8 +17,9 @@ from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product
 from ptq4vit_fx.names import OPERANDS, Site, site
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of
-from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
-from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
+from ptq4vit_fx.passes.graph.marks import planned_products
+from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
@@ -112,7 +113,7 @@ def choose_twins(
     result = attach(copy.deepcopy(prepared), plan=reduced)
     searched = calibrate(result, data, **calibrate_kwargs)
     total = sum(after for _, after in calibration.distances.values())
-    images = next(n for n in prepared.graph.nodes if n.op == "placeholder").meta["tensor_meta"].shape[0]
+    images = shape_of(next(n for n in prepared.graph.nodes if n.op == "placeholder"))[0]
     timed = {key: timing(key) for key in dict.fromkeys(shapes[op.name] for op in ops)}
     choices = [
         TwinChoice(
@@ -172,15 +173,12 @@ def _of(ops: Iterable[QuantOp], values: dict[Site, Any]) -> dict[Site, Any]:
 
 def _product_shapes(prepared: GraphModule) -> dict[str, ProductShapes]:
     """Return op name -> shapes of its operands at the example input, as the converted model will have them."""
-    calibration = calibration_of(prepared)
-    assert calibration is not None
-    simulated = insert_quantizers(copy.deepcopy(prepared), calibration.plan.quantizers, calibration.params)
+    simulated = CONVERSION.until("narrow_tokens").run(copy.deepcopy(prepared))
     found = {}
-    for node in narrow_tokens(simulated).graph.nodes:
-        if "ptq4vit_op" in node.meta:
-            op = plan_of(prepared).op(node.meta["ptq4vit_op"])
-            lhs, rhs = (tuple(cast("Node", operand).meta["tensor_meta"].shape) for operand in node.args[:2])
-            found[op.name] = ProductShapes(op.kind, lhs, rhs, op.rhs_is_weight)
+    for node, name in planned_products(simulated.graph):
+        op = plan_of(prepared).op(name)
+        lhs, rhs = (shape_of(cast("Node", operand)) for operand in node.args[:2])
+        found[name] = ProductShapes(op.kind, lhs, rhs, op.rhs_is_weight)
     return found
 
 

@@ -88,10 +88,12 @@ def file_values(converted: Any, images: torch.Tensor, target: str, arguments: di
     return digest.hexdigest()[:16]
 
 
-def record(fixtures: Path, out: Path) -> None:
-    """Write the fingerprints and hashes of this version."""
+def record(fixtures: Path, out: Path, only: list[str]) -> None:
+    """Write the fingerprints and hashes of this version, of all models or of some."""
     found: dict[str, str] = {}
     for name, model, calibration, images in models(fixtures):
+        if only and name not in only:
+            continue
         for recipe in CHOICES.get(name, tuple(RECIPES)):
             prepared = ptq.prepare_fx(model, RECIPES[recipe](), calibration[:1])
             found[f"{name}, {recipe}"] = ptq.calibrate(prepared, calibration, progress=False).fingerprint()
@@ -109,12 +111,13 @@ def record(fixtures: Path, out: Path) -> None:
 def compare(before: Path, after: Path) -> int:
     """Print what differs; return the exit code."""
     old, new = (json.loads(path.read_text()) for path in (before, after))
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    differing = [key for key in new if old.get(key) != new[key]]
     for key in differing:
-        print(f"{key}: {old.get(key)} before, {new.get(key)} after")
-    files = sum(not value.startswith("refused") for key, value in old.items())
-    print(f"{len(old)} values before ({files} of them no refusal), {len(new)} after: {len(differing)} differ")
-    return 1 if differing or not old else 0
+        print(f"{key}: {old.get(key)} before, {new[key]} after")
+    refused = sum(value.startswith("refused") for value in new.values())
+    left_out = f", {len(old.keys() - new.keys())} of before were left out"
+    print(f"{len(new)} values compared, {refused} of them refusals{left_out}: {len(differing)} differ")
+    return 1 if differing or not new else 0
 
 
 def main() -> int:
@@ -122,6 +125,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
     recording.add_argument("--fixtures", type=Path, required=True, help="the folder with the trained models")
+    recording.add_argument("--only", action="append", default=[], help="a model, repeatable")
     recording.add_argument("out", type=Path)
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
@@ -130,7 +134,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     if arguments.command == "compare":
         return compare(arguments.before, arguments.after)
-    record(arguments.fixtures, arguments.out)
+    record(arguments.fixtures, arguments.out, arguments.only)
     return 0
 
 

@@ -9,9 +9,12 @@ from torch.fx import Interpreter
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx import api
+from ptq4vit_fx.names import site_of
 from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
 from ptq4vit_fx.passes.graph.contract import history
+from ptq4vit_fx.passes.graph.marks import scope_of
 from ptq4vit_fx.passes.graph.operators import QUANTIZE
+from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.quantizers import UniformParams
 
 HEADS, DIM = 3, 4
@@ -49,8 +52,8 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2).mean(1)
 
 
-def converted_model(model, *, weights="channel", bits=8):
-    """Quantize with scales per head that differ by up to a factor of 50, so that a wrong head or column shows."""
+def calibrated_model(model, *, weights="channel", bits=8):
+    """Calibrate with scales per head that differ by up to a factor of 50, so that a wrong head or column shows."""
     prepared = ptq.prepare_fx(model.eval(), ptq.recipes.ptq4vit(bits, bits, weights), X)
     calibration = ptq.calibrate(prepared, X, progress=False)
     params = dict(calibration.params)
@@ -58,8 +61,11 @@ def converted_model(model, *, weights="channel", bits=8):
         if getattr(quantizer, "granularity", "") == "head":
             factors = torch.tensor([1.0, 7.0, 50.0]).roll(number) / 10
             params[name] = UniformParams(params[name].scale * factors, params[name].axis)
-    ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
-    return ptq.convert_fx(prepared)
+    return ptq.load_calibration(prepared, ptq.Calibration(prepared.plan, params))
+
+
+def converted_model(model, **kwargs):
+    return ptq.convert_fx(calibrated_model(model, **kwargs))
 
 
 def codes_of(converted):
@@ -70,7 +76,7 @@ def codes_of(converted):
         def run_node(self, n):
             result = super().run_node(n)
             if n.target is QUANTIZE:
-                found[n.meta["ptq4vit_site"], len(found)] = result.int()
+                found[site_of(scope_of(n)), len(found)] = result.int()
             return result
 
     with torch.inference_mode():
@@ -88,7 +94,7 @@ def divisions(converted):
 
 def unfolded(monkeypatch, model, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(api, "fold_head_scales", lambda graph_module: graph_module)
+        patch.setattr(api, "CONVERSION", CONVERSION.without("fold_head_scales"))
         return converted_model(model, **kwargs)
 
 
@@ -129,8 +135,9 @@ def test_a_column_with_two_scales_is_left_alone(monkeypatch):
     )
 
 
-def test_the_pass_runs_once(monkeypatch):
-    converted = converted_model(Attention(fused=True))
-    before = converted(X)
-    assert torch.equal(fold_head_scales(converted)(X), before)
-    assert history(converted)[-1].count == 0
+def test_a_second_run_finds_nothing():
+    lowered = CONVERSION.until("fold_head_scales").run(calibrated_model(Attention(fused=True)))
+    assert folded(lowered) == 3
+    before = lowered(X)
+    assert torch.equal(fold_head_scales(lowered)(X), before)
+    assert history(lowered)[-1].count == 0

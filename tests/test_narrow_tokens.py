@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 import ptq4vit_fx as ptq
 from ptq4vit_fx import api
 from ptq4vit_fx.passes.graph.contract import history
+from ptq4vit_fx.passes.graph.marks import planned_product
 from ptq4vit_fx.passes.graph.operators import INTEGER_MATMUL
+from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.tools.families import find_family
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=2, rounds=1, screen_rows=16, confirm=1, max_shift=3)
@@ -26,7 +28,7 @@ def both(monkeypatch, model, images):
     ptq.calibrate(prepared, images, progress=False, loss=lambda out: tree_leaves(out)[0].square().sum())
     converted = ptq.convert_fx(prepared)
     with monkeypatch.context() as patch:
-        patch.setattr(api, "narrow_tokens", lambda graph_module: graph_module)
+        patch.setattr(api, "CONVERSION", CONVERSION.without("narrow_tokens"))
         return converted, ptq.convert_fx(prepared)
 
 
@@ -42,7 +44,7 @@ def rows(converted, images):
         def run_node(self, n):
             result = super().run_node(n)
             if n.target is INTEGER_MATMUL:
-                found[n.meta["ptq4vit_op"]] = result.numel() // result.shape[-1]
+                found[planned_product(n)] = result.numel() // result.shape[-1]
             return result
 
     with torch.inference_mode():

@@ -14,7 +14,9 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
 from ptq4vit_fx.passes.graph.contract import stage_of
+from ptq4vit_fx.passes.graph.marks import planned_product
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
+from ptq4vit_fx.passes.graph.shapes import record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.trace import trace
@@ -96,8 +98,7 @@ SCORES = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 def test_decompose_attention(mask, scale):
     graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=mask, scale=scale))
     before = graph(X)
-    for node in graph.graph.nodes:
-        node.meta["tensor_meta"] = X  # what decomposition reads is its shape
+    record_shapes(graph, (X,))
     decompose_attention(graph)
     assert count(graph) == 1
     assert F.softmax in [node.target for node in graph.graph.nodes]
@@ -107,8 +108,7 @@ def test_decompose_attention(mask, scale):
 def test_views_behind_an_opened_attention_may_copy():
     graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x).view(2, 3, 64))
     before = graph(X)
-    for node in graph.graph.nodes:
-        node.meta["tensor_meta"] = X
+    record_shapes(graph, (X,))
     decompose_attention(graph)
     assert [node.target for node in graph.graph.nodes if node.op == "call_method"] == ["reshape"]
     torch.testing.assert_close(graph(X), before)
@@ -132,13 +132,13 @@ def test_passes_refuse_the_wrong_order():
 
 def test_write_qdq_is_the_same_product_in_float(small_vit, small_images):
     converted = ptq.quantize(small_vit, small_images, progress=False)
-    products = [node.meta["ptq4vit_op"] for node in converted.graph.nodes if node.target is INTEGER_MATMUL]
+    products = [planned_product(node) for node in converted.graph.nodes if node.target is INTEGER_MATMUL]
     twins = sum(isinstance(quantizer, ptq.TwinUniform) for quantizer in converted.plan.quantizers.values())
     assert len(products) == len(converted.plan.ops) + twins
     assert DEQUANTIZE not in [node.target for node in converted.graph.nodes]
     qdq = write_qdq(copy.deepcopy(converted))
     assert stage_of(qdq) is Stage.QDQ
-    assert [node.meta["ptq4vit_op"] for node in qdq.graph.nodes if node.target is torch.matmul] == products
+    assert [planned_product(node) for node in qdq.graph.nodes if node.target is torch.matmul] == products
     assert torch.cosine_similarity(qdq(small_images), converted(small_images)).min() > 0.999
 
 

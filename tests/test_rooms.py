@@ -17,7 +17,7 @@ FILES = {
     for path in sorted((folder / part).rglob("*.py"))
 }
 #: The API puts the rooms together; twins and the front door stand on it.
-HALL = {NAME, f"{NAME}.api", f"{NAME}.twins"}
+HALL = {NAME, f"{NAME}.api", f"{NAME}.pipeline", f"{NAME}.twins"}
 ROOMS = {room: f"{NAME}.{room}" for room in ("search", "calibrating", "tools", "passes", "export")}
 #: Room -> the rooms that it reaches neither itself nor through what it imports.
 NEVER = {

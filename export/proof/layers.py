@@ -19,9 +19,10 @@ from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.export.proof.runtime import exact_here, load_file, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.stored_sites import Array, StoredSite, integers, stored_sites
-from ptq4vit_fx.passes.graph.dataflow import get_attribute, module_path
-from ptq4vit_fx.passes.graph.holders import SiteTensors
+from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.marks import scope_of
 from ptq4vit_fx.passes.graph.operators import QUANTIZE
+from ptq4vit_fx.passes.graph.rewriter import SiteTensors
 
 #: Codes of ONNX Runtime that are held at once, in bytes; one image is always held whole.
 CODES_AT_ONCE = 256 * 2**20
@@ -211,7 +212,7 @@ class _Simulation(RuntimeFunctions):
         if is_weight or n.target is QUANTIZE:
             holder = n if is_weight else cast("Node", n.args[1])
             tensors = get_attribute(self.converted, str(holder.target).rpartition(".")[0])
-            self._compare(module_path(n), result, tensors)
+            self._compare(scope_of(n), result, tensors)
         return result
 
     def _compare(self, site: str, codes: Tensor, tensors: SiteTensors) -> None:

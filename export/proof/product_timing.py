@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ptq4vit_fx.export.proof.runtime import open_model
-from ptq4vit_fx.plan import ProductKind
+from ptq4vit_fx.product_forms import ProductKind
 
 ROUNDS = 7
 #: A product is repeated until a round takes about this long.

@@ -1,4 +1,4 @@
-"""Recognize the activation function that a node computes."""
+"""Recognize the activation function that a node computes. The tables derive from `ptq4vit_fx/activations.py`."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
-from ptq4vit_fx.activations import QUICK_GELU_FACTOR, SourceActivation
+from ptq4vit_fx.activations import ACTIVATIONS, QUICK_GELU_FACTOR, Activation, SourceActivation
 
-#: Canonical calls. F.gelu depends on an argument, products with a sigmoid on their operands.
-CALLS: dict[Any, SourceActivation] = {
-    F.softmax: "softmax",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    F.relu: "relu",
-    F.relu6: "relu",
-    torch.sigmoid: "sigmoid",
-    F.hardsigmoid: "sigmoid",
-}
-MULTIPLICATIONS = (torch.mul, operator.mul, "mul")
+#: Type of a module -> its activation; type of torch.nn alone, a subclass may compute anything.
+BY_MODULE: dict[type[nn.Module], Activation] = {a.module: a for a in ACTIVATIONS if a.module is not None}
+#: Another spelling, a function or the name of a method -> the canonical function.
+SPELLINGS: dict[Any, Any] = {spelling: a.function for a in ACTIVATIONS for spelling in a.spellings}
+#: Operator of torch.export -> the canonical function; those that overwrite their argument apart.
+BY_ATEN: dict[Any, Any] = {a.aten: a.function for a in ACTIVATIONS if a.aten is not None}
+IN_PLACE: dict[Any, Any] = {a.in_place: a.function for a in ACTIVATIONS if a.in_place is not None}
+FUNCTIONS = frozenset(a.function for a in ACTIVATIONS if a.function is not None)
+#: Names of canonical functions that compute every element from one alone.
+ELEMENTWISE = frozenset(a.function.__name__ for a in ACTIVATIONS if a.function is not None and a.elementwise)
+
+MULTIPLICATIONS = (torch.mul, operator.mul, "mul", torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
 
 
 def activation_of(node: Node) -> SourceActivation | None:
     """Return the activation that this node of a canonical graph computes, None if it is none of the known ones."""
-    if node.target is F.gelu:
-        return "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
     if node.target in MULTIPLICATIONS:
         return _gated_by_itself(node)
-    return CALLS.get(node.target) if node.op == "call_function" else None
+    if node.op != "call_function" or node.target not in FUNCTIONS:
+        return None
+    # The first with its function and keywords: what a call leaves out has the default, which the first one has.
+    known = [a for a in ACTIVATIONS if a.function is node.target]
+    return next((a.name for a in known if all(node.kwargs.get(k, v) == v for k, v in a.keywords.items())), None)
 
 
 def _gated_by_itself(node: Node) -> SourceActivation | None:

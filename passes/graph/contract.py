@@ -1,10 +1,11 @@
-"""The contract of every pass: the stage before, the rewrite, the clean-up, the stage after, the record."""
+"""The contract of every pass: the stage before, the rewrite, the clean-up, the shapes, the stage after, the record."""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, cast
 
 from torch.fx import GraphModule
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.shapes import propagate_shapes
 from ptq4vit_fx.passes.graph.stages import Stage, check_stage
 from ptq4vit_fx.plan import QuantPlan
 
@@ -20,10 +22,11 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One pass that ran: its name and how many places it rewrote."""
+    """One pass that ran: its name, how many places it rewrote, and the seconds that it took."""
 
     name: str
     count: int
+    seconds: float = field(default=0.0, compare=False)
 
 
 def graph_pass(
@@ -31,9 +34,10 @@ def graph_pass(
 ) -> Callable[[Callable[Concatenate[GraphModule, P], int]], Callable[Concatenate[GraphModule, P], GraphModule]]:
     """Make a pass of a function that rewrites a GraphModule in place and returns the number of rewrites.
 
-    The pass checks that the graph is at the stage `before`, runs the function, removes dead code, lints,
-    recompiles, checks the invariants of the stage `after`, appends a `Rewrite` to the history, and returns the
-    same GraphModule. Raises PTQError on a graph at another stage, and whatever the function raises.
+    The pass checks that the graph is at the stage `before`, runs the function, removes dead code, lints, recompiles,
+    computes the shapes of what changed, checks the graph against the stage `after`, appends a `Rewrite` to the history,
+    and returns the same GraphModule. Raises PTQError on a graph at another stage, if what the function leaves is not
+    legal, and whatever the function raises.
     """
 
     def decorate(
@@ -41,27 +45,32 @@ def graph_pass(
     ) -> Callable[Concatenate[GraphModule, P], GraphModule]:
         @functools.wraps(rewrite)
         def run(graph_module: GraphModule, *args: P.args, **kwargs: P.kwargs) -> GraphModule:
-            name = rewrite.__name__
-            stage = stage_of(graph_module)
-            if stage is not before:
-                raise failure(
-                    f"pass {name}",
-                    f"graph after {', '.join(r.name for r in history(graph_module)) or 'no pass'}",
-                    expected=f"stage {before.value!r}",
-                    got=f"stage {stage.value if stage else None!r}",
-                    do="run the passes in the order of ptq4vit_fx/api.py",
-                )
+            name, started = rewrite.__name__, time.perf_counter()
+            _require(graph_module, before, name)
             count = rewrite(graph_module, *args, **kwargs)
             graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or overwrites(node))
             graph_module.graph.lint()
             graph_module.recompile()
+            propagate_shapes(graph_module, name)
             check_stage(graph_module, after, pass_name=name)
-            enter(graph_module, after, Rewrite(name, count))
+            enter(graph_module, after, Rewrite(name, count, time.perf_counter() - started))
             return graph_module
 
         return cast("Callable[Concatenate[GraphModule, P], GraphModule]", run)
 
     return decorate
+
+
+def _require(graph_module: GraphModule, before: Stage, name: str) -> None:
+    stage = stage_of(graph_module)
+    if stage is not before:
+        raise failure(
+            f"pass {name}",
+            f"graph after {', '.join(r.name for r in history(graph_module)) or 'no pass'}",
+            expected=f"stage {before.value!r}",
+            got=f"stage {stage.value if stage else None!r}",
+            do="run the passes in the order of ptq4vit_fx/pipeline.py",
+        )
 
 
 def enter(graph_module: GraphModule, stage: Stage, rewrite: Rewrite) -> None:

@@ -1,4 +1,8 @@
-"""Run the graph once on the example: note every value's shape and how many multiplications each node does."""
+"""The shape of every value, and how many multiplications every node does: computed, never noted by hand.
+
+`record_shapes` runs the model once on the example. From then on every pass ends with `propagate_shapes`, which computes
+what changed on fake tensors: a node is computed again if its call or the shape of one of its operands is another.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,57 @@ import contextlib
 import math
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torch.fx.passes.shape_prop import ShapeProp
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.passes.graph.dataflow import get_attribute
 
 #: Multiply-additions of matrix products and convolutions that the node ran, whatever it is: nothing multiplies unseen.
 MULTIPLIES = "ptq4vit_multiplies"
+#: The result of a node, its tensors as `Shape`; torch's own key, so that its printers show it.
+RESULT = "tensor_meta"
+#: The call that the result belongs to.
+CALL = "ptq4vit_call"
+#: Where a GraphModule keeps the results of calls that were computed.
+KNOWN = "ptq4vit_known_results"
+EXAMPLE_BATCH = "ptq4vit_example_batch"
+
+#: Results other than tensors that are kept as they are.
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 #: torch.nn's modules that are one product; others (nn.MultiheadAttention) are several, and can be opened.
 SINGLE_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a tensor in a graph, on the example."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Return the shape of a node's value on the example, () for what is no tensor."""
+    return tuple(getattr(node.meta.get(RESULT), "shape", ()))
+
+
+def is_tensor(node: Any) -> TypeGuard[Node]:
+    """Return whether this is a node whose value is one tensor of known shape."""
+    return isinstance(node, Node) and isinstance(node.meta.get(RESULT), Shape)
+
+
+def has_shapes(graph_module: GraphModule) -> bool:
+    """Return whether the graph was run on an example."""
+    return EXAMPLE_BATCH in graph_module.meta
 
 
 def _count_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -45,15 +85,11 @@ def without_fast_attention() -> Iterator[None]:
 
 
 def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> None:
-    """Set `tensor_meta` and the multiplications on every node. Raises PTQError if the model rejects the example."""
-    device = next((p.device for p in graph_module.parameters()), example_inputs[0].device)
+    """Run the graph on the example and note every result. Raises PTQError if the model rejects the example."""
+    device = _device(graph_module, example_inputs[0].device)
     try:
-        with (
-            torch.no_grad(),
-            without_fast_attention(),
-            FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
-        ):
-            _Recorder(graph_module, counter).propagate(*(x.to(device) for x in example_inputs))
+        with torch.no_grad(), without_fast_attention(), _flop_counter() as counter:
+            _Recorder(graph_module, counter, whole=True).run(*(x.to(device) for x in example_inputs))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise failure(
             "prepare_fx",
@@ -62,19 +98,127 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
             got=str(error.__cause__ or error).splitlines()[0],
             do="use the model's input size, or create it with img_size=",
         ) from error
-    graph_module.meta["ptq4vit_example_batch"] = len(example_inputs[0])
+    graph_module.meta[EXAMPLE_BATCH] = len(example_inputs[0])
 
 
-class _Recorder(ShapeProp):
-    def __init__(self, graph_module: GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(graph_module)
+def propagate_shapes(graph_module: GraphModule, pass_name: str) -> list[Node]:
+    """Compute the results of nodes that were inserted, or whose operands have other shapes now; return these nodes.
+
+    A graph that was never run has none. Raises PTQError, naming the pass, on a call that does not fit its operands.
+    """
+    if not has_shapes(graph_module):
+        return []
+    known = graph_module.meta.setdefault(KNOWN, {})
+    computed = []
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        call = _call(node)
+        if node.meta.get(CALL) == call:
+            continue
+        key = _key(graph_module, node, call)
+        if key not in known:
+            known[key] = _computed(graph_module, node, pass_name)
+        node.meta[RESULT], node.meta[MULTIPLIES] = known[key]
+        node.meta[CALL] = call
+        computed.append(node)
+    return computed
+
+
+def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[Any, int]:
+    """Return the result and the multiplications of a node, run on fake tensors of its operands' shapes."""
+    try:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            torch.no_grad(),
+            without_fast_attention(),
+            _flop_counter() as counter,
+        ):
+            return _Recorder(graph_module, counter, whole=False).recompute(node)
+    except Exception as error:
+        raise failure(
+            f"pass {pass_name}",
+            f"node {node.name}",
+            expected=f"operands that {node._pretty_print_target(node.target)} takes",
+            got=str(error.__cause__ or error).splitlines()[0],
+            do="report this as a bug in that pass",
+        ) from error
+
+
+class _Recorder(Interpreter):
+    """Runs nodes, and notes for each its result, its call, and its multiplications."""
+
+    def __init__(self, graph_module: GraphModule, counter: FlopCounterMode, *, whole: bool) -> None:
+        super().__init__(graph_module, garbage_collect_values=whole)
         self._counter = counter
+        self._of = _device(graph_module, torch.device("cpu"))
+        self.extra_traceback = False
 
     def run_node(self, n: Node) -> Any:
         before = self._counter.get_total_flops()
         result = super().run_node(n)
         n.meta[MULTIPLIES] = (self._counter.get_total_flops() - before) // 2
+        n.meta[RESULT] = _described(result)
+        if n.op not in ("placeholder", "get_attr", "output"):
+            n.meta[CALL] = _call(n)
         return result
+
+    def recompute(self, node: Node) -> tuple[Any, int]:
+        """Run one node on operands of the shapes that are known; return its result and multiplications."""
+        for operand in node.all_input_nodes:
+            self.env[operand] = _empty(operand.meta.get(RESULT), self._of)
+        self.run_node(node)
+        return node.meta[RESULT], node.meta[MULTIPLIES]
+
+
+def example_of(graph_module: GraphModule, node: Node) -> Any:
+    """Return what a node gives on the example: numbers as they are, parameters too, other tensors of any values."""
+    if node.op == "get_attr":
+        return get_attribute(graph_module, str(node.target))
+    return _empty(node.meta.get(RESULT), torch.device("cpu"))
+
+
+def _empty(result: Any, device: torch.device) -> Any:
+    def leaf(x: Any) -> Any:
+        return torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, Shape) else x
+
+    return result if isinstance(result, torch.Size) else map_aggregate(result, leaf)
+
+
+def _described(result: Any) -> Any:
+    """Return a result with `Shape` in the place of every tensor, and the type in that of any other object."""
+    return result if isinstance(result, torch.Size) else map_aggregate(result, _described_leaf)
+
+
+def _described_leaf(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return Shape(x.shape, x.dtype)
+    return x if isinstance(x, PLAIN) else type(x)
+
+
+def _call(node: Node) -> tuple[Any, ...]:
+    """Return what the result of a node depends on: its call, with the results of its operands."""
+    return (node.op, node.target, *map_arg((node.args, node.kwargs), lambda n: n.meta.get(RESULT)))
+
+
+def _key(graph_module: GraphModule, node: Node, call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what tells a call from all others of this graph: the blocks of a transformer make the same ones."""
+    target: Any = node.target
+    if node.op == "call_module":
+        module = graph_module.get_submodule(target)
+        if type(module).__module__.startswith("ptq4vit_fx."):  # a quantizer or an observer
+            target = (type(module), *(tensor.shape for tensor in module.buffers()))
+    return (node.op, target, repr(call[2:]))
+
+
+def _flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+
+
+def _device(graph_module: GraphModule, otherwise: torch.device) -> torch.device:
+    return next((p.device for p in graph_module.parameters()), otherwise)
 
 
 def hides_products(graph_module: GraphModule, node: Node) -> bool:

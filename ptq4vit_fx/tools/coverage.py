@@ -23,9 +23,11 @@ from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.names import is_inside
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS
 from ptq4vit_fx.passes.graph.activations import activation_of
 from ptq4vit_fx.passes.graph.contract import history, plan_of
+from ptq4vit_fx.passes.graph.marks import planned_product
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, without_fast_attention
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.qconfig import QConfigMapping
@@ -151,7 +153,7 @@ def _is_traced(traced: GraphModule, model: nn.Module, images: Tensor) -> bool:
 
 
 def _quantized_share(prepared: GraphModule) -> float:
-    counts = [(node.meta.get(MULTIPLIES, 0), "ptq4vit_op" in node.meta) for node in prepared.graph.nodes]
+    counts = [(n.meta.get(MULTIPLIES, 0), planned_product(n) is not None) for n in prepared.graph.nodes]
     return float(sum(n for n, quantized in counts if quantized) / max(1, sum(n for n, _ in counts)))
 
 
@@ -162,7 +164,7 @@ def _twin_functions(prepared: GraphModule) -> int:
 
 
 def _is_listed(name: str, float_ops: Iterable[str]) -> bool:
-    return any(name == listed or name.startswith(f"{listed}.") for listed in float_ops)
+    return any(is_inside(name, listed) for listed in float_ops)
 
 
 def _deploy(converted: GraphModule, images: Tensor, expected: Expected) -> dict[str, float]:

@@ -1,0 +1,58 @@
+"""What is known of a node beside its call: the product that it is, and the scope that it belongs to.
+
+The scope of a node is the path of the module in whose forward it was traced; what passes insert for a product or for a
+site has the name of that product or site (`ptq4vit_fx/names.py`) as its scope. ONNX nodes are named after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from ptq4vit_fx.product_forms import PRODUCTS, ProductKind
+
+_PRODUCT, _SCOPES = "ptq4vit_op", "nn_module_stack"
+
+
+def kind_of(node: Node) -> ProductKind | None:
+    """Return the kind of a product in its canonical form, None if the node is none."""
+    form = PRODUCTS.get(node.target) if node.op == "call_function" else None
+    return form.kind if form and len(node.args) == len(form.parameters) and not node.kwargs else None
+
+
+def planned_product(node: Node) -> str | None:
+    """Return the name of the product of the plan that this node computes, or a part of."""
+    return node.meta.get(_PRODUCT)
+
+
+def planned_products(graph: Graph) -> Iterator[tuple[Node, str]]:
+    """Yield the nodes that are products of the plan, with their names, in order; the graph may change meanwhile."""
+    return ((node, name) for node in list(graph.nodes) if (name := planned_product(node)) is not None)
+
+
+def mark_product(node: Node, name: str) -> None:
+    """Let a node be a product of the plan."""
+    node.meta[_PRODUCT] = name
+
+
+def scope_of(node: Node) -> str:
+    """Return the innermost scope of a node ("" for the root)."""
+    scopes = scopes_of(node)
+    return scopes[-1] if scopes else ""
+
+
+def scopes_of(node: Node) -> list[str]:
+    """Return the scopes of a node, the innermost last."""
+    return [path for path, _ in node.meta.get(_SCOPES, {}).values()]
+
+
+def put_in_scope(node: Node, like: Node, scope: str | None = None) -> Node:
+    """Give a node the scopes of `like`, and `scope` as the innermost one if given; return it."""
+    scopes = dict(like.meta.get(_SCOPES, {}))
+    if scope is not None:
+        scopes.pop(scope, None)
+        scopes[scope] = (scope, nn.Module)
+    node.meta[_SCOPES] = scopes
+    return node
