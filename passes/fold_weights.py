@@ -35,7 +35,7 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
     assert isinstance(module, UniformQuantizer)
     assert isinstance(source, Node)
     weight = get_attribute(graph_module, str(source.target)).detach()
-    codes = module.quantizer.codes(weight, module.params.broadcast(weight.ndim)).to(torch.int8)
+    codes = module.quantizer.codes(weight, module.params).to(torch.int8)
     axis = 0 if module.axis is None else module.axis % weight.ndim
     tensors = {
         "codes": codes,

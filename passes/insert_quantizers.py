@@ -14,40 +14,32 @@ from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams
 
 
-class UniformQuantizer(nn.Module):
-    """Fake-quantizes with one `Uniform`: float32 in and out, same shape."""
+class FakeQuantize(nn.Module):
+    """Fake-quantizes with one quantizer: float32 in and out, same shape. Its buffers are the parameters' tensors."""
 
-    def __init__(self, quantizer: Uniform, params: UniformParams) -> None:
+    def __init__(self, quantizer: Quantizer, params: QParams) -> None:
         super().__init__()
         self.quantizer, self.axis = quantizer, params.axis
-        self.scale: torch.Tensor
-        self.register_buffer("scale", params.scale)
+        for name, tensor in params.tensors().items():
+            self.register_buffer(name, tensor)
 
     @property
-    def params(self) -> UniformParams:
-        return UniformParams(self.scale, self.axis)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantizer.fake_quantize(x, self.params.broadcast(x.ndim))
-
-
-class TwinQuantizer(nn.Module):
-    """Fake-quantizes with one `TwinUniform`: float32 in and out, same shape."""
-
-    def __init__(self, quantizer: TwinUniform, params: TwinParams) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-        self.fine_scale: torch.Tensor
-        self.coarse_scale: torch.Tensor
-        self.register_buffer("fine_scale", params.fine_scale)
-        self.register_buffer("coarse_scale", params.coarse_scale)
-
-    @property
-    def params(self) -> TwinParams:
-        return TwinParams(self.fine_scale, self.coarse_scale)
+    def params(self) -> QParams:
+        return self.quantizer.params_from(dict(self.named_buffers(remove_duplicate=False)), self.axis)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.quantizer.fake_quantize(x, self.params)
+
+
+class UniformQuantizer(FakeQuantize):  # as long as lowering asks for the kind of the module, not of its quantizer
+    quantizer: Uniform
+    params: UniformParams
+    scale: torch.Tensor
+
+
+class TwinQuantizer(FakeQuantize):
+    quantizer: TwinUniform
+    params: TwinParams
 
 
 @graph_pass(before=Stage.OBSERVED, after=Stage.SIMULATED)
@@ -72,10 +64,6 @@ def insert_quantizers(graph_module: GraphModule) -> int:
     return count
 
 
-def make_quantizer(quantizer: Quantizer, params: QParams) -> UniformQuantizer | TwinQuantizer:
+def make_quantizer(quantizer: Quantizer, params: QParams) -> FakeQuantize:
     """Return the module that fake-quantizes with these parameters."""
-    if isinstance(quantizer, Uniform):
-        assert isinstance(params, UniformParams)
-        return UniformQuantizer(quantizer, params)
-    assert isinstance(params, TwinParams)
-    return TwinQuantizer(quantizer, params)
+    return {Uniform: UniformQuantizer, TwinUniform: TwinQuantizer}[type(quantizer)](quantizer, params)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.files import atomic_path
-from ptq4vit_fx.names import OPERANDS, Site, site
+from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.quantizers import QParams, TwinParams, UniformParams, describe_quantizer, fake_quantize
+from ptq4vit_fx.quantizers import QParams
 
 FORMAT = "ptq4vit_fx calibration 1"
 
@@ -74,7 +74,7 @@ class Calibration:
     def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of float operands with both quantized; shapes as in the graph."""
         operands = [
-            fake_quantize(self.plan.quantizers[key], x, self.params[key])
+            self.plan.quantizers[key].fake_quantize(x, self.params[key])
             for key, x in ((site(op_name, "lhs"), lhs), (site(op_name, "rhs"), rhs))
         ]
         return self.plan.op(op_name).compute(operands[0], operands[1], bias)
@@ -84,14 +84,9 @@ class Calibration:
 
         Written under a temporary name and moved. Raises PTQError if the folder is not writable.
         """
-        tensors, axes = {}, {}
-        for key, params in self.params.items():
-            if isinstance(params, UniformParams):
-                tensors[f"{key}/scale"] = params.scale.cpu()
-                axes[key] = params.axis
-            else:
-                tensors[f"{key}/fine_scale"] = params.fine_scale.cpu()
-                tensors[f"{key}/coarse_scale"] = params.coarse_scale.cpu()
+        named = ((stored(key, role), x) for key, params in self.params.items() for role, x in params.tensors().items())
+        tensors = {name: tensor.cpu() for name, tensor in named}
+        axes = {key: params.axis for key, params in self.params.items()}
         names = ("distances", "snr", "seconds", "provenance")
         record = {"axes": axes} | {name: getattr(self, name) for name in names}
         metadata = {"format": FORMAT, "plan": self.plan.to_json(), "record": json.dumps(record)}
@@ -125,7 +120,7 @@ class Calibration:
         plan = QuantPlan.from_json(metadata["plan"])
         return Calibration(
             plan=plan,
-            params=_params(tensors, record["axes"]),
+            params=_params(plan, tensors, record["axes"]),
             distances={key: (value[0], value[1]) for key, value in record["distances"].items()},
             snr=record["snr"],
             seconds=record["seconds"],
@@ -136,11 +131,9 @@ class Calibration:
         """Return a short hash of every parameter: equal calibrations have equal fingerprints."""
         digest = hashlib.sha256()
         for key in sorted(self.params):
-            params = self.params[key]
-            tensors = [params.scale] if isinstance(params, UniformParams) else [params.fine_scale, params.coarse_scale]
             digest.update(key.encode())
-            for tensor in tensors:
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            for tensor in self.params[key].tensors().values():
+                digest.update(_bytes(tensor))
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
@@ -158,14 +151,15 @@ class Calibration:
         """Return the rows of `report`, JSON-ready, a dictionary per site."""
         rows = []
         for key, params in self.params.items():
-            quantizer, twin = self.plan.quantizers[key], isinstance(params, TwinParams)
-            before, after = self.distances.get(key.rsplit(":", 1)[0], (math.nan, math.nan))
+            quantizer = self.plan.quantizers[key]
+            threshold = quantizer.threshold(params)
+            before, after = self.distances.get(product_of(key), (math.nan, math.nan))
             rows.append(
                 {
                     "site": key,
-                    "quantizer": describe_quantizer(quantizer),
-                    "scale": describe_params(params),
-                    "threshold": float(quantizer.threshold(params)) if twin else None,  # type: ignore[union-attr, arg-type]
+                    "quantizer": quantizer.describe(),
+                    "scale": params.describe(),
+                    "threshold": None if threshold is None else float(threshold),
                     "distance_before": before,
                     "distance_after": after,
                     "snr": self.snr.get(key, math.nan),
@@ -174,29 +168,26 @@ class Calibration:
         return rows
 
 
-def describe_params(params: QParams) -> str:
-    """Return the scale, the range of the scales, or fine and coarse scale, in few characters."""
-    if isinstance(params, TwinParams):
-        return f"{float(params.fine_scale):.4g} | {float(params.coarse_scale):.4g}"
-    if params.scale.ndim == 0:
-        return f"{float(params.scale):.4g}"
-    return f"{float(params.scale.min()):.4g} .. {float(params.scale.max()):.4g}"
-
-
-def _params(tensors: dict[str, Tensor], axes: dict[str, int | None]) -> dict[Site, QParams]:
-    params: dict[Site, QParams] = {}
-    for name in tensors:
-        key, kind = name.rsplit("/", 1)
-        if kind == "scale":
-            params[key] = UniformParams(tensors[name], axes[key])
-        elif kind == "fine_scale":
-            params[key] = TwinParams(tensors[name], tensors[f"{key}/coarse_scale"])
-    return params
+def _params(plan: QuantPlan, tensors: dict[str, Tensor], axes: dict[str, int | None]) -> dict[Site, QParams]:
+    """Return the parameters of every site of which there are tensors, in their order."""
+    found: dict[Site, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        key, role = site_and_role(name)
+        found.setdefault(key, {})[role] = tensor
+    strange = next((key for key in found if key not in plan.quantizers), None)
+    if strange is not None:
+        do = "calibrate again with this version"
+        raise failure("Calibration.load", strange, expected="a site of the plan in the same file", got="another", do=do)
+    return {key: plan.quantizers[key].params_from(own, axes.get(key)) for key, own in found.items()}
 
 
 def fingerprint_tensors(tensors: Iterable[Tensor]) -> str:
     """Return a short hash of the values of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()

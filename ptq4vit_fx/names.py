@@ -9,6 +9,7 @@
 | holder | `blocks.3.attn.matmul_av.lhs_fine` | the module of a converted graph with a scope's tensors |
 | node | `blocks.3.attn.matmul_av:lhs_fine/QuantizeLinear` | a node of an ONNX file: its scope and its operator |
 | tensor | `blocks.3.attn.matmul_av:lhs_fine.scale` | a constant of an ONNX file: its scope and its role |
+| stored | `blocks.3.attn.matmul_av:lhs/fine_scale` | a tensor of a calibration file: its site and its role |
 | part | `blocks.3.attn.qkv/MatMul_part0` | one of the products that a fused projection was split into |
 
 A scope is what stands in front of the last `/` or `.`: a site, a branch, a head, a product or a module of the model.
@@ -119,6 +120,17 @@ def scope_of(node_name: str) -> str:
 def tensor(scope: str, role: Role) -> str:
     """Return the name of a constant of an ONNX file."""
     return join(scope, role)
+
+
+def stored(site: Site, role: str) -> str:
+    """Return the name of a tensor in a calibration file."""
+    return f"{site}{_NODE}{role}"
+
+
+def site_and_role(name: str) -> tuple[Site, str]:
+    """Return the site and the role of a tensor in a calibration file."""
+    site, _, role = name.rpartition(_NODE)
+    return site, role
 
 
 def part(name: str, number: int) -> str:

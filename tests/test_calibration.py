@@ -8,6 +8,8 @@ from threading import Lock
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -100,6 +102,28 @@ def test_checkpoint_of_something_else_is_refused(tmp_path, small_vit, small_imag
     assert path.read_bytes() == before
 
 
+def test_a_file_gives_back_the_parameters_of_both_kinds_of_quantizers(tmp_path, small_vit, small_images):
+    path = tmp_path / "scales.safetensors"
+    calibration = calibrate(prepared_for(small_vit, small_images), small_images)
+    calibration.save(path)
+    read = ptq.Calibration.load(path)
+    assert {tuple(params.tensors()) for params in read.params.values()} == {("scale",), ("fine_scale", "coarse_scale")}
+    assert {params.axis for params in read.params.values()} == {None, 0, -3}
+    assert {key: params.axis for key, params in read.params.items()} == {
+        key: params.axis for key, params in calibration.params.items()
+    }
+    assert read.fingerprint() == calibration.fingerprint()
+    assert sorted(read.report().splitlines()) == sorted(calibration.report().splitlines())
+    assert read.plan == calibration.plan
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = file.metadata()
+    assert {"head:rhs/scale", "blocks.0.attn.matmul_av:lhs/fine_scale"} <= tensors.keys()
+    save_file(tensors | {"elsewhere:lhs/scale": torch.ones(())}, path, metadata)
+    with pytest.raises(ptq.PTQError, match="elsewhere:lhs: expected a site of the plan in the same file, got another"):
+        ptq.Calibration.load(path)
+
+
 def test_less_memory_means_more_passes_and_the_same_scales(small_vit, small_images):
     plenty = calibrate(prepared_for(small_vit, small_images), small_images)
     with pytest.warns(ptq.PTQWarning, match=r"takes about .* MiB, memory_limit is 1 MiB: it will be exceeded"):
@@ -153,11 +177,11 @@ def test_sequential_search_sees_what_the_quantized_products_give(small_vit, smal
         logits = simulated(small_images)
     weight, bias = (small_vit.head.weight, small_vit.head.bias)
     quantizer, params = prepared.plan.quantizers, prepared.calibration.params
-    x = quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"].scale)
-    w = quantizer["head:rhs"].fake_quantize(weight, params["head:rhs"].scale)
+    x = quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"])
+    w = quantizer["head:rhs"].fake_quantize(weight, params["head:rhs"])
     torch.testing.assert_close(x @ w.t() + bias, logits, rtol=0, atol=1e-4)
     calibrate(prepared, small_images)
-    assert not torch.allclose(quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"].scale), x)
+    assert not torch.allclose(quantizer["head:lhs"].fake_quantize(inputs["head"][0, 0], params["head:lhs"]), x)
 
 
 def test_report_gives_scales_distances_and_signal_to_noise(small_vit, small_images):

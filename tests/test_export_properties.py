@@ -243,7 +243,7 @@ def check_weights(network, converted, model):
         if site.codes is not None:
             weight = network.get_submodule(name.removesuffix(":rhs")).weight.detach()
             params = converted.calibration.params[name]
-            expected = converted.plan.quantizers[name].fake_quantize(weight, params.broadcast(2))
+            expected = converted.plan.quantizers[name].fake_quantize(weight, params)
             scale = site.scale if site.calibrated is None else site.calibrated
             decoded = integers(site.codes, site).astype(np.float32) * scale
             np.testing.assert_array_equal(decoded, expected.t().numpy(), err_msg=name)

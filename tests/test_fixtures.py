@@ -12,6 +12,7 @@ import torch
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibrating.capture import capture
 from ptq4vit_fx.calibrating.losses import pseudo_label
+from ptq4vit_fx.quantizers import UniformParams
 
 pytestmark = pytest.mark.fixtures
 
@@ -97,6 +98,8 @@ def test_softmax_twin_has_no_offset_and_a_fifth_of_the_uniform_error(trained, na
         threshold = twin.threshold(params)
         small = weights[weights < threshold]
         error = twin.fake_quantize(small.clone(), params) - small
-        uniform_error = uniform.fake_quantize(small.clone(), uniform.initial_scale(weights.max())) - small
+        uniform_error = (
+            uniform.fake_quantize(small.clone(), UniformParams(uniform.initial_scale(weights.max()))) - small
+        )
         assert error.abs().mean() < uniform_error.abs().mean() / 5, op.name
         assert error.mean().abs() < 0.02 * threshold, op.name

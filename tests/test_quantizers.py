@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ptq4vit_fx import PTQError, TwinUniform, Uniform
 from ptq4vit_fx.activations import NEGATIVE_RANGE
-from ptq4vit_fx.quantizers import quantizer_from_dict, quantizer_to_dict
+from ptq4vit_fx.quantizers import UniformParams, quantizer_from_dict, quantizer_to_dict
 
 BITS = st.integers(2, 8)
 
@@ -26,7 +26,7 @@ def test_uniform_is_the_formula(bits, scale, seed):
     x = np.random.default_rng(seed).normal(0, 3, 500).astype(np.float32)
     s = np.float32(scale)
     expected = s * np.clip(np.rint(x / s), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    quantizer, params = Uniform(bits), torch.tensor(s)
+    quantizer, params = Uniform(bits), UniformParams(torch.tensor(s))
     actual = quantizer.fake_quantize(torch.from_numpy(x), params)
     np.testing.assert_array_equal(actual.numpy(), expected)
     codes = quantizer.codes(torch.from_numpy(x), params)
@@ -41,8 +41,8 @@ def test_an_unsigned_grid_spends_no_code_below_the_minimum(bits, scale, minimum,
     s, top = np.float32(scale), 2**bits - 1
     below = min(np.rint(np.float32(minimum) / s), top)
     expected = s * np.clip(np.rint(x / s), -below, top - below)
-    quantizer, params = Uniform(bits, signed=False, minimum=minimum), torch.tensor(s)
-    assert int(quantizer.zero_point(params)) == below
+    quantizer, params = Uniform(bits, signed=False, minimum=minimum), UniformParams(torch.tensor(s))
+    assert int(quantizer.zero_point(params.scale)) == below
     actual = quantizer.fake_quantize(torch.from_numpy(x), params)
     np.testing.assert_array_equal(actual.numpy(), expected)
     codes = quantizer.codes(torch.from_numpy(x), params)
@@ -154,3 +154,45 @@ def test_quantizers_are_read_back_and_those_of_another_version_refused():
         quantizer_from_dict(record | {"offset": 1})
     with pytest.raises(PTQError, match="kind: expected Uniform or TwinUniform, got 'Log'"):
         quantizer_from_dict({"kind": "Log"})
+
+
+def parameters():
+    """Return a quantizer of each kind with parameters, and values for it."""
+    x = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    twin = TwinUniform(6, "softmax")
+    return [
+        (Uniform(6), UniformParams(torch.tensor(0.02)), x),
+        (Uniform(6, granularity="head"), UniformParams(torch.tensor([0.02, 0.3, 0.1]), axis=-2), x),
+        (twin, twin.softmax_params(torch.tensor(3)), x),
+    ]
+
+
+@pytest.mark.parametrize(("quantizer", "params", "x"), parameters(), ids=["uniform", "per head", "twin"])
+def test_parameters_are_their_tensors_and_their_axis(quantizer, params, x):
+    built = quantizer.params_from(params.to(torch.device("cpu")).tensors(), params.axis)
+    assert type(built) is type(params)
+    assert built.axis == params.axis
+    codes = quantizer.codes(x, params)
+    assert torch.equal(quantizer.codes(x, built), codes)
+    assert torch.equal(quantizer.decode(codes, built), quantizer.fake_quantize(x.clone(), params))
+    assert quantizer_from_dict(quantizer_to_dict(quantizer)) == quantizer
+
+
+def test_scales_along_an_axis_are_broadcast():
+    _, (quantizer, params, x), _ = parameters()
+    for head, scale in enumerate(params.scale):
+        alone = quantizer.fake_quantize(x[:, head].clone(), UniformParams(scale))
+        assert torch.equal(quantizer.fake_quantize(x.clone(), params)[:, head], alone)
+
+
+def test_parameters_of_another_kind_are_refused():
+    (uniform, scale, x), _, (twin, scales, _) = parameters()
+    for method in ("codes", "decode", "fake_quantize"):
+        with pytest.raises(PTQError, match="Uniform: parameters: expected UniformParams, got TwinParams; calibrate"):
+            getattr(uniform, method)(x, scales)
+        with pytest.raises(PTQError, match="TwinUniform: parameters: expected TwinParams, got UniformParams"):
+            getattr(twin, method)(x, scale)
+    with pytest.raises(PTQError, match="Uniform: parameters: expected scale, got fine_scale and coarse_scale"):
+        uniform.params_from(scales.tensors())
+    with pytest.raises(PTQError, match="TwinUniform: parameters: expected fine_scale and coarse_scale, got none"):
+        twin.params_from({})

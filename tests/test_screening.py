@@ -19,8 +19,8 @@ from ptq4vit_fx.search.distances import (
     OutputEvaluation,
     WeightEvaluation,
     make_evaluation,
-    product_parts,
 )
+from ptq4vit_fx.search.landscape import Landscape
 from ptq4vit_fx.search.products import to_product
 from ptq4vit_fx.search.sampling import _draw, sample_rows
 from ptq4vit_fx.search.screening import screen
@@ -60,17 +60,17 @@ def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
     }
     candidates = {o: make_candidates(q, LINEAR, product, o, SearchSettings()) for o, q in quantizers.items()}
     choice = {"lhs": uniform_choice(candidates["lhs"], 60), "rhs": uniform_choice(candidates["rhs"], 70)}
-    parts = product_parts(product)
-    assert sum(part.lhs.shape[2] for part, _ in parts) == 3000
+    landscape = Landscape(product, HESSIAN, candidates)
+    assert sum(part.lhs.shape[2] for part, _ in landscape.parts) == 3000
     for operand, kind in (("rhs", WeightEvaluation), ("lhs", ActivationEvaluation)):
-        closed = make_evaluation(parts, HESSIAN, candidates, choice, operand)
+        closed = make_evaluation(landscape, operand, choice)
         assert type(closed) is kind
-        direct = OutputEvaluation(parts, HESSIAN, candidates, choice, operand)
+        direct = OutputEvaluation(landscape, operand, choice)
         groups = candidates[operand].groups
         for number in (5, 40, 99):
             indices = torch.full((groups.heads, groups.columns), number)
             torch.testing.assert_close(closed(indices[None]), direct(indices[None]), rtol=2e-4, atol=0)
-    assert type(make_evaluation(parts, L1, candidates, choice, "rhs")) is OutputEvaluation
+    assert type(make_evaluation(replace(landscape, metric=L1), "rhs", choice)) is OutputEvaluation
 
 
 @pytest.mark.parametrize("metric", ["hessian", "cosine", "pearson"])
@@ -86,7 +86,7 @@ def test_stacked_choices_are_evaluated_like_single_ones(case, operand, metric):
             product, lhs = replace(product, lhs=product.lhs.softmax(-1)), TwinUniform(6, "softmax")
     candidates = {o: make_candidates(q, op, product, o, SearchSettings()) for o, q in (("lhs", lhs), ("rhs", rhs))}
     choice = {key: uniform_choice(value, min(60, value.count - 1)) for key, value in candidates.items()}
-    evaluation = OutputEvaluation(product_parts(product), get_metric(metric), candidates, choice, operand)
+    evaluation = OutputEvaluation(Landscape(product, get_metric(metric), candidates), operand, choice)
     searched = candidates[operand]
     shape = (7, searched.groups.heads, searched.groups.columns)
     indices = torch.randint(searched.count, shape, generator=torch.Generator().manual_seed(0))
@@ -129,7 +129,7 @@ def test_narrowed_evaluation_is_that_of_its_columns():
         "rhs": make_candidates(Uniform(6, granularity="channel"), LINEAR, product, "rhs", SearchSettings()),
     }
     choice = {key: uniform_choice(value, 80) for key, value in candidates.items()}
-    whole = make_evaluation(product_parts(product), HESSIAN, candidates, choice, "rhs")
+    whole = make_evaluation(Landscape(product, HESSIAN, candidates), "rhs", choice)
     columns = torch.tensor([3, 4, 17, 39])
     indices = torch.randint(100, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     part = whole.narrow(columns)

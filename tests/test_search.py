@@ -10,7 +10,7 @@ from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import to_product
-from ptq4vit_fx.search.search_op import search_op
+from ptq4vit_fx.search.search_op import alternate, search_op
 
 BITS = 4
 SETTINGS = SearchSettings(n=24, rounds=1, max_shift=6, screen_rows=None)
@@ -178,3 +178,23 @@ def test_default_screening_ends_near_the_exhaustive_search(seed):
     screened = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(), seed=seed)
     exhaustive = search_op(op, product, Uniform(BITS), Uniform(BITS), SearchSettings(screen_rows=None))
     assert screened.distance_after <= exhaustive.distance_after * 1.02
+
+
+def test_rhs_and_lhs_alternate_from_the_start_that_is_given():
+    asked = []
+
+    class Counting:
+        """The best candidate of an operand is the number of the question."""
+
+        def best(self, operand, choice):
+            asked.append((operand, int(choice["lhs"]), int(choice["rhs"])))
+            return torch.tensor(len(asked))
+
+        def decide(self, choice):
+            raise AssertionError("the alternation decides nothing")
+
+    start = {"lhs": torch.tensor(70), "rhs": torch.tensor(80)}
+    end = alternate(Counting(), start, 2)
+    assert asked == [("rhs", 70, 80), ("lhs", 70, 1), ("rhs", 2, 1), ("lhs", 2, 3)]
+    assert {operand: int(index) for operand, index in end.items()} == {"lhs": 4, "rhs": 3}
+    assert int(start["lhs"]) == 70

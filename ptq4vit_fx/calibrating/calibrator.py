@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,14 +25,13 @@ from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensor
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.metrics import get_metric
-from ptq4vit_fx.names import site
+from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.search.search_op import search_op
 
 #: What a checkpoint must share with the calibration that resumes it.
 IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequential")
-
 
 #: So many products are searched at the same time on a GPU, where most of the time goes into calls.
 GPU_SEARCHES = 2
@@ -52,14 +51,57 @@ class CalibrationOptions:
     sequential: bool
 
 
+def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options: CalibrationOptions) -> Calibration:
+    """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
+    started = time.perf_counter()
+    devices = _Devices.of(prepared, options)
+    batches = batches_for(prepared, data, "calibrate")
+    run = _start(prepared, batches, options, devices)
+    schedule = _schedule(run, batches)
+    with _model_at_work(run), _progress(run) as show:
+        for group in schedule.groups:
+            show("capture operands and gradients")
+            with run.timed("capture"):
+                captured = _capture(run, group, schedule.batches)
+            show(group[0].name)
+            with run.timed("search"):
+                for op in _search_all(run, group, captured, schedule.searches):
+                    show(op.name, advance=1)
+    seconds = {"seconds": round(time.perf_counter() - started, 3)}
+    seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
+    return run.results.with_provenance(seconds | {"capture_groups": len(schedule.groups)})
+
+
+@dataclass(frozen=True)
+class _Devices:
+    """Where the model is before and after, where it runs meanwhile, and where products are searched."""
+
+    home: torch.device
+    model: torch.device
+    search: torch.device
+
+    @staticmethod
+    def of(prepared: GraphModule, options: CalibrationOptions) -> _Devices:
+        home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+        model = torch.device(options.device) if options.device is not None else home
+        return _Devices(home, model, torch.device(options.search_device or model))
+
+
 @dataclass
 class _Run:
     """A calibration in progress."""
 
+    prepared: GraphModule
     plan: QuantPlan
     options: CalibrationOptions
+    devices: _Devices
     results: Calibration
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "search": 0.0})
+
+    @property
+    def left(self) -> list[QuantOp]:
+        """The products that have no result yet."""
+        return [op for op in self.plan.ops if op.name not in self.results.distances]
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -73,121 +115,134 @@ class _Run:
             self.results.save(self.options.checkpoint)
 
 
-def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options: CalibrationOptions) -> Calibration:
-    """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
-    started = time.perf_counter()
-    home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    device = torch.device(options.device) if options.device is not None else home
-    batches = batches_for(prepared, data, "calibrate")
-    run = _start(prepared, batches, options, device)
-    left = [op for op in run.plan.ops if op.name not in run.results.distances]
-    limit = default_memory_limit(device) if options.memory_limit is None else options.memory_limit
-    budget = MemoryBudget.of(prepared, limit)
-    images = sum(len(batch[0]) for batch in batches)
-    searched_on = torch.device(options.search_device or device)
-    threads = torch.get_num_threads() if searched_on.type == "cpu" else GPU_SEARCHES
-    searches = budget.searches(left, images, threads)
-    groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
-    batches = budget.split(batches)
-    bar = Progress(
-        TextColumn("calibrate {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("products,"),
-        TimeRemainingColumn(),
-        disable=not options.progress,
-    )
-    prepared.to(device)
-    # cuDNN would round the inputs of a convolution to 10 bits; its gradients decide what all other products are worth
-    exact = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
-    try:
-        with bar, exact:
-            task = bar.add_task("capture", total=len(run.plan.ops), completed=len(run.plan.ops) - len(left))
-            for group in groups:
-                bar.update(task, description="capture operands and gradients")
-                with run.timed("capture"):
-                    captured = _capture(prepared, run, group, _on(device, batches))
-                bar.update(task, description=group[0].name)
-                with run.timed("search"):
-                    for op in _search_all(run, group, captured, searched_on, home, searches):
-                        bar.update(task, description=op.name, advance=1)
-    finally:
-        prepared.to(home)
-    seconds = {"seconds": round(time.perf_counter() - started, 3)}
-    seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
-    return run.results.with_provenance(seconds | {"capture_groups": len(groups)})
-
-
-def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, device: torch.device) -> _Run:
+def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, devices: _Devices) -> _Run:
     """Return an empty run, or the one that the checkpoint holds; raises PTQError if that is of something else."""
     plan = plan_of(prepared)
     loss = options.loss if isinstance(options.loss, str) else getattr(options.loss, "__qualname__", "custom")
     provenance = {
-        "images": sum(len(batch[0]) for batch in batches),
+        "images": _images(batches),
         "images_fingerprint": fingerprint_tensors(x for batch in batches for x in batch),
         "weights_fingerprint": fingerprint_tensors(prepared.state_dict().values()),
         "seed": options.seed,
         "loss": loss,
         "sequential": options.sequential,
-        "device": str(device),
+        "device": str(devices.model),
         "torch": torch.__version__,
     }
-    run = _Run(plan, options, Calibration(plan, {}, provenance=provenance))
-    if options.checkpoint is None:
-        return run
-    path = check_writable(options.checkpoint, "calibrate checkpoint=")
-    if path.exists():
-        saved = Calibration.load(path)
-        mine, theirs = (_identity(calibration) for calibration in (run.results, saved))
-        other = [key for key in mine if mine[key] != theirs[key]]
-        if other:
-            raise failure(
-                "calibrate",
-                f"checkpoint {path}",
-                expected="a checkpoint of this plan, these weights, images and arguments",
-                got=f"another {' and '.join(other).replace('_fingerprint', '')}",
-                do="choose another path or delete the file",
-            )
-        run.results = saved
-    return run
+    results = Calibration(plan, {}, provenance=provenance)
+    if options.checkpoint is not None:
+        results = _resumed(results, options.checkpoint)
+    return _Run(prepared, plan, options, devices, results)
 
 
-def _on(device: torch.device, batches: Iterable[Inputs]) -> Iterator[Inputs]:
-    return (tuple(x.to(device) for x in batch) for batch in batches)
+def _resumed(mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibration:
+    """Return what the checkpoint holds, or the empty calibration if there is none yet."""
+    path = check_writable(checkpoint, "calibrate checkpoint=")
+    if not path.exists():
+        return mine
+    saved = Calibration.load(path)
+    theirs = _identity(saved)
+    other = [key for key, value in _identity(mine).items() if value != theirs[key]]
+    if other:
+        raise failure(
+            "calibrate",
+            f"checkpoint {path}",
+            expected="a checkpoint of this plan, these weights, images and arguments",
+            got=f"another {' and '.join(other).replace('_fingerprint', '')}",
+            do="choose another path or delete the file",
+        )
+    return saved
 
 
 def _identity(calibration: Calibration) -> dict[str, Any]:
     return {"plan": calibration.plan} | {key: calibration.provenance.get(key) for key in IDENTITY}
 
 
-def _capture(prepared: GraphModule, run: _Run, group: list[QuantOp], batches: Iterable[Inputs]) -> dict[str, Captured]:
+def _images(batches: Iterable[Inputs]) -> int:
+    return sum(len(batch[0]) for batch in batches)
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """What fits into memory: the products that are captured together, the batches, the searches beside each other."""
+
+    groups: list[list[QuantOp]]
+    batches: list[Inputs]
+    searches: int
+
+
+def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
+    options, devices, left, images = run.options, run.devices, run.left, _images(batches)
+    limit = default_memory_limit(devices.model) if options.memory_limit is None else options.memory_limit
+    budget = MemoryBudget.of(run.prepared, limit)
+    threads = torch.get_num_threads() if devices.search.type == "cpu" else GPU_SEARCHES
+    searches = budget.searches(left, images, threads)
+    groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
+    return _Schedule(groups, budget.split(batches), searches)
+
+
+@contextmanager
+def _model_at_work(run: _Run) -> Iterator[None]:
+    """Move the model to where it runs, and home again whatever happens.
+
+    cuDNN would round the inputs of a convolution to 10 bits; its gradients decide what all other products are worth.
+    """
+    run.prepared.to(run.devices.model)
+    try:
+        with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        run.prepared.to(run.devices.home)
+
+
+class _Show(Protocol):
+    def __call__(self, what: str, advance: int = 0) -> None:
+        """Show what is being done, after `advance` more products."""
+        ...
+
+
+@contextmanager
+def _progress(run: _Run) -> Iterator[_Show]:
+    bar = Progress(
+        TextColumn("calibrate {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("products,"),
+        TimeRemainingColumn(),
+        disable=not run.options.progress,
+    )
+
+    def show(what: str, advance: int = 0) -> None:
+        bar.update(task, description=what, advance=advance)
+
+    with bar:
+        total = len(run.plan.ops)
+        task = bar.add_task("capture", total=total, completed=total - len(run.left))
+        yield show
+
+
+def _capture(run: _Run, group: list[QuantOp], batches: list[Inputs]) -> dict[str, Captured]:
+    """Return the operands and gradients of a group of products, on the device of the model."""
     return capture(
-        prepared,
+        run.prepared,
         group,
-        batches,
+        (tuple(x.to(run.devices.model) for x in batch) for batch in batches),
         loss=get_loss(run.options.loss, run.options.seed),
         with_gradient=any(get_metric(run.plan.searches[op.name].metric).weighted_by_gradient for op in group),
         quantized=run.results if run.options.sequential else None,
     )
 
 
-def _search_all(
-    run: _Run,
-    ops: list[QuantOp],
-    captured: dict[str, Captured],
-    device: torch.device,
-    home: torch.device,
-    searches: int,
-) -> Iterator[QuantOp]:
+def _search_all(run: _Run, ops: list[QuantOp], captured: dict[str, Captured], searches: int) -> Iterator[QuantOp]:
     """Search products, so many at the same time, and yield each when it is done.
 
     On a CPU every search has one thread: its operations are small, and threads of their own keep the cores busier than
     threads within them. It also makes the result independent of how many run beside it.
     """
     threads = torch.get_num_threads()
-    single = partial(torch.set_num_threads, 1) if device.type == "cpu" else None
+    single = partial(torch.set_num_threads, 1) if run.devices.search.type == "cpu" else None
     pool = ThreadPoolExecutor(searches, "search", initializer=single)
-    waiting = {pool.submit(_search, run, op, captured, device, home): op for op in ops}
+    waiting = {pool.submit(_search, run, op, captured): op for op in ops}
     try:
         for done in as_completed(list(waiting)):
             run.add(waiting[done], *done.result())
@@ -200,14 +255,12 @@ def _search_all(
                 run.add(op, *future.result())
 
 
-def _search(
-    run: _Run, op: QuantOp, captured: dict[str, Captured], device: torch.device, home: torch.device
-) -> tuple[SearchResult, float]:
-    """Search one product on `device`; return its parameters on `home`, beside the model, and the seconds it took."""
+def _search(run: _Run, op: QuantOp, captured: dict[str, Captured]) -> tuple[SearchResult, float]:
+    """Search one product where searches run; return its parameters beside the model, and the seconds it took."""
     started = time.perf_counter()
-    product = captured_product(op, captured.pop(op.name)).to(device)
+    product = captured_product(op, captured.pop(op.name)).to(run.devices.search)
     op_seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
-    lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in ("lhs", "rhs"))
+    lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in OPERANDS)
     result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
-    result = replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home))
+    result = replace(result, lhs=result.lhs.to(run.devices.home), rhs=result.rhs.to(run.devices.home))
     return result, time.perf_counter() - started

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -11,16 +13,25 @@ from torch import Tensor
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams
 from ptq4vit_fx.search.products import Product, ScaleGroups, scale_groups, site_params
 
 
 class Candidates(Protocol):
-    """The candidate parameters of one operand. Index `count` is the starting point, beside 0 .. count - 1."""
+    """The candidate parameters of one operand. Index `count` is the starting point, beside 0 .. count - 1.
 
-    count: int
-    groups: ScaleGroups
-    ordered: bool
+    groups: how many scales are chosen, each by an index of its own. ordered: whether a candidate's distance is near
+    those of the candidates beside it, so that a few of them say where to look.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def groups(self) -> ScaleGroups: ...
+
+    @property
+    def ordered(self) -> bool: ...
 
     def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
         """Return x, (batch, heads, i, columns), quantized with candidate indices[head, column] for each scale.
@@ -39,67 +50,84 @@ class Candidates(Protocol):
         ...
 
 
-class _UniformCandidates:
-    """Scales factor[i] * initial scale, one choice per scale group."""
+@dataclass(frozen=True)
+class UniformCandidates:
+    """Scales factor[i] * initial scale, one choice per scale group; initial: (groups.heads, groups.columns)."""
 
-    ordered = True
+    quantizer: Uniform
+    groups: ScaleGroups
+    initial: Tensor
+    factors: Tensor
+    in_graph: Callable[[Tensor], UniformParams]
+    ordered: ClassVar[bool] = True
 
-    def __init__(
-        self, quantizer: Uniform, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
-    ) -> None:
-        self.is_weight = operand == "rhs" and op.rhs_is_weight
-        x = product.lhs if operand == "lhs" else product.rhs
-        self.quantizer, self.op, self.product = quantizer, op, product
-        self.groups = scale_groups(quantizer.granularity, quantizer.groups, product, op, is_weight=self.is_weight)
-        self.initial = quantizer.initial_scale(self.groups.absmax(x))
-        self.factors = torch.tensor([*settings.factors, 1.0], dtype=torch.float32, device=x.device)
-        self.count = len(settings.factors)
+    @staticmethod
+    def of(
+        quantizer: Uniform, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
+    ) -> UniformCandidates:
+        """Return the multiples of the scale that the operand's largest magnitude gives."""
+        is_weight, x = operand == "rhs" and op.rhs_is_weight, product.operand(operand)
+        groups = scale_groups(quantizer.granularity, quantizer.groups, product, op, is_weight=is_weight)
+        factors = torch.tensor([*settings.factors, 1.0], dtype=torch.float32, device=x.device)
+        in_graph = partial(site_params, op, groups, product.rhs.shape, is_weight=is_weight)
+        return UniformCandidates(quantizer, groups, quantizer.initial_scale(groups.absmax(x)), factors, in_graph)
 
-    def scales(self, indices: Tensor) -> Tensor:
-        return self.factors[indices] * self.initial
+    @property
+    def count(self) -> int:
+        return len(self.factors) - 1
 
     def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
-        scale = self.groups.expand(self.scales(indices), x.shape[1], x.shape[-1])
-        return self.quantizer.fake_quantize(x, scale if axis is None else scale.movedim(0, axis - 1))
+        scale = self.groups.expand(self.factors[indices] * self.initial, x.shape[1], x.shape[-1])
+        return self.quantizer.fake_quantize(x, UniformParams(scale if axis is None else scale.movedim(0, axis - 1)))
 
-    def params(self, indices: Tensor) -> QParams:
-        return site_params(self.op, self.groups, self.scales(indices), self.product, is_weight=self.is_weight)
+    def params(self, indices: Tensor) -> UniformParams:
+        return self.in_graph(self.factors[indices] * self.initial)
 
-    def narrow(self, columns: Tensor) -> Candidates:
-        part = copy.copy(self)
-        part.initial, part.groups = self.initial[:, columns], ScaleGroups(1, len(columns))
-        return part
+    def narrow(self, columns: Tensor) -> UniformCandidates:
+        return replace(self, initial=self.initial[:, columns], groups=ScaleGroups(1, len(columns)))
 
 
-class _TwinCandidates:
+@dataclass(frozen=True)
+class TwinCandidates:
     """Thresholds 2^-m (softmax) or coarse scales factor[i] * initial scale (GELU), one choice per tensor."""
 
-    groups = ScaleGroups()
+    quantizer: TwinUniform
+    choices: TwinParams
+    groups: ClassVar[ScaleGroups] = ScaleGroups()
 
-    def __init__(self, quantizer: TwinUniform, x: Tensor, settings: SearchSettings) -> None:
-        self.quantizer = quantizer
-        self.ordered = quantizer.form == "gelu"
+    @staticmethod
+    def of(
+        quantizer: TwinUniform, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
+    ) -> TwinCandidates:
+        """Return the thresholds, or the multiples of the scale that the largest value gives."""
+        x = product.operand(operand)
         if quantizer.form == "softmax":
             shifts = torch.tensor([*range(settings.max_shift + 1), 0], device=x.device)
-            choices = quantizer.softmax_params(shifts)
-        else:
-            initial = Uniform(quantizer.bits, signed=not quantizer.wide).initial_scale(x.amax().clamp_min(0))
-            choices = quantizer.gelu_params(initial * torch.tensor([*settings.factors, 1.0], device=x.device))
-        self._scales = (choices.fine_scale, choices.coarse_scale)
-        self.count = len(choices.coarse_scale) - 1
+            return TwinCandidates(quantizer, quantizer.softmax_params(shifts))
+        initial = Uniform(quantizer.bits, signed=not quantizer.wide).initial_scale(x.amax().clamp_min(0))
+        coarse = initial * torch.tensor([*settings.factors, 1.0], device=x.device)
+        return TwinCandidates(quantizer, quantizer.gelu_params(coarse))
+
+    @property
+    def count(self) -> int:
+        return len(self.choices.coarse_scale) - 1
+
+    @property
+    def ordered(self) -> bool:
+        return self.quantizer.form == "gelu"
 
     def params(self, indices: Tensor) -> TwinParams:
-        return TwinParams(*(scale[indices.view(())] for scale in self._scales))
+        return self._chosen(indices, ())
 
     def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
-        if axis is None:
-            return self.quantizer.fake_quantize(x, self.params(indices))
-        shape = (-1, *[1] * (x.ndim - axis - 1))
-        chosen = TwinParams(*(scale[indices.flatten()].view(shape) for scale in self._scales))
-        return self.quantizer.fake_quantize(x, chosen)
+        shape = () if axis is None else (-1, *[1] * (x.ndim - axis - 1))
+        return self.quantizer.fake_quantize(x, self._chosen(indices, shape))
 
-    def narrow(self, columns: Tensor) -> Candidates:
+    def narrow(self, columns: Tensor) -> TwinCandidates:
         raise NotImplementedError("a twin has one choice per tensor")
+
+    def _chosen(self, indices: Tensor, shape: tuple[int, ...]) -> TwinParams:
+        return TwinParams(*(scale[indices.flatten()].view(shape) for scale in self.choices.tensors().values()))
 
 
 def make_candidates(
@@ -107,8 +135,8 @@ def make_candidates(
 ) -> Candidates:
     """Return the candidates of one operand under its quantizer."""
     if isinstance(quantizer, Uniform):
-        return _UniformCandidates(quantizer, op, product, operand, settings)
-    return _TwinCandidates(quantizer, product.lhs if operand == "lhs" else product.rhs, settings)
+        return UniformCandidates.of(quantizer, op, product, operand, settings)
+    return TwinCandidates.of(quantizer, op, product, operand, settings)
 
 
 def uniform_choice(candidates: Candidates, index: int) -> Tensor:

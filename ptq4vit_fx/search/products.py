@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import UniformParams
 
@@ -45,10 +46,19 @@ class Product:
         bias, weight = (None if x is None else x.to(device) for x in (self.bias, self.element_weight))
         return replace(self, lhs=self.lhs.to(device), rhs=self.rhs.to(device), bias=bias, element_weight=weight)
 
+    def operand(self, operand: Operand) -> Tensor:
+        """Return one of the operands."""
+        return self.lhs if operand == "lhs" else self.rhs
+
     def output(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """Return lhs @ rhs + bias: (batch, heads, rows, columns)."""
         out = torch.matmul(lhs, rhs)
         return out if self.bias is None else out.add_(self.bias)
+
+    def weighted_squares(self, error: Tensor) -> Tensor:
+        """Square the error of the output, (batch, heads, rows, columns), in place, and weigh it."""
+        squares = error.square_()
+        return squares if self.element_weight is None else squares.mul_(self.element_weight)
 
     def chunks(self) -> Iterator[Product]:
         """Yield the product in parts of bounded output size, along the rows of a shared rhs, else along the batch."""
@@ -168,11 +178,13 @@ def scale_groups(granularity: str, groups: int, product: Product, op: QuantOp, *
     return ScaleGroups()
 
 
-def site_params(op: QuantOp, groups: ScaleGroups, scale: Tensor, product: Product, *, is_weight: bool) -> UniformParams:
+def site_params(
+    op: QuantOp, groups: ScaleGroups, rhs_shape: torch.Size, scale: Tensor, *, is_weight: bool
+) -> UniformParams:
     """Return scales (groups.heads, groups.columns) in the layout of the operand in the graph."""
     if groups == ScaleGroups():
         return UniformParams(scale.reshape(()).clone())
-    heads, columns = product.rhs.shape[1], product.rhs.shape[3]
+    _, heads, _, columns = rhs_shape
     if not is_weight:
         return UniformParams(scale.reshape(heads).clone(), axis=-3)
     full: Any = groups.expand(scale, heads, columns).expand(heads, 1, columns).reshape(-1)

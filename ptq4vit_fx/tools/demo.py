@@ -26,7 +26,7 @@ from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.files import atomic_path, check_writable
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
-from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import TwinUniform, Uniform, UniformParams
 from ptq4vit_fx.tools.digits import load_digits_images, load_digits_model
 
 CALIBRATION_IMAGES = 32
@@ -139,10 +139,10 @@ def draw_grids(path: Path) -> None:
         values = torch.cat(seen.lhs).flatten()
         twin, params = plan.quantizers[f"{op.name}:lhs"], calibration.params[f"{op.name}:lhs"]
         assert isinstance(twin, TwinUniform)
-        assert isinstance(params, TwinParams)
         uniform = Uniform(twin.bits)
+        initial = UniformParams(uniform.initial_scale(values.abs().max()))
         levels = {
-            "uniform": torch.unique(uniform.fake_quantize(values.clone(), uniform.initial_scale(values.abs().max()))),
+            "uniform": torch.unique(uniform.fake_quantize(values.clone(), initial)),
             "twin": torch.unique(twin.fake_quantize(values.clone(), params)),
         }
         for column, (name, grid) in enumerate(levels.items()):

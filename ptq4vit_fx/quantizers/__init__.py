@@ -1,0 +1,73 @@
+"""Quantizers: specifications without tensors, and the parameters (tensors) that they need to run.
+
+A quantizer is pure: `codes` maps values to integers, `decode` maps them back, `fake_quantize` is both in one,
+bit for bit. Rounding is half-to-even everywhere, as in ONNX `QuantizeLinear`. Codes count steps from zero, which is
+always coded exactly; containers of a runtime (uint8 with zero point 128, say) are chosen at lowering.
+
+A kind of quantizer is a file of this folder and an entry of `KINDS`: a frozen dataclass with `bits`, `granularity` and
+the methods below, and a class of parameters of its own, a `QParams`. A method raises PTQError on those of another kind.
+
+    codes(x, params)            x, float32 of any shape -> its codes, int32, of that shape
+    decode(codes, params)       codes -> their values, float32, of that shape
+    fake_quantize(x, params)    decode(codes(x, params), params), without the integer detour
+    threshold(params)           where its two ranges meet, None if it has one range
+    params_from(tensors, axis)  the parameters whose `tensors()` and `axis` these are
+    describe()                  a short name for tables
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.quantizers.kind import QParams, check_bits
+from ptq4vit_fx.quantizers.twin import TwinParams, TwinUniform
+from ptq4vit_fx.quantizers.uniform import Uniform, UniformParams
+
+__all__ = [
+    "KINDS",
+    "QParams",
+    "Quantizer",
+    "TwinParams",
+    "TwinUniform",
+    "Uniform",
+    "UniformParams",
+    "check_bits",
+    "describe_quantizer",
+    "quantizer_from_dict",
+    "quantizer_to_dict",
+]
+
+Quantizer = Uniform | TwinUniform
+KINDS: dict[str, type[Quantizer]] = {kind.__name__: kind for kind in (Uniform, TwinUniform)}
+
+
+def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
+    """Return a JSON-ready dictionary that `quantizer_from_dict` reads back."""
+    return {"kind": type(quantizer).__name__, **asdict(quantizer)}
+
+
+def quantizer_from_dict(record: dict[str, Any]) -> Quantizer:
+    """Return the quantizer of a dictionary; raises PTQError on an unknown kind or field."""
+    fields = dict(record)
+    kind = fields.pop("kind", None)
+    if kind not in KINDS:
+        raise failure(
+            "quantizer_from_dict",
+            "kind",
+            expected=" or ".join(KINDS),
+            got=repr(kind),
+            do="save the plan again with this version",
+        )
+    unknown = sorted(set(fields) - {field.name for field in dataclass_fields(KINDS[kind])})
+    if unknown:
+        expected, do = "fields that this version knows", "read it with the version that wrote it"
+        raise failure("quantizer_from_dict", kind, expected=expected, got=", ".join(unknown), do=do)
+    return KINDS[kind](**fields)
+
+
+def describe_quantizer(quantizer: Quantizer) -> str:
+    """Return a short name such as `uniform8/head` or `twin4/softmax`, for tables."""
+    return quantizer.describe()

@@ -1,0 +1,63 @@
+"""What every kind of quantizer has: parameters with one interface, and the checks that they are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ptq4vit_fx.errors import PTQError, failure
+
+#: How many scales an operand has: one, one per head (axis -3), per output channel, or per group of output channels.
+Granularity = Literal["tensor", "head", "channel", "group"]
+
+
+class QParams(Protocol):
+    """The tensors that a quantizer needs to run, and along which dimension of the operand they lie."""
+
+    @property
+    def axis(self) -> int | None:
+        """The dimension of the operand that has a scale per entry; None if the tensors broadcast as they are."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, in the order in which files and fingerprints hold them."""
+        ...
+
+    def to(self, device: torch.device) -> QParams:
+        """Return the parameters on another device."""
+        ...
+
+    def describe(self) -> str:
+        """Return the scales in few characters."""
+        ...
+
+
+Own = TypeVar("Own", bound=QParams)
+
+
+def own_params(kind: type[Own], params: QParams, quantizer: object) -> Own:
+    """Return the parameters; raises PTQError if they are not of the kind that the quantizer needs."""
+    if isinstance(params, kind):
+        return params
+    raise _of_another_kind(quantizer, kind.__name__, type(params).__name__)
+
+
+def named_tensors(tensors: Mapping[str, Tensor], names: tuple[str, ...], quantizer: object) -> dict[str, Tensor]:
+    """Return the tensors; raises PTQError if they have not these names or have others."""
+    if sorted(tensors) == sorted(names):
+        return dict(tensors)
+    raise _of_another_kind(quantizer, " and ".join(names), " and ".join(tensors) or "none")
+
+
+def _of_another_kind(quantizer: object, expected: str, got: str) -> PTQError:
+    do = "calibrate with the plan that these parameters are meant for"
+    return failure(type(quantizer).__name__, "parameters", expected=expected, got=got, do=do)
+
+
+def check_bits(what: str, bits: int) -> None:
+    """Raise PTQError unless bits is an integer from 2 to 8."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise failure(what, "bits", expected="an integer from 2 to 8", got=repr(bits), do="choose 8, 6 or 4")
