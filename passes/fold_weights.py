@@ -14,12 +14,13 @@ from ptq4vit_fx.passes.graph.marks import planned_products, scope_of
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.insert_quantizers import UniformQuantizer
+from ptq4vit_fx.passes.insert_quantizers import FakeQuantize
+from ptq4vit_fx.quantizers import UniformParams
 
 
 @graph_pass(before=Stage.SIMULATED, after=Stage.SIMULATED)
 def fold_weights(graph_module: GraphModule) -> int:
-    """Fold get_attr -> UniformQuantizer into an int8 buffer and a dequantize_linear call; the float weights leave."""
+    """Fold get_attr -> FakeQuantize into an int8 buffer and a dequantize_linear call; the float weights leave."""
     count = 0
     for node, _ in planned_products(graph_module.graph):
         quantized = cast("Any", node.args[1])
@@ -32,16 +33,17 @@ def fold_weights(graph_module: GraphModule) -> int:
 def _fold(graph_module: GraphModule, quantized: Node) -> None:
     module = graph_module.get_submodule(str(quantized.target))
     source = quantized.args[0]
-    assert isinstance(module, UniformQuantizer)
+    assert isinstance(module, FakeQuantize)
     assert isinstance(source, Node)
+    params = module.params
+    assert isinstance(params, UniformParams)
     weight = get_attribute(graph_module, str(source.target)).detach()
-    codes = module.quantizer.codes(weight, module.params).to(torch.int8)
-    axis = 0 if module.axis is None else module.axis % weight.ndim
     tensors = {
-        "codes": codes,
-        "scale": module.scale,
-        "zero_point": torch.zeros_like(module.scale, dtype=torch.int8),
+        "codes": module.quantizer.codes(weight, params).to(torch.int8),
+        "scale": params.scale,
+        "zero_point": torch.zeros_like(params.scale, dtype=torch.int8),
     }
+    axis = 0 if params.axis is None else params.axis % weight.ndim
     write = Writer(quantized, scope=scope_of(quantized))
     replace(quantized, write(DEQUANTIZE, *write.hold(tensors), axis))
     graph_module.delete_submodule(str(quantized.target))

@@ -11,7 +11,7 @@ from ptq4vit_fx.passes.graph.contract import calibration_of, graph_pass
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams
+from ptq4vit_fx.quantizers import QParams, Quantizer
 
 
 class FakeQuantize(nn.Module):
@@ -31,20 +31,9 @@ class FakeQuantize(nn.Module):
         return self.quantizer.fake_quantize(x, self.params)
 
 
-class UniformQuantizer(FakeQuantize):  # as long as lowering asks for the kind of the module, not of its quantizer
-    quantizer: Uniform
-    params: UniformParams
-    scale: torch.Tensor
-
-
-class TwinQuantizer(FakeQuantize):
-    quantizer: TwinUniform
-    params: TwinParams
-
-
 @graph_pass(before=Stage.OBSERVED, after=Stage.SIMULATED)
 def insert_quantizers(graph_module: GraphModule) -> int:
-    """Put a uniform or twin quantizer on every operand of every observed product, and take the observers away.
+    """Put a quantizer on every operand of every observed product, and take the observers away.
 
     The plan and the parameters are those of the calibration that is set on the graph.
     """
@@ -54,7 +43,7 @@ def insert_quantizers(graph_module: GraphModule) -> int:
     for node, name in planned_products(graph_module.graph):
         for index, operand in enumerate(OPERANDS):
             key = site(name, operand)
-            module = make_quantizer(calibration.plan.quantizers[key], calibration.params[key])
+            module = FakeQuantize(calibration.plan.quantizers[key], calibration.params[key])
             graph_module.add_submodule(identifier(key), module)
             node.update_arg(index, Writer(node, scope=key).module(identifier(key), node.args[index]))
         (observer,) = node.users
@@ -62,8 +51,3 @@ def insert_quantizers(graph_module: GraphModule) -> int:
         graph_module.delete_submodule(str(observer.target))
         count += 1
     return count
-
-
-def make_quantizer(quantizer: Quantizer, params: QParams) -> FakeQuantize:
-    """Return the module that fake-quantizes with these parameters."""
-    return {Uniform: UniformQuantizer, TwinUniform: TwinQuantizer}[type(quantizer)](quantizer, params)

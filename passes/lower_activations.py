@@ -7,6 +7,7 @@ the float result is multiplied behind, because integer kernels hold one activati
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +23,8 @@ from ptq4vit_fx.passes.graph.marks import mark_product, planned_product, planned
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import Writer, rename, replace
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
+from ptq4vit_fx.passes.insert_quantizers import FakeQuantize
+from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform, UniformParams
 
 UINT8_MAX = 255
 
@@ -71,31 +73,32 @@ def _lower_product(graph_module: GraphModule, node: Node) -> int:
     operands = cast("tuple[Node, Node]", node.args[:2])
     for operand in operands:
         module = graph_module.get_submodule(str(operand.target)) if operand.op == "call_module" else None
-        if isinstance(module, TwinQuantizer):
-            branches.append(_twin(write, operand, module))
-        elif isinstance(module, UniformQuantizer):
-            branches.append([_uniform(write, operand, module, head_scales)])
+        if isinstance(module, FakeQuantize):
+            lower = LOWERINGS[type(module.quantizer)]
+            branches.append(lower(write, operand, module.quantizer, module.params, head_scales))
         else:  # a folded weight
             branches.append([operand])
     _write_sum(write, [(lhs, rhs) for lhs in branches[0] for rhs in branches[1]], head_scales)
     return sum(operand.op == "call_module" for operand in operands)
 
 
-def _uniform(write: Writer, quantized: Node, module: UniformQuantizer, head_scales: list[Tensor]) -> Node:
-    """Return the dequantized operand; scales per head are divided out in front and appended to `head_scales`.
+def _uniform(
+    write: Writer, quantized: Node, quantizer: Uniform, params: UniformParams, head_scales: list[Tensor]
+) -> list[Node]:
+    """Return the dequantized operand, alone; scales per head are divided out in front and appended to `head_scales`.
 
     But for one power of two, which stays the quantizer's scale: OpenVINO takes an operand of scale 1 for a float one.
     """
-    x, scale, quantizer, site = quantized.args[0], module.scale, module.quantizer, scope_of(quantized)
-    if module.axis is not None:
+    x, scale, site = quantized.args[0], params.scale, scope_of(quantized)
+    if params.axis is not None:
         unit = torch.exp2(torch.log2(scale).mean().round())
-        per_head = module.params.broadcast(3) / unit  # (heads, 1, 1)
+        per_head = params.broadcast(3) / unit  # (heads, 1, 1)
         (divisor,) = write.within(head(site)).hold({"scale": per_head})
         x = write(torch.div, x, divisor)
         head_scales.append(per_head)
         scale = unit
     below = int(quantizer.zero_point(scale))
-    return _pair(write, site, x, Branch(None, scale, -below, quantizer.top - below))
+    return [_pair(write, site, x, Branch(None, scale, -below, quantizer.top - below))]
 
 
 def _write_sum(write: Writer, pairs: list[tuple[Node, Node]], head_scales: list[Tensor]) -> None:
@@ -120,11 +123,9 @@ def _write_sum(write: Writer, pairs: list[tuple[Node, Node]], head_scales: list[
     replace(node, result)
 
 
-def _twin(write: Writer, quantized: Node, module: TwinQuantizer) -> list[Node]:
+def _twin(write: Writer, quantized: Node, twin: TwinUniform, params: TwinParams, _: list[Tensor]) -> list[Node]:
     """Return the dequantized fine and coarse part of a twin-quantized operand."""
-    x, site = quantized.args[0], scope_of(quantized)
-    twin, params = module.quantizer, module.params
-    top = twin.levels - 1
+    x, site, top = quantized.args[0], scope_of(quantized), twin.levels - 1
 
     def pair(value: Any, part: Branch) -> Node:
         return _pair(write, site, value, part)
@@ -160,3 +161,10 @@ def _pair(write: Writer, site: Site, x: Any, part: Branch) -> Node:
     zero_point = torch.full_like(part.scale, part.zero_point, dtype=torch.uint8)
     scale, zero = own.hold({"scale": part.scale, "zero_point": zero_point})
     return own(DEQUANTIZE, own(QUANTIZE, x, scale, zero, 0), scale, zero, 0)
+
+
+#: Kind of quantizer -> what writes the dequantized branches of an operand, and appends scales per head if it has any.
+LOWERINGS: dict[type, Callable[[Writer, Node, Any, Any, list[Tensor]], list[Node]]] = {
+    Uniform: _uniform,
+    TwinUniform: _twin,
+}

@@ -20,7 +20,7 @@ from ptq4vit_fx.passes.graph.dataflow import call_name, permutation
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.insert_quantizers import TwinQuantizer, UniformQuantizer
+from ptq4vit_fx.passes.insert_quantizers import FakeQuantize
 
 #: Calls that compute every element of their result from the elements at the same place.
 ELEMENTWISE = frozenset(
@@ -108,10 +108,9 @@ def _reads(graph_module: GraphModule, node: Node, dim: int) -> dict[Node, int] |
     name, shape, first = call_name(node), shape_of(node), operands[0]
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
-        if isinstance(module, UniformQuantizer):
-            per_entry = module.axis is not None and module.axis % len(shape) == dim
-            return None if per_entry else {first: dim}
-        return {first: dim} if isinstance(module, TwinQuantizer) else None
+        if not isinstance(module, FakeQuantize) or (module.axis is not None and module.axis % len(shape) == dim):
+            return None
+        return {first: dim}
     if name in ELEMENTWISE and len(node.all_input_nodes) == len(operands):
         aligned = [(value, dim - len(shape) + len(shape_of(value))) for value in operands]
         return _unless_batch({v: d for v, d in aligned if d >= 0 and shape_of(v)[d] == shape[dim]})

@@ -60,7 +60,7 @@ def calibrated_model(model, *, weights="channel", bits=8):
     for number, (name, quantizer) in enumerate(calibration.plan.quantizers.items()):
         if getattr(quantizer, "granularity", "") == "head":
             factors = torch.tensor([1.0, 7.0, 50.0]).roll(number) / 10
-            params[name] = UniformParams(params[name].scale * factors, params[name].axis)
+            params[name] = UniformParams(params[name].tensors()["scale"] * factors, params[name].axis)
     return ptq.load_calibration(prepared, ptq.Calibration(calibration.plan, params))
 
 

@@ -109,10 +109,10 @@ def graph_at(stage: Stage, last: str | None, prepared: GraphModule) -> GraphModu
 
 
 @pytest.mark.parametrize("stage", Stage, ids=lambda stage: stage.value)
-def test_a_broken_graph_is_refused_by_name(stage, prepared):
+def test_a_broken_graph_is_refused_by_name(stage: Stage, prepared: GraphModule) -> None:
     last, damage, message = BROKEN[stage]
     graph = graph_at(stage, last, prepared)
-    assert stage_of(graph) is stage
+    assert stage_of(graph) == stage
     check_stage(graph, stage, pass_name="nothing")
 
     @graph_pass(before=stage, after=stage)
