@@ -33,8 +33,8 @@ class Activation:
     name: what plans record. minimum: how far below zero the function goes. function: its canonical call, None if it is
     a pattern of several nodes. keywords: arguments of that call which tell it from another with the same function.
     module: the class of torch.nn that computes it, called with its attributes `settings` as keyword arguments.
-    spellings: functions and names of methods that compute the same. aten, in_place: operators of torch.export.
-    elementwise: whether every element depends on one alone.
+    aten, in_place: operators of torch.export. elementwise: whether every element depends on one alone. Functions of
+    torch and methods of tensors with the function's name compute the same, but for softmax, whose arguments differ.
     """
 
     name: SourceActivation
@@ -43,14 +43,13 @@ class Activation:
     module: type[nn.Module] | None = None
     aten: Any = None
     in_place: Any = None
-    spellings: tuple[Any, ...] = ()
     settings: tuple[str, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = True
 
 
 #: gelu is lowest at x = -0.7518, its tanh approximation at x = -0.7525; quick_gelu = x * sigmoid(1.702 x) is silu in
-#: other units; hardswish = x * relu6(x + 3) / 6 is lowest at x = -1.5.
+#: other units; hardswish = x * relu6(x + 3) / 6 is lowest at x = -1.5; mish = x * tanh(log(1 + e^x)) at x = -1.1924.
 ACTIVATIONS = (
     Activation("softmax", 0.0, F.softmax, nn.Softmax, settings=("dim",), elementwise=False),
     Activation(
@@ -62,10 +61,11 @@ ACTIVATIONS = (
     Activation("silu", _SILU_MINIMUM, F.silu, nn.SiLU, aten.silu.default, aten.silu_.default),
     Activation("quick_gelu", _SILU_MINIMUM / QUICK_GELU_FACTOR),
     Activation("hardswish", 0.375, F.hardswish, nn.Hardswish, aten.hardswish.default, aten.hardswish_.default),
-    Activation("relu", 0.0, F.relu, nn.ReLU, aten.relu.default, aten.relu_.default, (torch.relu, "relu")),
+    Activation("mish", 0.3088434130172504, F.mish, nn.Mish, aten.mish.default, aten.mish_.default),
+    Activation("relu", 0.0, F.relu, nn.ReLU, aten.relu.default, aten.relu_.default),
     Activation("relu", 0.0, F.relu6, nn.ReLU6, aten.relu6.default, aten.relu6_.default),
-    Activation(*("sigmoid", 0.0, torch.sigmoid, nn.Sigmoid, aten.sigmoid.default), spellings=(F.sigmoid, "sigmoid")),
-    Activation(*("sigmoid", 0.0, F.hardsigmoid, nn.Hardsigmoid, aten.hardsigmoid.default, aten.hardsigmoid_.default)),
+    Activation("sigmoid", 0.0, torch.sigmoid, nn.Sigmoid, aten.sigmoid.default),
+    Activation("sigmoid", 0.0, F.hardsigmoid, nn.Hardsigmoid, aten.hardsigmoid.default, aten.hardsigmoid_.default),
 )
 
 #: How far below zero each activation goes.

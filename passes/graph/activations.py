@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
@@ -14,7 +15,14 @@ from ptq4vit_fx.activations import ACTIVATIONS, QUICK_GELU_FACTOR, Activation, S
 #: Type of a module -> its activation; type of torch.nn alone, a subclass may compute anything.
 BY_MODULE: dict[type[nn.Module], Activation] = {a.module: a for a in ACTIVATIONS if a.module is not None}
 #: Another spelling, a function or the name of a method -> the canonical function.
-SPELLINGS: dict[Any, Any] = {spelling: a.function for a in ACTIVATIONS for spelling in a.spellings}
+SPELLINGS: dict[Any, Any] = {
+    spelling: a.function
+    for a in ACTIVATIONS
+    if a.function is not None and a.elementwise
+    for name in (a.function.__name__,)
+    for spelling in (getattr(torch, name, None), getattr(F, name, None), name if hasattr(torch.Tensor, name) else None)
+    if spelling not in (None, a.function)
+}
 #: Operator of torch.export -> the canonical function; those that overwrite their argument apart.
 BY_ATEN: dict[Any, Any] = {a.aten: a.function for a in ACTIVATIONS if a.aten is not None}
 IN_PLACE: dict[Any, Any] = {a.in_place: a.function for a in ACTIVATIONS if a.in_place is not None}
