@@ -14,21 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
+from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.contract import rewrite
-from ptq4vit_fx.export.nodes import (
-    DEQUANTIZE,
-    PAIR,
-    QUANTIZE,
-    Array,
-    add_constant,
-    array,
-    input_of,
-    is_constant,
-    kind_of,
-    name_of,
-    new_node,
-    set_constant,
-)
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, QUANTIZE, Array
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import Uniform
 
@@ -38,13 +26,12 @@ class Container:
     """An integer type: codes low .. high."""
 
     kind: ir.DataType
-    dtype: type
     low: int
     high: int
 
 
-INT8 = Container(ir.DataType.INT8, np.int8, -128, 127)
-UINT8 = Container(ir.DataType.UINT8, np.uint8, 0, 255)
+INT8 = Container(ir.DataType.INT8, -128, 127)
+UINT8 = Container(ir.DataType.UINT8, 0, 255)
 CONTAINERS = (INT8, UINT8)
 
 
@@ -70,21 +57,21 @@ def to_unsigned_weights(model: ir.Model) -> int:
 
     u8 x u8 kernels are exact on every x86 CPU; those with VNNI run u8 x s8 faster.
     """
-    weights = [node for node in model.graph if node.op_type == DEQUANTIZE and is_constant(node.inputs[0])]
+    weights = [node for node in model.graph if node.op_type == DEQUANTIZE and nodes.is_constant(node.inputs[0])]
     return _shift(model, [value for node in weights for value in (node.inputs[0], node.inputs[2])], INT8, UINT8)
 
 
 def _activation_zero_points(model: ir.Model) -> list[ir.Value | None]:
     """Return the zero points of every Q and DQ of activations: of the two, one may have a zero point per head."""
-    readers = [node for node in model.graph if node.op_type == DEQUANTIZE and not is_constant(node.inputs[0])]
+    readers = [node for node in model.graph if node.op_type == DEQUANTIZE and not nodes.is_constant(node.inputs[0])]
     return [node.inputs[2] for node in (*activation_quantizers(model), *readers)]
 
 
 def _shift(model: ir.Model, values: Iterable[ir.Value | None], old: Container, new: Container) -> int:
     """Move codes and zero points from the lowest code of one type to that of the other; other types stay."""
-    moved = [value for value in dict.fromkeys(values) if value is not None and kind_of(value) == old.kind]
+    moved = [value for value in dict.fromkeys(values) if value is not None and nodes.kind_of(value) == old.kind]
     for value in moved:
-        set_constant(value, (array(value).astype(np.int16) - old.low + new.low).astype(new.dtype))
+        nodes.set_constant(value, (nodes.array(value).astype(np.int16) - old.low + new.low).astype(new.kind.numpy()))
     type_codes(model)
     return len(moved)
 
@@ -97,18 +84,18 @@ def without_zero_points(model: ir.Model, plan: QuantPlan, allowed: tuple[Contain
     """
     moved, stuck = 0, []
     for node in activation_quantizers(model):
-        zero_point = input_of(node, 2)
-        old, offset = _container_of(zero_point), int(array(zero_point))
+        zero_point = nodes.input_of(node, 2)
+        old, offset = _container_of(zero_point), int(nodes.array(zero_point))
         if offset == 0 and old in allowed:
             continue
         low, high = old.low - offset, old.high - offset
-        first, last = _used_codes(plan, names.scope_of(name_of(node)), low, high)
+        first, last = _used_codes(plan, nodes.scope_of(node), low, high)
         new = next((c for c in allowed if c.low <= first and last <= c.high), None)
         if new is None:
-            stuck.append(name_of(node))
+            stuck.append(nodes.name_of(node))
             continue
         _clip(model, node, (low if low > new.low else None, high if high < new.high else None))
-        set_constant(zero_point, np.zeros((), new.dtype))
+        nodes.set_constant(zero_point, np.zeros((), new.kind.numpy()))
         moved += 1
     type_codes(model)
     return moved, stuck
@@ -137,27 +124,27 @@ def _clip(model: ir.Model, node: ir.Node, bounds: tuple[int | None, int | None])
     """Put a Clip to the values of two codes in front of a QuantizeLinear; exact: such a value divides to its code."""
     if bounds == (None, None):
         return
-    scope, scale = names.scope_of(name_of(node)), array(node.inputs[1])
+    scope, scale = nodes.scope_of(node), nodes.array(node.inputs[1])
     limits = [_limit(model, names.tensor(scope, "low"), bounds[0], scale)]
     if bounds[1] is not None:
         limits.append(_limit(model, names.tensor(scope, "high"), bounds[1], scale))
-    clip = new_node("Clip", [node.inputs[0], *limits], names.tensor(scope, "clipped"), names.node(scope, "Clip"))
+    clip = nodes.new_node("Clip", [node.inputs[0], *limits], names.tensor(scope, "clipped"), names.node(scope, "Clip"))
     node.prepend(clip)
     node.replace_input_with(0, clip.outputs[0])
 
 
 def _container_of(zero_point: ir.Value) -> Container:
-    return next(container for container in CONTAINERS if container.kind == kind_of(zero_point))
+    return next(container for container in CONTAINERS if container.kind == nodes.kind_of(zero_point))
 
 
 def _limit(model: ir.Model, name: str, code: int | None, scale: Array) -> ir.Value | None:
-    return None if code is None else add_constant(model, name, (np.float32(code) * scale).astype(np.float32))
+    return None if code is None else nodes.add_constant(model, name, (np.float32(code) * scale).astype(np.float32))
 
 
 def type_codes(model: ir.Model) -> None:
     """Record, in place, the type of every activation's codes: that of the zero point they are made and read with."""
     for node in model.graph:
-        if node.op_type in PAIR and len(node.inputs) > 2 and (kind := kind_of(node.inputs[2])) is not None:
-            codes = node.outputs[0] if node.op_type == QUANTIZE else input_of(node, 0)
-            if not is_constant(codes):
+        if node.op_type in PAIR and len(node.inputs) > 2 and (kind := nodes.kind_of(node.inputs[2])) is not None:
+            codes = node.outputs[0] if node.op_type == QUANTIZE else nodes.input_of(node, 0)
+            if not nodes.is_constant(codes):
                 codes.type = ir.TensorType(kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,11 @@ class Step:
 
     def __call__(self, model: ir.Model, *known: Any) -> Rewrite:
         """Rewrite a model in place. Raises PTQError if the step left it illegal, or refuses it."""
+        repeated = _repeated(model)  # of another program's file, which is its own matter
         count = self.function(model, *known)
         if count:
             RemoveUnusedNodesPass()(model)
-        check_legal(model, self.name)
+        check_legal(model, self.name, repeated)
         return Rewrite(self.name, count, "" if count else self.nothing)
 
 
@@ -60,7 +61,7 @@ class Target:
 
     name: str
     steps: tuple[Step, ...]
-    check: Callable[[ir.Model], None]
+    check: Callable[[ir.Model], object]
 
 
 def rewrite(*, nothing: str) -> Callable[[Callable[..., int]], Step]:
@@ -73,16 +74,22 @@ def run_steps(model: ir.Model, steps: Sequence[Step], **known: Any) -> tuple[Rew
     return tuple(step(model, *(known[name] for name in step.needs)) for step in steps)
 
 
-def check_legal(model: ir.Model, step: str) -> None:
+def check_legal(model: ir.Model, step: str, repeated: Set[str] = frozenset()) -> None:
     """Raise PTQError that names the step and the node unless the graph of a model is whole.
 
     Every value that is read is given, a constant, or made by a node in front; names of values and of nodes differ;
     every recorded reader is a node of the model that does read; a constant has the type and shape of its tensor.
     Graphs inside of nodes (If, Loop) are the exporter's: no step writes any, and only their reading is looked at.
+    repeated: names that several nodes have had before.
     """
-    for problem in _problems(model):
+    for problem in (*_problems(model), *(f"the name {name} twice" for name in sorted(_repeated(model) - repeated))):
         do = "report this as a bug"
         raise failure("export_onnx", f"step {step}", expected="a legal graph", got=problem, do=do)
+
+
+def _repeated(model: ir.Model) -> Set[str]:
+    names = Counter(node.name or "" for node in model.graph)
+    return {name for name, count in names.items() if count > 1}
 
 
 def _problems(model: ir.Model) -> Iterator[str]:
@@ -97,8 +104,9 @@ def _problems(model: ir.Model) -> Iterator[str]:
             if value is not None and value not in made:
                 yield f"{value.name}, which node {node.name} reads and no node in front makes"
         made.update(dict.fromkeys(node.outputs))
-    for name in (*_repeated([node.name for node in graph]), *_repeated([value.name for value in made if value.name])):
-        yield f"the name {name} twice"
+    for name, count in Counter(value.name for value in made if value.name).items():
+        if count > 1:
+            yield f"the tensor {name} twice"
     for value in made:
         for reader, index in value.uses():
             if reader.graph not in graphs or reader.inputs[index] is not value:
@@ -106,7 +114,3 @@ def _problems(model: ir.Model) -> Iterator[str]:
     for output in graph.outputs:
         if output not in made:
             yield f"output {output.name}, which no node makes"
-
-
-def _repeated(names: Sequence[str | None]) -> list[str | None]:
-    return [name for name, count in Counter(names).items() if count > 1] if len(set(names)) < len(names) else []

@@ -20,22 +20,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
+from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.contract import rewrite
-from ptq4vit_fx.export.nodes import (
-    DEQUANTIZE,
-    QUANTIZE,
-    add_constant,
-    array,
-    input_of,
-    is_constant,
-    kind_of,
-    maker,
-    name_of,
-    new_node,
-    only_user,
-    other_input,
-    take_over,
-)
+from ptq4vit_fx.export.nodes import DEQUANTIZE, QUANTIZE
 
 #: The constant 1, in codes: dequantized it is the scale.
 STEP = "one_step"
@@ -65,7 +52,7 @@ def to_qdq_products(model: ir.Model) -> int:
     Right operands that had equal scales have one constant for them then.
     """
     products = list(integer_products(model))
-    made = {name_of(n.outputs[0]): n.outputs[0] for n in model.graph if n.op_type == DEQUANTIZE}
+    made = {nodes.name_of(n.outputs[0]): n.outputs[0] for n in model.graph if n.op_type == DEQUANTIZE}
     for product in products:
         _dequantize(product, made)
     return len(products)
@@ -88,13 +75,12 @@ class PerHead:
 
 @dataclass(frozen=True)
 class IntegerProduct:
-    """The nodes that one product became: MatMulInteger, Cast, Mul by the scales, and what computes these.
+    """The nodes that one product became: MatMulInteger, Mul by the scales behind its Cast, and what computes these.
 
     per_head: None if the right operand is a weight, whose scales are a constant. Products share some of its nodes.
     """
 
     multiply: ir.Node
-    cast: ir.Node
     scaled: ir.Node
     scales: ir.Node
     step: ir.Node
@@ -103,7 +89,7 @@ class IntegerProduct:
     @property
     def result(self) -> str:
         """The name of the product's own result, of which the codes, the sum and the rest are named."""
-        return names.owner_of(name_of(self.multiply.outputs[0]))
+        return names.owner_of(nodes.name_of(self.multiply.outputs[0]))
 
 
 def integer_products(model: ir.Model) -> Iterator[IntegerProduct]:
@@ -111,21 +97,21 @@ def integer_products(model: ir.Model) -> Iterator[IntegerProduct]:
     for scaled in model.graph:
         if scaled.op_type != "Mul":
             continue
-        cast, scales = maker(scaled, 0), maker(scaled, 1)
+        cast, scales = nodes.maker(scaled, 0), nodes.maker(scaled, 1)
         if cast is None or scales is None or cast.op_type != "Cast" or scales.op_type != "Mul":
             continue
-        multiply, step = maker(cast, 0), maker(scales, 0)
-        if multiply is None or step is None or step.op_type != DEQUANTIZE or name_of(step.inputs[0]) != STEP:
+        multiply, step = nodes.maker(cast, 0), nodes.maker(scales, 0)
+        if multiply is None or step is None or step.op_type != DEQUANTIZE or nodes.name_of(step.inputs[0]) != STEP:
             continue
-        yield IntegerProduct(multiply, cast, scaled, scales, step, _per_head(scales))
+        yield IntegerProduct(multiply, scaled, scales, step, _per_head(scales))
 
 
 def _per_head(scales: ir.Node) -> PerHead | None:
-    multiply = maker(scales, 1)
+    multiply = nodes.maker(scales, 1)
     if multiply is None:
         return None
-    expand = maker(multiply, 0)
-    step = None if expand is None else maker(expand, 0)
+    expand = nodes.maker(multiply, 0)
+    step = None if expand is None else nodes.maker(expand, 0)
     assert step is not None  # to_integer_products wrote it
     return PerHead(multiply, step)
 
@@ -141,20 +127,22 @@ def _dequantize(product: IntegerProduct, made: dict[str, ir.Value]) -> None:
         (product.step, left, "Step", {}),
         (product.scales, right, "Mul", {} if per_head else {"axis": 1}),  # of no meaning for one scale
     ):
-        value = names.owner_of(name_of(node.outputs[0]))
+        value = names.owner_of(nodes.name_of(node.outputs[0]))
         if value not in made:
-            again = new_node(DEQUANTIZE, inputs, value, names.beside(name_of(node), old, DEQUANTIZE), **attributes)
+            again = nodes.new_node(
+                DEQUANTIZE, inputs, value, names.beside(nodes.name_of(node), old, DEQUANTIZE), **attributes
+            )
             scaled.prepend(again)
             made[value] = again.outputs[0]
         operands.append(made[value])
-    name = names.beside(name_of(product.multiply), "MatMulInteger", "MatMul")
-    multiply = new_node("MatMul", operands, product.result, name)
+    name = names.beside(nodes.name_of(product.multiply), "MatMulInteger", "MatMul")
+    multiply = nodes.new_node("MatMul", operands, product.result, name)
     scaled.prepend(multiply)
     if per_head:
         scaled.replace_input_with(0, multiply.outputs[0])
         scaled.replace_input_with(1, per_head.multiply.inputs[1])
     else:
-        take_over(multiply, scaled.outputs[0])
+        nodes.take_over(multiply, scaled.outputs[0])
 
 
 @dataclass(frozen=True)
@@ -177,9 +165,9 @@ def _biased_product(node: ir.Node) -> _Product | None:
     """Return the product of a weight that a node is, or None if it is none that the runtime would fuse with a bias."""
     product = _product(node, "Add")
     weight = None if product is None else product.rhs.inputs[0]
-    if product is None or kind_of(weight) not in CODES or array(weight).ndim != 2:
+    if product is None or nodes.kind_of(weight) not in CODES or nodes.array(weight).ndim != 2:
         return None
-    return product if array(product.constant).shape == array(weight).shape[1:] else None
+    return product if nodes.array(product.constant).shape == nodes.array(weight).shape[1:] else None
 
 
 def _product_per_head(node: ir.Node) -> _Product | None:
@@ -189,21 +177,21 @@ def _product_per_head(node: ir.Node) -> _Product | None:
     order of the multiplications changes no bit, and if the shape of the right operand is known up to the images.
     """
     product = _product(node, "Mul")
-    quantize = None if product is None else maker(product.rhs, 0)
+    quantize = None if product is None else nodes.maker(product.rhs, 0)
     if product is None or quantize is None or quantize.op_type != QUANTIZE:
         return None
-    recorded = input_of(quantize, 0).shape
-    if recorded is None or maker(quantize, 0) is None:
+    recorded = nodes.input_of(quantize, 0).shape
+    if recorded is None or nodes.maker(quantize, 0) is None:
         return None
     shape = [size if isinstance(size, int) else size.value for size in recorded]
     known = len(shape) > 2 and shape[0] and all(isinstance(size, int) and size for size in shape[1:])
-    dims = list(array(product.constant).shape)
+    dims = list(nodes.array(product.constant).shape)
     scale = [1] * (len(shape) - len(dims)) + dims
     if not known or len(scale) > len(shape) or [scale[0], *scale[-2:]] != [1, 1, 1]:
         return None
     if any(count not in (1, size) for count, size in zip(scale, shape, strict=True)):
         return None
-    own = [array(dequantize.inputs[1]) for dequantize in (product.lhs, product.rhs)]
+    own = [nodes.array(dequantize.inputs[1]) for dequantize in (product.lhs, product.rhs)]
     if any(value.ndim or np.frexp(value)[0] != 0.5 for value in own):
         return None
     return replace(product, shape=tuple(size for size in shape if size is not None))
@@ -211,13 +199,13 @@ def _product_per_head(node: ir.Node) -> _Product | None:
 
 def _product(node: ir.Node, kind: str) -> _Product | None:
     """Return a MatMul of dequantized operands whose only reader is an operator of that kind with a constant."""
-    behind = only_user(node, kind) if node.op_type == "MatMul" else None
+    behind = nodes.only_user(node, kind) if node.op_type == "MatMul" else None
     if behind is None:
         return None
-    lhs, rhs, constant = maker(node, 0), maker(node, 1), other_input(behind, node.outputs[0])
+    lhs, rhs, constant = nodes.maker(node, 0), nodes.maker(node, 1), nodes.other_input(behind, node.outputs[0])
     if lhs is None or rhs is None or {lhs.op_type, rhs.op_type} != {DEQUANTIZE}:
         return None
-    return _Product(node, lhs, rhs, behind, constant) if constant is not None and is_constant(constant) else None
+    return _Product(node, lhs, rhs, behind, constant) if constant is not None and nodes.is_constant(constant) else None
 
 
 class _Writer:
@@ -233,16 +221,16 @@ class _Writer:
     def write(self, product: _Product) -> None:
         """Write a product, and let the node behind it read the result; a number tells those of one operand apart."""
         node, lhs, rhs, behind = product.multiply, product.lhs, product.rhs, product.behind
-        self._place, output = node, name_of(node.outputs[0])
+        self._place, output = node, nodes.name_of(node.outputs[0])
         number = self._products_of[rhs.outputs[0]]
         self._products_of[rhs.outputs[0]] += 1
-        scales = names.tensor(name_of(rhs.outputs[0]), "scales", number)
-        step, right_scale = self._step(lhs), input_of(rhs, 1)
+        scales = names.tensor(nodes.name_of(rhs.outputs[0]), "scales", number)
+        step, right_scale = self._step(lhs), nodes.input_of(rhs, 1)
         if product.shape:
             inputs, name = [self._columns(product), product.constant], _beside(rhs, "HeadScale")
             right_scale = self._add("Mul", inputs, names.tensor(scales, "heads"), f"{name}{number or ''}")
         scale = self._add("Mul", [step, right_scale], scales, f"{_beside(rhs, 'Mul')}{number or ''}")
-        operands = [input_of(lhs, 0), input_of(rhs, 0), input_of(lhs, 2), input_of(rhs, 2)]
+        operands = [nodes.input_of(lhs, 0), nodes.input_of(rhs, 0), nodes.input_of(lhs, 2), nodes.input_of(rhs, 2)]
         codes = self._add("MatMulInteger", operands, names.tensor(output, "codes"), _beside(node, "MatMulInteger"))
         cast, to = _beside(node, "Cast"), int(ir.DataType.FLOAT)
         summed = self._add("Cast", [codes], names.tensor(output, "sum"), cast, to=to)
@@ -257,35 +245,35 @@ class _Writer:
 
     def _step(self, dequantize: ir.Node) -> ir.Value:
         """Return the scale of a DequantizeLinear as something computed."""
-        name = names.tensor(name_of(dequantize.outputs[0]), "step")
+        name = names.tensor(nodes.name_of(dequantize.outputs[0]), "step")
         if name not in self._steps:
-            inputs = [add_constant(self._model, STEP, np.array(1, np.int32)), input_of(dequantize, 1)]
+            inputs = [nodes.add_constant(self._model, STEP, np.array(1, np.int32)), nodes.input_of(dequantize, 1)]
             self._steps[name] = self._add(DEQUANTIZE, inputs, name, _beside(dequantize, "Step"))
         return self._steps[name]
 
     def _columns(self, product: _Product) -> ir.Value:
         """Return the scale of the right operand for each column of each matrix; equal ones are one tensor."""
         rhs, (images, *heads, _, columns) = product.rhs, product.shape
-        key = (array(rhs.inputs[1]).tobytes(), images, *heads, columns)
+        key = (nodes.array(rhs.inputs[1]).tobytes(), images, *heads, columns)
         if key not in self._columns_of:
             step = self._step(rhs)
-            expanded = names.tensor(name_of(step), "columns")
+            expanded = names.tensor(nodes.name_of(step), "columns")
             sizes, shape = [*heads, 1, columns], names.tensor(expanded, "shape")
             if isinstance(images, int):
-                wanted = add_constant(self._model, shape, np.array([images, *sizes], np.int64))
+                wanted = nodes.add_constant(self._model, shape, np.array([images, *sizes], np.int64))
             else:
-                matrix = add_constant(self._model, names.tensor(shape, "matrix"), np.array(sizes, np.int64))
+                matrix = nodes.add_constant(self._model, names.tensor(shape, "matrix"), np.array(sizes, np.int64))
                 name = names.tensor(shape, "images")
-                count = self._add("Shape", [input_of(rhs, 0)], name, _beside(rhs, "Shape"), start=0, end=1)
+                count = self._add("Shape", [nodes.input_of(rhs, 0)], name, _beside(rhs, "Shape"), start=0, end=1)
                 wanted = self._add("Concat", [count, matrix], shape, _beside(rhs, "Concat"), axis=0)
             self._columns_of[key] = self._add("Expand", [step, wanted], expanded, _beside(rhs, "Expand"))
         return self._columns_of[key]
 
     def _add(self, kind: str, inputs: list[ir.Value], output: str, name: str, **attributes: Any) -> ir.Value:
-        node = new_node(kind, list(inputs), output, name, **attributes)
+        node = nodes.new_node(kind, list(inputs), output, name, **attributes)
         self._place.prepend(node)
         return node.outputs[0]
 
 
 def _beside(node: ir.Node, operator: str) -> str:
-    return names.beside(name_of(node), node.op_type, operator)
+    return names.beside(nodes.name_of(node), node.op_type, operator)

@@ -39,8 +39,9 @@ def load_file(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(path)
         for tensor in tensors_of(model):
-            if isinstance(tensor, ir.ExternalTensor) and tensor.size:
-                _check_size(tensor)
+            end = tensor.nbytes + ((tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else 0)
+            if isinstance(tensor, ir.ExternalTensor) and os.path.getsize(tensor.path) < end:
+                raise EOFError(f"{tensor.path} ends in front of byte {end}, where {tensor.name} does")
     except Exception as error:
         raise failure(
             "read ONNX file",
@@ -50,12 +51,6 @@ def load_file(path: str | os.PathLike[str]) -> ir.Model:
             do="check the path",
         ) from error
     return model
-
-
-def _check_size(tensor: ir.ExternalTensor) -> None:
-    end = (tensor.offset or 0) + tensor.nbytes
-    if os.path.getsize(tensor.path) < end:
-        raise ValueError(f"{tensor.path} ends in front of byte {end}, where {tensor.name} does")
 
 
 def tensors_of(model: ir.Model) -> list[ir.TensorProtocol]:

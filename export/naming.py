@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ptq4vit_fx import names
 from ptq4vit_fx.export.contract import rewrite
-from ptq4vit_fx.export.nodes import PAIR, QUANTIZE, add_constant, input_of, maker, name_of
+from ptq4vit_fx.export.nodes import PAIR, QUANTIZE, add_constant, input_of, maker, name_of, scope_of
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
@@ -55,7 +55,7 @@ def own_head_scales(model: ir.Model) -> int:
         if divide is not None and divide.op_type == "Div" and names.is_head_scale(name_of(divide.inputs[1])):
             tensor = input_of(divide, 1).const_value
             assert tensor is not None
-            own = add_constant(model, names.head_scale(names.scope_of(name_of(quantize))), tensor)
+            own = add_constant(model, names.head_scale(scope_of(quantize)), tensor)
             divide.replace_input_with(1, own)
             count += 1
     return count
@@ -74,6 +74,6 @@ def own_parameters(model: ir.Model) -> int:
         for index, role in parameters:
             tensor = input_of(node, index).const_value
             assert tensor is not None
-            own = add_constant(model, names.tensor(names.scope_of(name_of(node)), role), tensor)
+            own = add_constant(model, names.tensor(scope_of(node), role), tensor)
             node.replace_input_with(index, own)
     return len(pairs)

@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ptq4vit_fx import names
+
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 #: Operators that make codes of values and values of codes: input, scale, zero point.
 PAIR = frozenset([QUANTIZE, DEQUANTIZE])
@@ -26,6 +28,11 @@ Array = NDArray[Any]
 def name_of(named: ir.Node | ir.Value | None) -> str:
     """Return the name of a node or a value, "" if it has none."""
     return (named.name or "") if named is not None else ""
+
+
+def scope_of(node: ir.Node) -> str:
+    """Return the scope in a node's name: the site of a Q or DQ, with the range of a twin's branch; else its module."""
+    return names.scope_of(name_of(node))
 
 
 def maker(node: ir.Node, index: int) -> ir.Node | None:

@@ -19,18 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import example_tensors
 from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
-from ptq4vit_fx.export.metadata import (
-    CALIBRATION_KEY,
-    PLAN_KEY,
-    PROVENANCE_KEY,
-    RECIPE_KEY,
-    SCALES_KEY,
-    TARGET_KEY,
-    VERSION_KEY,
-    encode_scales,
-    write_metadata,
-)
 from ptq4vit_fx.export.model_files import tensors_of, write_model
 from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
 from ptq4vit_fx.export.opsets import LOWEST_OPSET, drop_saturate, newest_opset, to_opset, translated_opset
@@ -176,15 +166,15 @@ def _add_metadata(model: ir.Model, converted: GraphModule, target: str) -> None:
     calibration, plan = calibration_of(converted), plan_of(converted)
     assert calibration is not None  # convert_fx refuses a model without
     values = {
-        PLAN_KEY: plan.to_json(),
-        RECIPE_KEY: json.dumps({"recipe": plan.recipe, "searches": _searches(plan)}),
-        VERSION_KEY: version("ptq4vit-fx"),
-        CALIBRATION_KEY: calibration.fingerprint(),
-        PROVENANCE_KEY: json.dumps(calibration.provenance),
-        TARGET_KEY: target,
-        SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
+        metadata.PLAN_KEY: plan.to_json(),
+        metadata.RECIPE_KEY: json.dumps({"recipe": plan.recipe, "searches": _searches(plan)}),
+        metadata.VERSION_KEY: version("ptq4vit-fx"),
+        metadata.CALIBRATION_KEY: calibration.fingerprint(),
+        metadata.PROVENANCE_KEY: json.dumps(calibration.provenance),
+        metadata.TARGET_KEY: target,
+        metadata.SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
     }
-    write_metadata(model, values)
+    metadata.write_metadata(model, values)
 
 
 def _scales_elsewhere(model: ir.Model, converted: GraphModule) -> dict[str, str]:
@@ -200,7 +190,7 @@ def _scales_elsewhere(model: ir.Model, converted: GraphModule) -> dict[str, str]
         if isinstance(params, UniformParams):
             in_graph = get_attribute(converted, tensor(holder(site), "scale"))
             if tensor(site, "scale") not in model.graph.initializers or not torch.equal(in_graph, params.scale):
-                elsewhere[site] = encode_scales(params.scale.numpy())
+                elsewhere[site] = metadata.encode_scales(params.scale.numpy())
     return elsewhere
 
 

@@ -10,20 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
+from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.contract import rewrite
-from ptq4vit_fx.export.nodes import (
-    DEQUANTIZE,
-    add_constant,
-    array,
-    is_constant,
-    maker,
-    name_of,
-    new_node,
-    only_user,
-    other_input,
-    take_over,
-    users,
-)
+from ptq4vit_fx.export.nodes import DEQUANTIZE
 
 
 @dataclass(frozen=True)
@@ -62,35 +51,35 @@ def split_projections(model: ir.Model) -> int:
 
 def _projection(product: ir.Node) -> _Projection | None:
     """Follow a product to the parts of its result; None if another operator or reader is on the way."""
-    weight = maker(product, 1) if product.op_type == "MatMul" else None
-    if weight is None or weight.op_type != DEQUANTIZE or not is_constant(weight.inputs[0]):
+    weight = nodes.maker(product, 1) if product.op_type == "MatMul" else None
+    if weight is None or weight.op_type != DEQUANTIZE or not nodes.is_constant(weight.inputs[0]):
         return None
-    add = only_user(product, "Add")
-    bias = None if add is None else other_input(add, product.outputs[0])
-    reshape = only_user(add or product, "Reshape")
-    transpose = only_user(reshape, "Transpose")
+    add = nodes.only_user(product, "Add")
+    bias = None if add is None else nodes.other_input(add, product.outputs[0])
+    reshape = nodes.only_user(add or product, "Reshape")
+    transpose = nodes.only_user(reshape, "Transpose")
     if reshape is None or transpose is None or transpose.outputs[0].is_graph_output():
         return None
-    if not is_constant(reshape.inputs[1]) or (add is not None and not is_constant(bias)):
+    if not nodes.is_constant(reshape.inputs[1]) or (add is not None and not nodes.is_constant(bias)):
         return None
-    shape, columns = array(reshape.inputs[1]), array(weight.inputs[0]).shape[1]
+    shape, columns = nodes.array(reshape.inputs[1]), nodes.array(weight.inputs[0]).shape[1]
     dims = [dim for dim in range(len(shape)) if np.prod(shape[dim:]) == columns and (shape[dim:] > 0).all()]
-    if not dims or (add is not None and array(bias).shape[-1:] != (columns,)):
+    if not dims or (add is not None and nodes.array(bias).shape[-1:] != (columns,)):
         return None
     axis = transpose.attributes["perm"].as_ints().index(dims[-1])
-    takers = [_part(node, axis) for node in users(transpose)]
+    takers = [_part(node, axis) for node in nodes.users(transpose)]
     if sorted(number for number, _ in takers) != list(range(shape[dims[-1]])):
         return None
-    parts = [nodes for _, nodes in sorted(takers, key=operator.itemgetter(0))]
+    parts = [taken for _, taken in sorted(takers, key=operator.itemgetter(0))]
     return _Projection(product, weight, add, bias, reshape, transpose, parts, dims[-1])
 
 
 def _part(node: ir.Node, axis: int) -> tuple[int, list[ir.Node]]:
     """Return which part along `axis` a node takes, and the nodes that take it: Gather, or Slice and Squeeze."""
-    constants = [array(value).reshape(-1).tolist() for value in node.inputs[1:] if is_constant(value)]
-    if node.op_type == "Gather" and constants and not array(node.inputs[1]).ndim:
+    constants = [nodes.array(value).reshape(-1).tolist() for value in node.inputs[1:] if nodes.is_constant(value)]
+    if node.op_type == "Gather" and constants and not nodes.array(node.inputs[1]).ndim:
         return (constants[0][0], [node]) if node.attributes.get_int("axis", 0) == axis else (-1, [])
-    squeeze = only_user(node, "Squeeze")
+    squeeze = nodes.only_user(node, "Squeeze")
     if node.op_type == "Slice" and squeeze is not None and len(constants) >= 3:
         starts, stops, axes = constants[:3]
         alone = axes == [axis] and stops == [starts[0] + 1]
@@ -100,15 +89,10 @@ def _part(node: ir.Node, axis: int) -> tuple[int, list[ir.Node]]:
 
 def _split(model: ir.Model, projection: _Projection) -> None:
     """Write the nodes of each part; their weights, scales and biases are added to the model."""
-    product, add, reshape, transpose, dim = (
-        projection.product,
-        projection.add,
-        projection.reshape,
-        projection.transpose,
-        projection.dim,
-    )
-    sizes = np.delete(array(reshape.inputs[1]), dim)
-    shape = add_constant(model, names.tensor(name_of(reshape), "shape"), sizes)
+    product, add, dim = projection.product, projection.add, projection.dim
+    reshape, transpose = projection.reshape, projection.transpose
+    sizes = np.delete(nodes.array(reshape.inputs[1]), dim)
+    shape = nodes.add_constant(model, names.tensor(nodes.name_of(reshape), "shape"), sizes)
     kept = [axis - (axis > dim) for axis in transpose.attributes["perm"].as_ints() if axis != dim]
     for number, taken in enumerate(projection.parts):
         part = _Part(model, transpose, number, len(projection.parts))
@@ -118,7 +102,7 @@ def _split(model: ir.Model, projection: _Projection) -> None:
             result = part.write(add, [result, part.columns(projection.bias)])
         last = part.write(transpose, [part.write(reshape, [result, shape])], perm=kept).producer()
         assert last is not None
-        take_over(last, taken[-1].outputs[0])
+        nodes.take_over(last, taken[-1].outputs[0])
     old = [product, reshape, transpose, *chain.from_iterable(projection.parts)]
     model.graph.remove([*old, *([] if add is None else [add])], safe=True)
 
@@ -134,16 +118,16 @@ class _Part:
 
     def columns(self, value: ir.Value | None) -> ir.Value | None:
         """Return the columns of this part of a constant, which are stored; one number stands for all columns."""
-        values = array(value)
+        values = nodes.array(value)
         if not values.ndim:
             return value
         columns = np.ascontiguousarray(np.split(values, self.count, axis=-1)[self.number])
-        return add_constant(self.model, names.part(name_of(value), self.number), columns)
+        return nodes.add_constant(self.model, names.part(nodes.name_of(value), self.number), columns)
 
     def write(self, like: ir.Node, inputs: list[ir.Value | None], **attributes: list[int]) -> ir.Value:
         """Write a node like another one, under its name and a number; return its result."""
-        output = names.part(name_of(like.outputs[0]), self.number)
+        output = names.part(nodes.name_of(like.outputs[0]), self.number)
         known = {**like.attributes, **attributes}
-        node = new_node(like.op_type, inputs, output, names.part(name_of(like), self.number), **known)
+        node = nodes.new_node(like.op_type, inputs, output, names.part(nodes.name_of(like), self.number), **known)
         self.place.prepend(node)
         return node.outputs[0]

@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
+from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import calibrated_scales
-from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, QUANTIZE, Array, array, is_constant, maker, name_of, users
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, QUANTIZE, Array
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def stored_sites(model: ir.Model) -> dict[str, StoredSite]:
     graph = in_qdq_form(model).graph
     found: dict[str, StoredSite] = {}
     for node in graph:
-        scope = names.scope_of(name_of(node))
-        if node.op_type == DEQUANTIZE and is_constant(node.inputs[0]):
-            if scope in found and names.is_part(name_of(node)):
+        scope = nodes.scope_of(node)
+        if node.op_type == DEQUANTIZE and nodes.is_constant(node.inputs[0]):
+            if scope in found and names.is_part(nodes.name_of(node)):
                 found[scope] = _joined(found[scope], _read(node, node))
             elif scope not in found:
                 found[scope] = _read(node, node)
         elif node.op_type == QUANTIZE and scope not in found:
-            found[scope] = _read(node, next((user for user in users(node) if user.op_type == DEQUANTIZE), node))
+            found[scope] = _read(node, next((user for user in nodes.users(node) if user.op_type == DEQUANTIZE), node))
     for site, name in _through_products(graph).items():
         if name in found:
             found.setdefault(site, found[name])
@@ -60,16 +61,16 @@ def stored_sites(model: ir.Model) -> dict[str, StoredSite]:
 
 
 def _read(node: ir.Node, dequantize: ir.Node) -> StoredSite:
-    scale = array(dequantize.inputs[1]).astype(np.float32)
+    scale = nodes.array(dequantize.inputs[1]).astype(np.float32)
     zero_point = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
-    codes = array(node.inputs[0]).astype(np.int32) if node is dequantize and is_constant(node.inputs[0]) else None
+    codes = nodes.array(node.inputs[0]).astype(np.int32) if node.op_type == DEQUANTIZE else None
     return StoredSite(
-        tensor=name_of(node.outputs[0] if codes is None else node.inputs[0]),
+        tensor=nodes.name_of(node.outputs[0] if codes is None else node.inputs[0]),
         codes=codes,
         scale=scale,
-        zero_point=np.zeros(scale.shape, np.int32) if zero_point is None else array(zero_point).astype(np.int32),
+        zero_point=np.zeros(scale.shape, np.int32) if zero_point is None else nodes.array(zero_point).astype(np.int32),
         axis=dequantize.attributes.get_int("axis", 1),
-        source=names.scope_of(name_of(node)),
+        source=nodes.scope_of(node),
     )
 
 
@@ -91,10 +92,10 @@ def _through_products(graph: ir.Graph) -> dict[str, str]:
     for node in graph:
         if node.op_type in PRODUCTS:
             for index, operand in enumerate(names.OPERANDS):
-                dequantize = maker(node, index)
+                dequantize = nodes.maker(node, index)
                 if dequantize is not None and dequantize.op_type == DEQUANTIZE:
-                    found = read.setdefault(names.site(names.scope_of(name_of(node)), operand), [])
-                    if (name := names.scope_of(name_of(dequantize))) not in found:
+                    found = read.setdefault(names.site(nodes.scope_of(node), operand), [])
+                    if (name := nodes.scope_of(dequantize)) not in found:
                         found.append(name)
     branches: dict[int, tuple[names.Range | None, ...]] = {1: (None,), 2: names.RANGES}
     return {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ptq4vit_fx.export.integer_products import STEP, integer_products
-from ptq4vit_fx.export.nodes import DEQUANTIZE, QUANTIZE, kind_of, maker, name_of, users
+from ptq4vit_fx.export.nodes import DEQUANTIZE, MOVES, QUANTIZE, kind_of, maker, name_of, users
 from ptq4vit_fx.export.proof.runtime import optimized
 
 #: Integer products of ONNX Runtime (contrib operators included), and where their zero points are among the inputs.
@@ -28,9 +28,7 @@ FLOAT_PRODUCTS = frozenset(
     ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
 )
 #: Operators that hand codes on as they are: a code behind them is the same code.
-MOVING = frozenset(
-    ["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Flatten", "Identity"]
-)
+MOVING = MOVES | {"Expand"}
 
 
 @dataclass(frozen=True)

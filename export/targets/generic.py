@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ptq4vit_fx import names
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.export.contract import Target, rewrite
 from ptq4vit_fx.export.integer_products import in_qdq_form
-from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, array, is_constant, kind_of, name_of, set_constant
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, array, is_constant, kind_of, scope_of, set_constant
 from ptq4vit_fx.export.opsets import STANDARD_DOMAINS, opset_of
 from ptq4vit_fx.plan import QuantPlan
 
@@ -30,7 +29,7 @@ def pack_weights(model: ir.Model, plan: QuantPlan) -> int:
         for node in model.graph
         if node.op_type == DEQUANTIZE
         and is_constant(node.inputs[0])
-        and plan.quantizers[names.scope_of(name_of(node))].bits <= INT4_BITS
+        and plan.quantizers[scope_of(node)].bits <= INT4_BITS
     ]
     for value in dict.fromkeys(value for node in narrow for value in (node.inputs[0], node.inputs[2])):
         if value is not None and kind_of(value) == ir.DataType.INT8:
@@ -40,43 +39,31 @@ def pack_weights(model: ir.Model, plan: QuantPlan) -> int:
     return len(narrow)
 
 
-def check_generic(model: ir.Model) -> None:
-    """Raise PTQError unless every operator is standard and every Q/DQ node has its zero point written out."""
-    for node in in_qdq_form(model).graph:
+def check_generic(model: ir.Model) -> list[ir.Node]:
+    """Raise PTQError unless every operator is standard and every Q/DQ node has its zero point written out.
+
+    Return the nodes in QDQ form.
+    """
+    nodes = list(in_qdq_form(model).graph)
+    for node in nodes:
         if node.domain not in STANDARD_DOMAINS:
-            raise failure(
-                "export_onnx",
-                f"node {node.name}",
-                expected="a standard operator",
-                got=f"{node.domain}::{node.op_type}",
-                do="report this as a bug",
-            )
+            raise _broken(node, "a standard operator", f"{node.domain}::{node.op_type}")
         if node.op_type in PAIR and len(node.inputs) != 3:
-            raise failure(
-                "export_onnx",
-                f"node {node.name}",
-                expected="a zero point",
-                got="none",
-                do="report this as a bug",
-            )
+            raise _broken(node, "a zero point", "none")
+    return nodes
 
 
 def check_types(model: ir.Model, *, activations: ir.DataType, weights: ir.DataType) -> None:
-    """Raise PTQError unless every activation and every weight has the integer type that a runtime's kernels want."""
-    for node in in_qdq_form(model).graph:
-        if node.op_type not in PAIR:
-            continue
+    """Raise PTQError unless `check_generic` passes, and activations and weights have the integer types of a runtime."""
+    for node in check_generic(model):
         # A QuantizeLinear of a constant (a table that is multiplied like an activation) is an activation's.
         wanted = weights if node.op_type == DEQUANTIZE and is_constant(node.inputs[0]) else activations
-        kind = kind_of(node.inputs[2])
-        if kind != wanted:
-            raise failure(
-                "export_onnx",
-                f"node {node.name}",
-                expected=f"{wanted.name} codes",
-                got="none" if kind is None else kind.name,
-                do="report this as a bug",
-            )
+        if node.op_type in PAIR and (kind := kind_of(node.inputs[2])) != wanted:
+            raise _broken(node, f"{wanted.name} codes", "none" if kind is None else kind.name)
+
+
+def _broken(node: ir.Node, expected: str, got: str) -> PTQError:
+    return failure("export_onnx", f"node {node.name}", expected=expected, got=got, do="report this as a bug")
 
 
 TARGET = Target("generic", (pack_weights,), check_generic)

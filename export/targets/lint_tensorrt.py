@@ -18,19 +18,8 @@ import onnx
 import onnx_ir as ir
 
 from ptq4vit_fx import names
-from ptq4vit_fx.export.nodes import (
-    DEQUANTIZE,
-    MOVES,
-    PAIR,
-    PRODUCTS,
-    QUANTIZE,
-    array,
-    is_constant,
-    kind_of,
-    maker,
-    name_of,
-    users,
-)
+from ptq4vit_fx.export import nodes
+from ptq4vit_fx.export.nodes import DEQUANTIZE, MOVES, PAIR, PRODUCTS, QUANTIZE
 
 WITHOUT_TWINS = "quantize with recipes.tensorrt(), which has no softmax twin"
 SEVEN_BITS = "give this product QConfig(activation=Uniform(7), ...): unsigned codes 0 .. 127 fit int8"
@@ -67,49 +56,49 @@ def _pairs(graph: ir.Graph) -> Iterator[ir.Node]:
 def _int8(graph: ir.Graph) -> Iterator[Violation]:
     """Quantized values are signed INT8 [types]; uint8 is refused by the parser."""
     for node in _pairs(graph):
-        kind = (kind_of(node.inputs[2]) if len(node.inputs) > 2 else None) or ir.DataType.UINT8
+        kind = (nodes.kind_of(node.inputs[2]) if len(node.inputs) > 2 else None) or ir.DataType.UINT8
         if kind != ir.DataType.INT8:
-            do = WITHOUT_TWINS if names.range_of(names.scope_of(name_of(node))) else SEVEN_BITS
-            yield Violation(name_of(node), "int8", f"{kind.name} codes", do)
+            do = WITHOUT_TWINS if names.range_of(nodes.scope_of(node)) else SEVEN_BITS
+            yield Violation(nodes.name_of(node), "int8", f"{kind.name} codes", do)
 
 
 def _zero_point(graph: ir.Graph) -> Iterator[Violation]:
     """Quantization is symmetric: the zero point is written out and all zeros [types] [parser]."""
     for node in _pairs(graph):
         if len(node.inputs) < 3:
-            yield Violation(name_of(node), "zero point", "none", "write a zero point of 0")
-        elif np.any(value := array(node.inputs[2])):
-            yield Violation(name_of(node), "zero point", f"zero point {value.reshape(-1)[0]}", WITHOUT_TWINS)
+            yield Violation(nodes.name_of(node), "zero point", "none", "write a zero point of 0")
+        elif np.any(value := nodes.array(node.inputs[2])):
+            yield Violation(nodes.name_of(node), "zero point", f"zero point {value.reshape(-1)[0]}", WITHOUT_TWINS)
 
 
 def _scale(graph: ir.Graph) -> Iterator[Violation]:
     """Scales are positive [parser]."""
     for node in _pairs(graph):
-        if np.any(array(node.inputs[1]).astype(np.float64) <= 0):
-            yield Violation(name_of(node), "positive scale", "a scale of 0 or less", "calibrate again")
+        if np.any(nodes.array(node.inputs[1]).astype(np.float64) <= 0):
+            yield Violation(nodes.name_of(node), "positive scale", "a scale of 0 or less", "calibrate again")
 
 
 def _per_tensor(graph: ir.Graph) -> Iterator[Violation]:
     """Activations have one scale [types] [parser]: per-axis quantization is for weights."""
     for node in _pairs(graph):
-        count = array(node.inputs[1]).size
-        if not is_constant(node.inputs[0]) and count > 1:
-            yield Violation(name_of(node), "per-tensor activations", f"{count} scales", PER_TENSOR)
+        count = nodes.array(node.inputs[1]).size
+        if not nodes.is_constant(node.inputs[0]) and count > 1:
+            yield Violation(nodes.name_of(node), "per-tensor activations", f"{count} scales", PER_TENSOR)
 
 
 def _weight_axis(graph: ir.Graph) -> Iterator[Violation]:
     """Scales of a weight lie along its output channels [parser]: the last axis of a MatMul's, the first of a Conv's."""
     for node in _pairs(graph):
-        shape = array(node.inputs[0]).shape if is_constant(node.inputs[0]) else ()
-        if not shape or array(node.inputs[1]).size == 1:
+        shape = nodes.array(node.inputs[0]).shape if nodes.is_constant(node.inputs[0]) else ()
+        if not shape or nodes.array(node.inputs[1]).size == 1:
             continue
         axis = node.attributes.get_int("axis", 1) % len(shape)
-        for product in users(node):
+        for product in nodes.users(node):
             transposed = product.attributes.get_int("transB", 0)
             wanted = 0 if product.op_type == "Conv" or transposed else len(shape) - 1
             if product.op_type in PRODUCTS and axis != wanted:
                 do = "quantize with weights='channel'"
-                yield Violation(name_of(node), "output-channel axis", f"axis {axis}, not {wanted}", do)
+                yield Violation(nodes.name_of(node), "output-channel axis", f"axis {axis}, not {wanted}", do)
 
 
 def _pair(graph: ir.Graph) -> Iterator[Violation]:
@@ -117,11 +106,11 @@ def _pair(graph: ir.Graph) -> Iterator[Violation]:
     for node in _pairs(graph):
         if node.op_type != QUANTIZE:
             continue
-        for user in users(node):
-            same = user.op_type == DEQUANTIZE and np.array_equal(array(user.inputs[1]), array(node.inputs[1]))
-            if not same:
+        for user in nodes.users(node):
+            scale = nodes.array(user.inputs[1]) if user.op_type == DEQUANTIZE else None
+            if scale is None or not np.array_equal(scale, nodes.array(node.inputs[1])):
                 do = "dequantize it with the scale that quantized it"
-                yield Violation(name_of(node), "Q/DQ pair", f"read by {user.op_type} {user.name}", do)
+                yield Violation(nodes.name_of(node), "Q/DQ pair", f"read by {user.op_type} {user.name}", do)
 
 
 def _both_operands(graph: ir.Graph) -> Iterator[Violation]:
@@ -131,7 +120,7 @@ def _both_operands(graph: ir.Graph) -> Iterator[Violation]:
         if any(quantized) and not all(quantized):
             side = ("first", "second")[quantized.index(False)]
             do = "quantize both operands or leave both float (QConfigMapping.set_module_name(name, None))"
-            yield Violation(name_of(node), "both operands", f"the {side} operand is float", do)
+            yield Violation(nodes.name_of(node), "both operands", f"the {side} operand is float", do)
 
 
 def _next_to_product(graph: ir.Graph) -> Iterator[Violation]:
@@ -139,10 +128,10 @@ def _next_to_product(graph: ir.Graph) -> Iterator[Violation]:
     for node in graph:
         if node.op_type != DEQUANTIZE:
             continue
-        for user in users(node):
+        for user in nodes.users(node):
             if user.op_type not in PRODUCTS:
-                do = f"move {user.op_type} in front of QuantizeLinear"
-                yield Violation(name_of(node), "DQ next to its product", f"read by {user.op_type} {user.name}", do)
+                do, got = f"move {user.op_type} in front of QuantizeLinear", f"read by {user.op_type} {user.name}"
+                yield Violation(nodes.name_of(node), "DQ next to its product", got, do)
 
 
 def _attention_scale(graph: ir.Graph) -> Iterator[Violation]:
@@ -151,16 +140,16 @@ def _attention_scale(graph: ir.Graph) -> Iterator[Violation]:
         for node in between if _is_quantized(first) else ():
             if node.op_type in ("Mul", "Div"):
                 got = f"{node.op_type} between {first.name} and {softmax.name}"
-                yield Violation(name_of(node), "attention scale in front of Q", got, PER_TENSOR)
+                yield Violation(nodes.name_of(node), "attention scale in front of Q", got, PER_TENSOR)
 
 
 def _softmax(graph: ir.Graph) -> Iterator[Violation]:
     """Q/DQ stand right behind softmax, once, if the products are quantized [mha]: a twin's branches break fusion."""
     for softmax, first, _ in _attentions(graph):
-        kinds = [user.op_type for user in users(softmax)]
+        kinds = [user.op_type for user in nodes.users(softmax)]
         if _is_quantized(first) and kinds != [QUANTIZE]:
             do = EIGHT_BITS if kinds == ["Clip"] else WITHOUT_TWINS
-            yield Violation(name_of(softmax), "one Q behind softmax", f"read by {', '.join(kinds)}", do)
+            yield Violation(nodes.name_of(softmax), "one Q behind softmax", f"read by {', '.join(kinds)}", do)
 
 
 def _behind_second(graph: ir.Graph) -> Iterator[Violation]:
@@ -175,7 +164,7 @@ def _behind_second(graph: ir.Graph) -> Iterator[Violation]:
                         if node.op_type == "Clip"
                         else f"{PER_TENSOR}; or leave both attention products float"
                     )
-                    yield Violation(name_of(second), "Q behind the second product", got, do)
+                    yield Violation(nodes.name_of(second), "Q behind the second product", got, do)
 
 
 #: Name of a rule -> the function that finds its violations.
@@ -195,7 +184,7 @@ RULES: dict[str, Callable[[ir.Graph], Iterator[Violation]]] = {
 
 
 def _is_dequantize(node: ir.Node, index: int) -> bool:
-    made_by = maker(node, index)
+    made_by = nodes.maker(node, index)
     return made_by is not None and made_by.op_type == DEQUANTIZE
 
 
@@ -209,7 +198,7 @@ def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, list[ir.Nod
         if softmax.op_type != "Softmax":
             continue
         between: list[ir.Node] = []
-        waiting = [maker(softmax, 0)]
+        waiting = [nodes.maker(softmax, 0)]
         while waiting:
             node = waiting.pop()
             if node is None:
@@ -219,21 +208,21 @@ def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, list[ir.Nod
                 break
             if node.op_type in {"Add", "Sub", "Mul", "Div", "Where", *MOVES}:
                 between.append(node)
-                waiting += [maker(node, index) for index in range(len(node.inputs))]
+                waiting += [nodes.maker(node, index) for index in range(len(node.inputs))]
 
 
 def _products_of(softmax: ir.Node) -> list[ir.Node]:
     """Return the products that read a softmax, through subtractions, clips, Q and DQ."""
-    found, waiting = [], users(softmax)
+    found, waiting = [], nodes.users(softmax)
     while waiting:
         node = waiting.pop()
         if node.op_type in PRODUCTS:
             found.append(node)
         elif node.op_type in {QUANTIZE, DEQUANTIZE, "Sub", "Clip", "Where"}:
-            waiting += users(node)
+            waiting += nodes.users(node)
     return found
 
 
 def _behind_moves(node: ir.Node) -> list[ir.Node]:
     """Return what reads a value once operators that only move it are passed."""
-    return [end for user in users(node) for end in (_behind_moves(user) if user.op_type in MOVES else [user])]
+    return [end for user in nodes.users(node) for end in (_behind_moves(user) if user.op_type in MOVES else [user])]

@@ -8,6 +8,8 @@ bias or scales per head. The three differ in integer types only; every value is 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,7 +19,7 @@ from ptq4vit_fx.export.contract import Target, rewrite
 from ptq4vit_fx.export.integer_products import to_integer_products
 from ptq4vit_fx.export.nodes import MOVES, add_constant, array, input_of, maker, name_of, set_constant, users
 from ptq4vit_fx.export.split_projections import split_projections
-from ptq4vit_fx.export.targets.generic import check_generic, check_types
+from ptq4vit_fx.export.targets.generic import check_types
 
 
 @rewrite(nothing="no quantizer stands right behind a division by scales per head that it could do itself")
@@ -59,19 +61,9 @@ def _divide_in_quantizer(model: ir.Model, divide: ir.Node, quantize: ir.Node) ->
     model.graph.remove(divide, safe=True)
 
 
-def check_x86(model: ir.Model) -> None:
-    check_generic(model)
-    check_types(model, activations=ir.DataType.UINT8, weights=ir.DataType.INT8)
-
-
-def check_avx2(model: ir.Model) -> None:
-    check_generic(model)
-    check_types(model, activations=ir.DataType.UINT8, weights=ir.DataType.UINT8)
-
-
-def check_arm(model: ir.Model) -> None:
-    check_generic(model)
-    check_types(model, activations=ir.DataType.INT8, weights=ir.DataType.INT8)
+check_x86 = partial(check_types, activations=ir.DataType.UINT8, weights=ir.DataType.INT8)
+check_avx2 = partial(check_types, activations=ir.DataType.UINT8, weights=ir.DataType.UINT8)
+check_arm = partial(check_types, activations=ir.DataType.INT8, weights=ir.DataType.INT8)
 
 
 #: What all three need. Integer types change before, while every product still reads what DequantizeLinear makes.

@@ -21,24 +21,10 @@ import onnx_ir as ir
 
 from ptq4vit_fx import names
 from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.containers import INT8, UINT8, without_zero_points
 from ptq4vit_fx.export.contract import Target, rewrite
-from ptq4vit_fx.export.nodes import (
-    DEQUANTIZE,
-    PAIR,
-    PRODUCTS,
-    QUANTIZE,
-    add_constant,
-    array,
-    input_of,
-    is_constant,
-    kind_of,
-    maker,
-    name_of,
-    new_node,
-    take_over,
-    users,
-)
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, PRODUCTS, QUANTIZE
 from ptq4vit_fx.export.targets.generic import check_generic
 from ptq4vit_fx.plan import QuantPlan
 
@@ -71,8 +57,8 @@ def bound_in_front_of_division(model: ir.Model) -> int:
     """
     count = 0
     for clip in model.graph:
-        divide = maker(clip, 0) if clip.op_type == "Clip" else None
-        if divide is not None and divide.op_type == "Div" and is_constant(divide.inputs[1]):
+        divide = nodes.maker(clip, 0) if clip.op_type == "Clip" else None
+        if divide is not None and divide.op_type == "Div" and nodes.is_constant(divide.inputs[1]):
             _bound(model, divide, clip)
             count += 1
     return count
@@ -83,50 +69,42 @@ def _bound(model: ir.Model, divide: ir.Node, clip: ir.Node) -> None:
     for (function, role), limit in zip(roles, clip.inputs[1:], strict=False):
         if limit is None:
             continue
-        result = names.tensor(name_of(clip.outputs[0]), role)
-        values = (array(limit) * array(divide.inputs[1])).astype(np.float32)
-        bound = add_constant(model, names.tensor(result, "bound"), values)
-        node = new_node(function, [divide.inputs[0], bound], result, names.variant(name_of(clip), function))
+        result = names.tensor(nodes.name_of(clip.outputs[0]), role)
+        values = (nodes.array(limit) * nodes.array(divide.inputs[1])).astype(np.float32)
+        bound = nodes.add_constant(model, names.tensor(result, "bound"), values)
+        node = nodes.new_node(function, [divide.inputs[0], bound], result, names.variant(nodes.name_of(clip), function))
         divide.prepend(node)
         divide.replace_input_with(0, node.outputs[0])
-    take_over(divide, clip.outputs[0])
+    nodes.take_over(divide, clip.outputs[0])
     model.graph.remove(clip, safe=True)
 
 
 @rewrite(nothing="every DequantizeLinear has one reader and a QuantizeLinear of its own")
 def separate_pairs(model: ir.Model) -> int:
     """Give every reader its own DequantizeLinear, and each of those its own QuantizeLinear; in place."""
-    copies: Counter[str] = Counter()
+    separated: Counter[ir.Node] = Counter()  # QuantizeLinear -> how many read it or a copy
     count = 0
-    for node in [node for node in model.graph if node.op_type == DEQUANTIZE]:
-        place = node
-        for number, (reader, index) in enumerate(node.outputs[0].uses()):
-            pair = _pair(node, number, copies)
-            new = [part for part in pair if part.graph is None]
-            place.append(new)
-            place = pair[-1]
-            reader.replace_input_with(index, place.outputs[0])
+    for dequantize in [node for node in model.graph if node.op_type == DEQUANTIZE]:
+        source = nodes.maker(dequantize, 0)
+        for number, (reader, index) in enumerate(dequantize.outputs[0].uses()):
+            pair = [_numbered(dequantize, number)]
+            if source is not None and source.op_type == QUANTIZE:
+                pair.insert(0, _numbered(source, separated[source]))
+                separated[source] += 1
+                pair[1].replace_input_with(0, pair[0].outputs[0])
+            new = [node for node in pair if node.graph is None]
+            dequantize.prepend(new)
+            reader.replace_input_with(index, pair[-1].outputs[0])
             count += bool(new)
     return count
-
-
-def _pair(dequantize: ir.Node, number: int, copies: Counter[str]) -> list[ir.Node]:
-    """Return copy `number` of a DequantizeLinear, behind a QuantizeLinear of its own unless it reads a constant."""
-    copy, source = _numbered(dequantize, number), maker(dequantize, 0)
-    if source is None or source.op_type != QUANTIZE:
-        return [copy]
-    quantize = _numbered(source, copies[name_of(source)])
-    copies[name_of(source)] += 1
-    copy.replace_input_with(0, quantize.outputs[0])
-    return [quantize, copy]
 
 
 def _numbered(node: ir.Node, number: int) -> ir.Node:
     """Return a node itself for number 0, else a copy."""
     if not number:
         return node
-    output, name = names.variant(name_of(node.outputs[0]), number), names.variant(name_of(node), number)
-    copy = new_node(node.op_type, list(node.inputs), output, name, **node.attributes)
+    output, name = names.variant(nodes.name_of(node.outputs[0]), number), names.variant(nodes.name_of(node), number)
+    copy = nodes.new_node(node.op_type, node.inputs, output, name, **node.attributes)
     copy.outputs[0].type, copy.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     return copy
 
@@ -137,9 +115,9 @@ def check_openvino(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type not in PAIR:
             continue
-        places, zero_points = len(node.outputs[0].uses()), array(node.inputs[2])
+        places, zero_points = len(node.outputs[0].uses()), nodes.array(node.inputs[2])
         wanted, got = "one reader", f"{places}"
-        if kind_of(node.inputs[2]) not in (INT8.kind, UINT8.kind):
+        if nodes.kind_of(node.inputs[2]) not in (INT8.kind, UINT8.kind):
             wanted, got = "8-bit codes (256 levels)", str(zero_points.dtype)
         elif np.any(zero_points) and not _multiplies_weight(node):
             wanted, got = "zero point 0", f"{zero_points.reshape(-1)[0]}"
@@ -153,17 +131,17 @@ def check_openvino(model: ir.Model) -> None:
 
 def _multiplies_weight(node: ir.Node) -> bool:
     """Return whether these codes are the first operand of products with constant codes."""
-    readers = users(node)
+    readers = nodes.users(node)
     if readers and all(reader.op_type == DEQUANTIZE for reader in readers):
         return all(_multiplies_weight(reader) for reader in readers)
-    rights = [maker(reader, 1) for reader in readers if reader.op_type in PRODUCTS]
-    constant = [right is not None and right is not node and is_constant(input_of(right, 0)) for right in rights]
+    rights = [nodes.maker(reader, 1) for reader in readers if reader.op_type in PRODUCTS]
+    constant = [right is not None and right is not node and nodes.is_constant(right.inputs[0]) for right in rights]
     return len(constant) == len(readers) and all(constant)
 
 
 def _is_unsigned_on_the_right(product: ir.Node) -> bool:
-    right = maker(product, 1)
-    return right is not None and right.op_type == DEQUANTIZE and kind_of(right.inputs[2]) == ir.DataType.UINT8
+    right = nodes.maker(product, 1)
+    return right is not None and right.op_type == DEQUANTIZE and nodes.kind_of(right.inputs[2]) == ir.DataType.UINT8
 
 
 TARGET = Target(
