@@ -66,83 +66,64 @@ def in_qdq_form(model: ir.Model) -> ir.Model:
 
 
 @dataclass(frozen=True)
-class PerHead:
-    """The nodes of a scale per head and column: the Mul by the heads, and the step of the right scale."""
-
-    multiply: ir.Node
-    step: ir.Node
-
-
-@dataclass(frozen=True)
 class IntegerProduct:
     """The nodes that one product became: MatMulInteger, Mul by the scales behind its Cast, and what computes these.
 
-    per_head: None if the right operand is a weight, whose scales are a constant. Products share some of its nodes.
+    heads: the Mul by scales per head; None if the right operand is a weight, whose scales are a constant. Products
+    share some of its nodes.
     """
 
     multiply: ir.Node
     scaled: ir.Node
     scales: ir.Node
     step: ir.Node
-    per_head: PerHead | None
+    heads: ir.Node | None
 
     @property
     def result(self) -> str:
         """The name of the product's own result, of which the codes, the sum and the rest are named."""
         return names.owner_of(nodes.name_of(self.multiply.outputs[0]))
 
+    @property
+    def right_scale(self) -> ir.Value:
+        """The constant scale of the right operand; with scales per head, of the step that is expanded to the heads."""
+        return nodes.input_of(nodes.maker(nodes.maker(self.heads, 0), 0) or self.scales, 1)
+
 
 def integer_products(model: ir.Model) -> Iterator[IntegerProduct]:
     """Yield what `to_integer_products` wrote in a model; another MatMulInteger has another form."""
     for scaled in model.graph:
-        if scaled.op_type != "Mul":
+        cast, scales = nodes.maker(scaled, 0, "Cast"), nodes.maker(scaled, 1, "Mul")
+        multiply, step = nodes.maker(cast, 0), nodes.maker(scales, 0, DEQUANTIZE)
+        if scaled.op_type != "Mul" or multiply is None or scales is None or step is None:
             continue
-        cast, scales = nodes.maker(scaled, 0), nodes.maker(scaled, 1)
-        if cast is None or scales is None or cast.op_type != "Cast" or scales.op_type != "Mul":
-            continue
-        multiply, step = nodes.maker(cast, 0), nodes.maker(scales, 0)
-        if multiply is None or step is None or step.op_type != DEQUANTIZE or nodes.name_of(step.inputs[0]) != STEP:
-            continue
-        yield IntegerProduct(multiply, scaled, scales, step, _per_head(scales))
-
-
-def _per_head(scales: ir.Node) -> PerHead | None:
-    multiply = nodes.maker(scales, 1)
-    if multiply is None:
-        return None
-    expand = nodes.maker(multiply, 0)
-    step = None if expand is None else nodes.maker(expand, 0)
-    assert step is not None  # to_integer_products wrote it
-    return PerHead(multiply, step)
+        if nodes.name_of(step.inputs[0]) == STEP:
+            yield IntegerProduct(multiply, scaled, scales, step, nodes.maker(scales, 1))
 
 
 def _dequantize(product: IntegerProduct, made: dict[str, ir.Value]) -> None:
     """Write one product as DequantizeLinear, DequantizeLinear -> MatMul. made: name -> what is dequantized already."""
-    per_head, scaled = product.per_head, product.scaled
+    scaled, operands = product.scaled, []
     codes, right_codes, *zero_points = product.multiply.inputs
-    left = [codes, product.step.inputs[1], zero_points[0]]
-    right = [right_codes, (per_head.step if per_head else product.scales).inputs[1], zero_points[1]]
-    operands = []
-    for node, inputs, old, attributes in (
-        (product.step, left, "Step", {}),
-        (product.scales, right, "Mul", {} if per_head else {"axis": 1}),  # of no meaning for one scale
+    for node, operator, inputs, axis in (
+        (product.step, "Step", [codes, product.step.inputs[1], zero_points[0]], None),
+        # An axis is of no meaning for one scale.
+        (product.scales, "Mul", [right_codes, product.right_scale, zero_points[1]], None if product.heads else 1),
     ):
-        value = names.owner_of(nodes.name_of(node.outputs[0]))
+        value, name = names.owner_of(nodes.name_of(node.outputs[0])), nodes.name_of(node)
         if value not in made:
-            again = nodes.new_node(
-                DEQUANTIZE, inputs, value, names.beside(nodes.name_of(node), old, DEQUANTIZE), **attributes
-            )
+            again = nodes.new_node(DEQUANTIZE, inputs, value, names.beside(name, operator, DEQUANTIZE), axis=axis)
             scaled.prepend(again)
             made[value] = again.outputs[0]
         operands.append(made[value])
     name = names.beside(nodes.name_of(product.multiply), "MatMulInteger", "MatMul")
     multiply = nodes.new_node("MatMul", operands, product.result, name)
     scaled.prepend(multiply)
-    if per_head:
-        scaled.replace_input_with(0, multiply.outputs[0])
-        scaled.replace_input_with(1, per_head.multiply.inputs[1])
-    else:
+    if product.heads is None:
         nodes.take_over(multiply, scaled.outputs[0])
+    else:
+        scaled.replace_input_with(0, multiply.outputs[0])
+        scaled.replace_input_with(1, product.heads.inputs[1])
 
 
 @dataclass(frozen=True)
@@ -177,8 +158,8 @@ def _product_per_head(node: ir.Node) -> _Product | None:
     order of the multiplications changes no bit, and if the shape of the right operand is known up to the images.
     """
     product = _product(node, "Mul")
-    quantize = None if product is None else nodes.maker(product.rhs, 0)
-    if product is None or quantize is None or quantize.op_type != QUANTIZE:
+    quantize = None if product is None else nodes.maker(product.rhs, 0, QUANTIZE)
+    if product is None or quantize is None:
         return None
     recorded = nodes.input_of(quantize, 0).shape
     if recorded is None or nodes.maker(quantize, 0) is None:
@@ -202,10 +183,11 @@ def _product(node: ir.Node, kind: str) -> _Product | None:
     behind = nodes.only_user(node, kind) if node.op_type == "MatMul" else None
     if behind is None:
         return None
-    lhs, rhs, constant = nodes.maker(node, 0), nodes.maker(node, 1), nodes.other_input(behind, node.outputs[0])
-    if lhs is None or rhs is None or {lhs.op_type, rhs.op_type} != {DEQUANTIZE}:
+    lhs, rhs = (nodes.maker(node, index, DEQUANTIZE) for index in (0, 1))
+    constant = nodes.other_input(behind, node.outputs[0])
+    if lhs is None or rhs is None or constant is None or not nodes.is_constant(constant):
         return None
-    return _Product(node, lhs, rhs, behind, constant) if constant is not None and nodes.is_constant(constant) else None
+    return _Product(node, lhs, rhs, behind, constant)
 
 
 class _Writer:

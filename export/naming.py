@@ -51,8 +51,8 @@ def own_head_scales(model: ir.Model) -> int:
     """
     count = 0
     for quantize in model.graph:
-        divide = maker(quantize, 0) if quantize.op_type == QUANTIZE else None
-        if divide is not None and divide.op_type == "Div" and names.is_head_scale(name_of(divide.inputs[1])):
+        divide = maker(quantize, 0, "Div") if quantize.op_type == QUANTIZE else None
+        if divide is not None and names.is_head_scale(name_of(divide.inputs[1])):
             tensor = input_of(divide, 1).const_value
             assert tensor is not None
             own = add_constant(model, names.head_scale(scope_of(quantize)), tensor)

@@ -35,10 +35,14 @@ def scope_of(node: ir.Node) -> str:
     return names.scope_of(name_of(node))
 
 
-def maker(node: ir.Node, index: int) -> ir.Node | None:
-    """Return the node that computes an input; None for a constant, the model's own input and one that is not there."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    return None if value is None else value.producer()
+def maker(node: ir.Node | None, index: int, kind: str | None = None) -> ir.Node | None:
+    """Return the node that computes an input, if it is of that operator, or of any.
+
+    None for a constant, for the model's own input, and where there is no such input or no node to begin with.
+    """
+    value = node.inputs[index] if node is not None and index < len(node.inputs) else None
+    found = None if value is None else value.producer()
+    return found if found is not None and kind in (None, found.op_type) else None
 
 
 def is_constant(value: ir.Value | None) -> bool:

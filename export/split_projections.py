@@ -51,8 +51,8 @@ def split_projections(model: ir.Model) -> int:
 
 def _projection(product: ir.Node) -> _Projection | None:
     """Follow a product to the parts of its result; None if another operator or reader is on the way."""
-    weight = nodes.maker(product, 1) if product.op_type == "MatMul" else None
-    if weight is None or weight.op_type != DEQUANTIZE or not nodes.is_constant(weight.inputs[0]):
+    weight = nodes.maker(product, 1, DEQUANTIZE) if product.op_type == "MatMul" else None
+    if weight is None or not nodes.is_constant(weight.inputs[0]):
         return None
     add = nodes.only_user(product, "Add")
     bias = None if add is None else nodes.other_input(add, product.outputs[0])

@@ -92,8 +92,7 @@ def _through_products(graph: ir.Graph) -> dict[str, str]:
     for node in graph:
         if node.op_type in PRODUCTS:
             for index, operand in enumerate(names.OPERANDS):
-                dequantize = nodes.maker(node, index)
-                if dequantize is not None and dequantize.op_type == DEQUANTIZE:
+                if (dequantize := nodes.maker(node, index, DEQUANTIZE)) is not None:
                     found = read.setdefault(names.site(nodes.scope_of(node), operand), [])
                     if (name := nodes.scope_of(dequantize)) not in found:
                         found.append(name)

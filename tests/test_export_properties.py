@@ -146,12 +146,12 @@ def run_with_values(model, images, *, optimize):
 def with_what_is_behind(model):
     """Return name of a MatMulInteger's result alone -> (name of what the runtime fuses, scale per head, bias)."""
     products = list(integer_products(model))
-    results = {product.scaled.outputs[0] for product in products if product.per_head is None}
+    results = {product.scaled.outputs[0] for product in products if product.heads is None}
     adds = [node for node in model.graph if node.op_type == "Add" and node.inputs[0] in results]
     found = {add.inputs[0].name: (add.outputs[0].name, np.float32(1), array(add.inputs[1])) for add in adds}
     for product in products:
-        if product.per_head is not None:
-            scale = array(product.per_head.multiply.inputs[1])
+        if product.heads is not None:
+            scale = array(product.heads.inputs[1])
             found[product.result] = (product.scaled.outputs[0].name, scale, np.float32(0))
     return found
 

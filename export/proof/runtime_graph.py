@@ -120,9 +120,8 @@ def _types(node: ir.Node) -> str:
 
 def _dequantized_type(node: ir.Node, index: int) -> str:
     """Return the type of the codes that a float product's operand was, "float" if it was none."""
-    source = maker(node, index)
-    is_code = source is not None and source.op_type == DEQUANTIZE and len(source.inputs) > 2
-    return _type_name(source.inputs[2]) if source is not None and is_code else "float"
+    source = maker(node, index, DEQUANTIZE)
+    return _type_name(source.inputs[2]) if source is not None and len(source.inputs) > 2 else "float"
 
 
 def _type_name(zero_point: ir.Value | None) -> str:

@@ -116,9 +116,9 @@ def _pair(graph: ir.Graph) -> Iterator[Violation]:
 def _both_operands(graph: ir.Graph) -> Iterator[Violation]:
     """A quantized product has all its operands quantized, else it runs in float [explicit, placement of Q/DQ]."""
     for node in graph:
-        quantized = [_is_dequantize(node, index) for index in (0, 1)] if node.op_type in PRODUCTS else []
-        if any(quantized) and not all(quantized):
-            side = ("first", "second")[quantized.index(False)]
+        made = [nodes.maker(node, index, DEQUANTIZE) for index in (0, 1)] if node.op_type in PRODUCTS else []
+        if any(made) and not all(made):
+            side = ("first", "second")[made.index(None)]
             do = "quantize both operands or leave both float (QConfigMapping.set_module_name(name, None))"
             yield Violation(nodes.name_of(node), "both operands", f"the {side} operand is float", do)
 
@@ -183,13 +183,8 @@ RULES: dict[str, Callable[[ir.Graph], Iterator[Violation]]] = {
 }
 
 
-def _is_dequantize(node: ir.Node, index: int) -> bool:
-    made_by = nodes.maker(node, index)
-    return made_by is not None and made_by.op_type == DEQUANTIZE
-
-
 def _is_quantized(product: ir.Node) -> bool:
-    return all(_is_dequantize(product, index) for index in (0, 1))
+    return all(nodes.maker(product, index, DEQUANTIZE) for index in (0, 1))
 
 
 def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, list[ir.Node]]]:

@@ -34,8 +34,8 @@ def divide_along_heads(model: ir.Model) -> int:
     """
     count = 0
     for quantize in activation_quantizers(model):
-        divide = maker(quantize, 0)
-        if divide is None or divide.op_type != "Div" or not names.is_head_scale(name_of(divide.inputs[1])):
+        divide = maker(quantize, 0, "Div")
+        if divide is None or not names.is_head_scale(name_of(divide.inputs[1])):
             continue
         source = maker(divide, 0)
         if len(users(divide)) == 1 and (source is None or source.op_type not in MOVES):

@@ -57,8 +57,8 @@ def bound_in_front_of_division(model: ir.Model) -> int:
     """
     count = 0
     for clip in model.graph:
-        divide = nodes.maker(clip, 0) if clip.op_type == "Clip" else None
-        if divide is not None and divide.op_type == "Div" and nodes.is_constant(divide.inputs[1]):
+        divide = nodes.maker(clip, 0, "Div") if clip.op_type == "Clip" else None
+        if divide is not None and nodes.is_constant(divide.inputs[1]):
             _bound(model, divide, clip)
             count += 1
     return count
@@ -85,10 +85,10 @@ def separate_pairs(model: ir.Model) -> int:
     separated: Counter[ir.Node] = Counter()  # QuantizeLinear -> how many read it or a copy
     count = 0
     for dequantize in [node for node in model.graph if node.op_type == DEQUANTIZE]:
-        source = nodes.maker(dequantize, 0)
+        source = nodes.maker(dequantize, 0, QUANTIZE)
         for number, (reader, index) in enumerate(dequantize.outputs[0].uses()):
             pair = [_numbered(dequantize, number)]
-            if source is not None and source.op_type == QUANTIZE:
+            if source is not None:
                 pair.insert(0, _numbered(source, separated[source]))
                 separated[source] += 1
                 pair[1].replace_input_with(0, pair[0].outputs[0])
@@ -140,8 +140,8 @@ def _multiplies_weight(node: ir.Node) -> bool:
 
 
 def _is_unsigned_on_the_right(product: ir.Node) -> bool:
-    right = nodes.maker(product, 1)
-    return right is not None and right.op_type == DEQUANTIZE and nodes.kind_of(right.inputs[2]) == ir.DataType.UINT8
+    right = nodes.maker(product, 1, DEQUANTIZE)
+    return right is not None and nodes.kind_of(right.inputs[2]) == ir.DataType.UINT8
 
 
 TARGET = Target(
