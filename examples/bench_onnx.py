@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.integer_products import with_qdq_products
+from ptq4vit_fx.export.integer_products import in_qdq_form
+from ptq4vit_fx.export.model_files import load_file, message_of
 from ptq4vit_fx.export.proof.runtime import quiet_options
 from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 
@@ -197,7 +198,7 @@ def count_work(path: Path, batch: int) -> tuple[int, int]:
 
     A runtime that fused everything else into them would still do this.
     """
-    graph = onnx.shape_inference.infer_shapes(with_qdq_products(onnx.load(path))).graph
+    graph = onnx.shape_inference.infer_shapes(message_of(in_qdq_form(load_file(path)))).graph
     shapes = {t.name: (list(t.dims), t.data_type) for t in graph.initializer}
     for info in (*graph.value_info, *graph.input, *graph.output):
         tensor = info.type.tensor_type
@@ -262,7 +263,7 @@ def main(
             runtime: {path.stem: open_file(path, threads) for path in paths}
             for runtime, (open_file, paths) in runtimes.items()
         }
-        graphs = {path.stem: runtime_graph(onnx.load(path)) for path in runtimes["ONNX Runtime"][1]}
+        graphs = {path.stem: runtime_graph(load_file(path)) for path in runtimes["ONNX Runtime"][1]}
         multiplications_per_second, bytes_per_second = measure_rates(threads)
         print(f"\n{multiplications_per_second / 1e9:.0f} integer GMAC/s, {bytes_per_second / 1e9:.1f} GB/s")
         for size in batch:

@@ -1,15 +1,17 @@
-"""What a file of this package says of itself: the keys of its metadata. Needs onnx and numpy alone."""
+"""What a file of this package says of itself: the keys of its metadata, read and written here. Needs numpy alone."""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 #: The plan as JSON (`QuantPlan.to_json`).
 PLAN_KEY = "ptq4vit_fx.plan"
@@ -27,14 +29,10 @@ TARGET_KEY = "ptq4vit_fx.target"
 SCALES_KEY = "ptq4vit_fx.scales"
 
 
-def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
-    """Return key -> text of every metadata entry of a model."""
-    return {entry.key: entry.value for entry in model.metadata_props}
-
-
-def write_metadata(model: onnx.ModelProto, values: Mapping[str, str]) -> None:
-    """Set the metadata of a model, in place, and who wrote it."""
-    onnx.helper.set_model_props(model, dict(values))
+def write_metadata(model: ir.Model, values: Mapping[str, str]) -> None:
+    """Make these the metadata of a model, in place, and say who wrote it."""
+    model.metadata_props.clear()
+    model.metadata_props.update(values)
     model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
 
 
@@ -43,7 +41,7 @@ def encode_scales(scales: NDArray[Any]) -> str:
     return base64.b64encode(scales.astype("<f4").tobytes()).decode()
 
 
-def calibrated_scales(model: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
+def calibrated_scales(metadata: Mapping[str, str]) -> dict[str, NDArray[np.float32]]:
     """Return site -> the calibrated scales, shape (count,), that no initializer of the file holds."""
-    coded = json.loads(read_metadata(model).get(SCALES_KEY, "{}"))
+    coded = json.loads(metadata.get(SCALES_KEY, "{}"))
     return {site: np.frombuffer(base64.b64decode(text), "<f4") for site, text in coded.items()}

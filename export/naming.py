@@ -3,78 +3,77 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 
-import onnx
+import onnx_ir as ir
 
-from ptq4vit_fx.export.onnx_graph import drop_unused
+from ptq4vit_fx import names
+from ptq4vit_fx.export.contract import rewrite
+from ptq4vit_fx.export.nodes import PAIR, QUANTIZE, add_constant, input_of, maker, name_of, scope_of
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
-#: How the name of a constant with scales per head ends.
-HEAD_SCALE = "_head.scale"
 
 
-def name_nodes(model: onnx.ModelProto) -> None:
+@rewrite(nothing="the graph has no nodes")
+def name_nodes(model: ir.Model) -> int:
     """Rename the nodes to `<module path>/<operator>`, numbered where that repeats; drop the exporter's notes.
 
     The exporter records the module scopes of each node, the innermost last but one; passes of this package add the name
     of the product or site as the innermost scope.
     """
-    taken: dict[str, int] = {}
-    for node in model.graph.node:
-        scopes = {entry.key: entry.value for entry in node.metadata_props}.get(SCOPES_KEY)
+    graph, taken = model.graph, Counter[str]()
+    for node in graph:
+        scopes = node.metadata_props.get(SCOPES_KEY)
         path = _innermost(scopes) if scopes else ""
-        base = f"{path}/{node.op_type}" if path else node.op_type
-        repeat = taken.get(base, 0)
-        taken[base] = repeat + 1
-        node.name = f"{base}_{repeat}" if repeat else base
-        del node.metadata_props[:]
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del value.metadata_props[:]
-    del model.graph.metadata_props[:]
+        base = names.node(path, node.op_type)
+        node.name = names.node(path, node.op_type, taken[base])
+        taken[base] += 1
+        node.metadata_props.clear()
+    outputs = [value for node in graph for value in node.outputs]
+    for value in (*outputs, *graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
+    graph.metadata_props.clear()
+    return len(graph)
 
 
 def _innermost(scopes: str) -> str:
-    names = [name for name in ast.literal_eval(scopes)[:-1] if name and not name.startswith("_")]
-    return str(names[-1]) if names else ""
+    found = [name for name in ast.literal_eval(scopes)[:-1] if name and not name.startswith("_")]
+    return str(found[-1]) if found else ""
 
 
-def own_head_scales(model: onnx.ModelProto) -> None:
+@rewrite(nothing="no division by scales per head stands in front of a quantizer")
+def own_head_scales(model: ir.Model) -> int:
     """Give every division by scales per head its own constant, named after its site: `<site, : as .>_head.scale`.
 
     The exporter merges equal constants under the name of the first, and a reader of the file looks for each site's.
     """
-    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
-    makers = {name: node for node in model.graph.node for name in node.output}
-    for node in model.graph.node:
-        divide = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if divide is None or divide.op_type != "Div" or not divide.input[1].endswith(HEAD_SCALE):
-            continue
-        name = f"{node.name.removesuffix('/QuantizeLinear').replace(':', '.')}{HEAD_SCALE}"
-        if name not in initializers:
-            initializers[name] = model.graph.initializer.add()
-            initializers[name].CopyFrom(initializers[divide.input[1]])
-            initializers[name].name = name
-        divide.input[1] = name
+    count = 0
+    for quantize in model.graph:
+        divide = maker(quantize, 0, "Div") if quantize.op_type == QUANTIZE else None
+        if divide is not None and names.is_head_scale(name_of(divide.inputs[1])):
+            tensor = input_of(divide, 1).const_value
+            assert tensor is not None
+            own = add_constant(model, names.head_scale(scope_of(quantize)), tensor)
+            divide.replace_input_with(1, own)
+            count += 1
+    return count
 
 
-def own_parameters(model: onnx.ModelProto) -> None:
+@rewrite(nothing="the graph has no quantizer")
+def own_parameters(model: ir.Model) -> int:
     """Give every Q/DQ node its own scale and zero point, named after its site: `<node>.scale`, `<node>.zero_point`.
 
     The exporter merges equal constants. A reader of the file wants one per site, and ONNX Runtime's rewrite of int8
     weights for CPUs without VNNI (session.x64quantprecision) fails on a shared zero point.
     """
-    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        base = node.name.removesuffix(f"/{node.op_type}")
-        for index, parameter in ((1, "scale"), (2, "zero_point")):
-            name = f"{base}.{parameter}"
-            if name not in initializers:
-                copy = onnx.TensorProto()
-                copy.CopyFrom(initializers[node.input[index]])
-                copy.name = name
-                initializers[name] = model.graph.initializer.add()
-                initializers[name].CopyFrom(copy)
-            node.input[index] = name
-    drop_unused(model)
+    pairs = [node for node in model.graph if node.op_type in PAIR]
+    parameters: tuple[tuple[int, names.Role], ...] = ((1, "scale"), (2, "zero_point"))
+    for node in pairs:
+        for index, role in parameters:
+            tensor = input_of(node, index).const_value
+            assert tensor is not None
+            own = add_constant(model, names.tensor(scope_of(node), role), tensor)
+            node.replace_input_with(index, own)
+    return len(pairs)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -19,23 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import example_tensors
 from ptq4vit_fx.errors import failure, near_names
-from ptq4vit_fx.export.metadata import (
-    CALIBRATION_KEY,
-    PLAN_KEY,
-    PROVENANCE_KEY,
-    RECIPE_KEY,
-    SCALES_KEY,
-    TARGET_KEY,
-    VERSION_KEY,
-    encode_scales,
-    write_metadata,
-)
-from ptq4vit_fx.export.model_files import write_model
+from ptq4vit_fx.export import metadata
+from ptq4vit_fx.export.contract import Rewrite, run_steps
+from ptq4vit_fx.export.model_files import tensors_of, write_model
 from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
-from ptq4vit_fx.export.opsets import LOWEST_OPSET, at_opset, newest_opset, translated_opset
+from ptq4vit_fx.export.opsets import LOWEST_OPSET, drop_saturate, newest_opset, to_opset, translated_opset
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.names import holder, tensor
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of, stage_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -43,10 +35,22 @@ from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
 
+#: What every file gets before the steps of its target, in this order.
+STEPS = (
+    name_nodes,  # first: all that follows finds sites by the names of nodes
+    own_head_scales,  # while a division still stands in front of its quantizer, whose site it is named after
+    own_parameters,  # before types and scales change: equal constants are one, and a change would meet them all
+    drop_saturate,  # before the opset: 17 has no such attribute
+    to_opset,  # before the target, whose steps spell what they add for the opset that the file has
+)
+
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: path, size in bytes (with the data file), size of the float weights, node counts, sites."""
+    """What was written: path, size in bytes (with the data file), size of the float weights, node counts, sites.
+
+    rewrites: every step on the way from the exporter's graph to this file, what it did, or why there was nothing to do.
+    """
 
     path: Path
     bytes: int
@@ -55,6 +59,7 @@ class ExportReport:
     sites: int
     opset: int
     target: str
+    rewrites: tuple[Rewrite, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items()))
@@ -94,17 +99,14 @@ def export_onnx(
     inputs = example_tensors(example_inputs, "export_onnx")
     check_writable(path, "export_onnx")  # before the work, not after
     model = translate(write_qdq(copy.deepcopy(converted)), inputs, translated_opset(opset), batch, names)
-    name_nodes(model)
-    own_head_scales(model)
-    own_parameters(model)
-    model = at_opset(model, opset)
-    model = rules.rewrite(model, plan_of(converted))
+    plan = plan_of(converted)
+    rewrites = run_steps(model, (*STEPS, *rules.steps), plan=plan, opset=opset)
     rules.check(model)
     _add_metadata(model, converted, target)
     size = write_model(model, path, "export_onnx")
-    counts = dict(Counter(node.op_type for node in model.graph.node))
-    sites = len(plan_of(converted).quantizers)
-    return ExportReport(Path(path), size, _float_bytes(model), counts, sites, opset, target)
+    counts = dict(Counter(node.op_type for node in model.graph))
+    float_bytes = sum(4 * tensor.size for tensor in tensors_of(model))
+    return ExportReport(Path(path), size, float_bytes, counts, len(plan.quantizers), opset, target, rewrites)
 
 
 def _check_stage(converted: GraphModule) -> None:
@@ -160,36 +162,35 @@ def _names(
     return chosen[0], chosen[1]
 
 
-def _add_metadata(model: onnx.ModelProto, converted: GraphModule, target: str) -> None:
+def _add_metadata(model: ir.Model, converted: GraphModule, target: str) -> None:
     calibration, plan = calibration_of(converted), plan_of(converted)
     assert calibration is not None  # convert_fx refuses a model without
     values = {
-        PLAN_KEY: plan.to_json(),
-        RECIPE_KEY: json.dumps({"recipe": plan.recipe, "searches": _searches(plan)}),
-        VERSION_KEY: version("ptq4vit-fx"),
-        CALIBRATION_KEY: calibration.fingerprint(),
-        PROVENANCE_KEY: json.dumps(calibration.provenance),
-        TARGET_KEY: target,
-        SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
+        metadata.PLAN_KEY: plan.to_json(),
+        metadata.RECIPE_KEY: json.dumps({"recipe": plan.recipe, "searches": _searches(plan)}),
+        metadata.VERSION_KEY: version("ptq4vit-fx"),
+        metadata.CALIBRATION_KEY: calibration.fingerprint(),
+        metadata.PROVENANCE_KEY: json.dumps(calibration.provenance),
+        metadata.TARGET_KEY: target,
+        metadata.SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
     }
-    write_metadata(model, values)
+    metadata.write_metadata(model, values)
 
 
-def _scales_elsewhere(model: onnx.ModelProto, converted: GraphModule) -> dict[str, str]:
+def _scales_elsewhere(model: ir.Model, converted: GraphModule) -> dict[str, str]:
     """Return site -> calibrated scales, encoded, of the sites of whose scales the file has no tensor.
 
     Scales per head are divided out in front of a quantizer of scale 1, often in the weights of a projection
     (fold_head_scales.py), whose own scales are then others too. A target may hold a weight in parts.
     """
-    stored = {tensor.name for tensor in model.graph.initializer}
     calibration = calibration_of(converted)
     assert calibration is not None
     elsewhere = {}
     for site, params in calibration.params.items():
         if isinstance(params, UniformParams):
-            in_graph = get_attribute(converted, f"{site.replace(':', '.')}.scale")
-            if f"{site}.scale" not in stored or not torch.equal(in_graph, params.scale):
-                elsewhere[site] = encode_scales(params.scale.numpy())
+            in_graph = get_attribute(converted, tensor(holder(site), "scale"))
+            if tensor(site, "scale") not in model.graph.initializers or not torch.equal(in_graph, params.scale):
+                elsewhere[site] = metadata.encode_scales(params.scale.numpy())
     return elsewhere
 
 
@@ -199,14 +200,3 @@ def _searches(plan: QuantPlan) -> list[dict[str, object]]:
     for name, settings in plan.searches.items():
         products.setdefault(json.dumps(asdict(settings)), []).append(name)
     return [{"settings": json.loads(settings), "products": names} for settings, names in products.items()]
-
-
-def _float_bytes(model: onnx.ModelProto) -> int:
-    """Return what the same initializers would take as float32."""
-    total = 0
-    for initializer in model.graph.initializer:
-        count = 1
-        for dimension in initializer.dims:
-            count *= dimension
-        total += 4 * count
-    return total

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import onnx
-from onnx import helper, numpy_helper, version_converter
+import onnx_ir as ir
+from onnx import version_converter
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE
-from ptq4vit_fx.export.onnx_graph import drop_unused
-from ptq4vit_fx.export.targets.generic import opset_of
+from ptq4vit_fx.export.contract import rewrite
+from ptq4vit_fx.export.nodes import PAIR, array, is_constant
 
 LOWEST_OPSET = 17
 #: The exporter translates these itself; its registry starts at 18, and beyond 23 it only relabels.
 TRANSLATED = range(18, 24)
+STANDARD_DOMAINS = ("", "ai.onnx")
 #: Operators that opset 18 changed (https://github.com/onnx/onnx/blob/main/docs/Changelog.md#version-18-of-the-default-onnx-operator-set).
 REDUCTIONS = frozenset(
     f"Reduce{name}" for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
@@ -31,22 +32,35 @@ def translated_opset(opset: int) -> int:
     return min(max(opset, TRANSLATED.start), TRANSLATED.stop - 1)
 
 
-def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Return a model of `translated_opset(opset)` at `opset`.
+def opset_of(model: ir.Model) -> int:
+    """Return the version of the standard operators that a model uses."""
+    return next(model.opset_imports[domain] for domain in STANDARD_DOMAINS if domain in model.opset_imports)
+
+
+@rewrite(nothing="no quantizer says how floats saturate")
+def drop_saturate(model: ir.Model) -> int:
+    """Remove an attribute that opset 17 lacks and that means nothing for integers."""
+    dropped = [node.attributes.pop("saturate", None) for node in model.graph if node.op_type in PAIR]
+    return len(dropped) - dropped.count(None)
+
+
+@rewrite(nothing="the exporter writes this opset itself")
+def to_opset(model: ir.Model, opset: int) -> int:
+    """Bring a model of `translated_opset(opset)` to `opset`, in place.
 
     Raises PTQError that names the node if an operator has no equal at opset 17, or the converter's reason.
     """
-    for node in model.graph.node:
-        if node.op_type in (QUANTIZE, DEQUANTIZE):  # says how floats saturate, and means nothing for integers
-            kept = [attribute for attribute in node.attribute if attribute.name != "saturate"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+    if opset == opset_of(model):
+        return 0
     if opset == LOWEST_OPSET:
-        return _lower_to_17(model)
-    if opset_of(model) != opset:
+        for node in model.graph:
+            _lower_to_17(node)
+        model.opset_imports.clear()
+        model.opset_imports[""] = LOWEST_OPSET
+    else:
         try:
             # Upwards, onnx's converter changes what a new version spells differently, and refuses what it cannot.
-            model = version_converter.convert_version(model, opset)
+            converted = version_converter.convert_version(ir.to_proto(model), opset)
         except (RuntimeError, ValueError) as error:
             raise failure(
                 "export_onnx",
@@ -55,68 +69,54 @@ def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
                 got=str(error).strip().splitlines()[-1],
                 do=f"use opset {TRANSLATED.stop - 1} or older",
             ) from error
+        model.ir_version, model.graph = converted.ir_version, ir.from_proto(converted).graph
     assert opset_of(model) == opset
-    return model
+    return len(model.graph)
 
 
-def _lower_to_17(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Spell a model of opset 18 with the operators of opset 17, in place."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type in REDUCTIONS:
-            _reduce(node, constants)
-        elif node.op_type == "Split":
-            _split(node)
-        elif node.op_type in ("ScatterElements", "ScatterND"):
-            _refuse_unless(all(a.name != "reduction" or a.s == b"none" for a in node.attribute), node, "a reduction")
-        elif node.op_type == "Pad":
-            _refuse_unless(len(node.input) < 4, node, "axes")
-        elif node.op_type == "Resize":
-            _resize(node)
-        else:
-            _refuse_unless(node.op_type not in CHANGED_IN_18 | NEW_IN_18, node, node.op_type)
-    drop_unused(model)
-    del model.opset_import[:]
-    model.opset_import.append(helper.make_opsetid("", LOWEST_OPSET))
-    return model
-
-
-def _reduce(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> None:
-    """Axes are an attribute in opset 17 and an input in 18; without axes both reduce everything, unless told not to."""
-    if len(node.input) < 2 or not node.input[1]:
-        idle = any(a.name == "noop_with_empty_axes" and a.i for a in node.attribute)
-        _refuse_unless(not idle, node, "noop_with_empty_axes")
+def _lower_to_17(node: ir.Node) -> None:
+    """Spell a node of opset 18 as opset 17 does, in place."""
+    attributes = node.attributes
+    if node.op_type in REDUCTIONS:
+        _reduce(node)
+    elif node.op_type == "Split":
+        if "num_outputs" in attributes:  # without sizes opset 17 splits evenly into as many outputs as the node has
+            _refuse_unless(len(node.inputs) < 2 or node.inputs[1] is None, node, "num_outputs beside sizes")
+            del attributes["num_outputs"]
+    elif node.op_type in ("ScatterElements", "ScatterND"):
+        _refuse_unless(attributes.get_string("reduction", "none") == "none", node, "a reduction")
+    elif node.op_type == "Pad":
+        _refuse_unless(len(node.inputs) < 4, node, "axes")
+    elif node.op_type == "Resize":
+        _resize(node)
     else:
-        _refuse_unless(node.input[1] in constants, node, "axes that are computed")
-        axes = [int(axis) for axis in numpy_helper.to_array(constants[node.input[1]]).reshape(-1)]
-        node.attribute.append(helper.make_attribute("axes", axes))
-    del node.input[1:]
-    _drop(node, "noop_with_empty_axes")
+        _refuse_unless(node.op_type not in CHANGED_IN_18 | NEW_IN_18, node, node.op_type)
 
 
-def _split(node: onnx.NodeProto) -> None:
-    """num_outputs is new in 18; without sizes opset 17 splits evenly into as many outputs as the node has."""
-    if any(a.name == "num_outputs" for a in node.attribute):
-        _refuse_unless(len(node.input) < 2 or not node.input[1], node, "num_outputs beside sizes")
-        _drop(node, "num_outputs")
+def _reduce(node: ir.Node) -> None:
+    """Axes are an attribute in opset 17 and an input in 18; without axes both reduce everything, unless told not to."""
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is None:
+        _refuse_unless(not node.attributes.get_int("noop_with_empty_axes", 0), node, "noop_with_empty_axes")
+    else:
+        _refuse_unless(is_constant(axes), node, "axes that are computed")
+        node.attributes.add(ir.AttrInt64s("axes", array(axes).reshape(-1).tolist()))
+    node.resize_inputs(1)
+    node.attributes.pop("noop_with_empty_axes", None)
 
 
-def _resize(node: onnx.NodeProto) -> None:
+def _resize(node: ir.Node) -> None:
     """antialias, axes and keep_aspect_ratio_policy are new in 18: only their defaults mean the same in 17."""
-    for a in node.attribute:
-        usual = (a.name == "antialias" and not a.i) or (a.name == "keep_aspect_ratio_policy" and a.s == b"stretch")
-        _refuse_unless(usual or a.name not in ("antialias", "keep_aspect_ratio_policy", "axes"), node, a.name)
-    for name in ("antialias", "keep_aspect_ratio_policy"):
-        _drop(node, name)
+    attributes = node.attributes
+    _refuse_unless("axes" not in attributes, node, "axes")
+    _refuse_unless(not attributes.get_int("antialias", 0), node, "antialias")
+    policy = "keep_aspect_ratio_policy"
+    _refuse_unless(attributes.get_string(policy, "stretch") == "stretch", node, policy)
+    for name in ("antialias", policy):
+        attributes.pop(name, None)
 
 
-def _drop(node: onnx.NodeProto, name: str) -> None:
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend(kept)
-
-
-def _refuse_unless(possible: bool, node: onnx.NodeProto, got: str) -> None:
+def _refuse_unless(possible: bool, node: ir.Node, got: str) -> None:
     if not possible:
         raise failure(
             "export_onnx",

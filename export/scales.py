@@ -1,4 +1,4 @@
-"""Read every scale of a file back, with onnx and numpy alone."""
+"""Read every scale of a file back, with onnx, onnx_ir and numpy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.metadata import PLAN_KEY, calibrated_scales
-from ptq4vit_fx.export.proof.runtime import load_file
-from ptq4vit_fx.names import Site
+from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.nodes import array
+from ptq4vit_fx.names import RANGES, Site, branch, tensor
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform
 
@@ -39,26 +39,25 @@ def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
     lacks a scale that the plan promises.
     """
     model = load_file(path)
-    plan = next((entry.value for entry in model.metadata_props if entry.key == PLAN_KEY), None)
+    plan = model.metadata_props.get(PLAN_KEY)
     if plan is None:
         do = "pass a file that export_onnx wrote"
         raise failure("read_scales", str(path), expected="a quantization plan", got="none in its metadata", do=do)
-    tensors = {t.name: t for t in model.graph.initializer if t.name.endswith(".scale")}
 
-    def read(*names: str) -> NDArray[np.float32]:
-        name = next((name for name in names if name in tensors), None)
-        if name is None:
+    def read(scope: str) -> NDArray[np.float32]:
+        name = tensor(scope, "scale")
+        if name not in model.graph.initializers:
             do = "export the file again"
-            raise failure("read_scales", str(path), expected=f"an initializer {names[-1]}", got="none", do=do)
-        return numpy_helper.to_array(tensors[name])
+            raise failure("read_scales", str(path), expected=f"an initializer {name}", got="none", do=do)
+        return array(model.graph.initializers[name])
 
-    scales, elsewhere = {}, calibrated_scales(model)
+    scales, elsewhere = {}, calibrated_scales(model.metadata_props)
     for site, quantizer in QuantPlan.from_json(plan).quantizers.items():
         if isinstance(quantizer, TwinUniform):
-            scales[site] = SiteScales(quantizer, read(f"{site}_fine.scale"), read(f"{site}_coarse.scale"))
+            scales[site] = SiteScales(quantizer, *(read(branch(site, part)) for part in RANGES))
         elif site in elsewhere:
             per_tensor = quantizer.granularity == "tensor"
             scales[site] = SiteScales(quantizer, elsewhere[site].reshape(()) if per_tensor else elsewhere[site])
         else:
-            scales[site] = SiteScales(quantizer, read(f"{site}.scale"))
+            scales[site] = SiteScales(quantizer, read(site))
     return scales

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
-from ptq4vit_fx.export.onnx_graph import OnnxGraph, other_input, replace_nodes
-
-#: Behind the name of what belongs to one part: _part0 is the first.
-PART = "_part"
+from ptq4vit_fx import names
+from ptq4vit_fx.export import nodes
+from ptq4vit_fx.export.contract import rewrite
+from ptq4vit_fx.export.nodes import DEQUANTIZE
 
 
 @dataclass(frozen=True)
@@ -23,72 +22,64 @@ class _Projection:
     add: None without bias. dim: of the parts, in the shape that Reshape gives.
     """
 
-    product: onnx.NodeProto
-    add: onnx.NodeProto | None
-    reshape: onnx.NodeProto
-    transpose: onnx.NodeProto
-    parts: list[list[onnx.NodeProto]]
+    product: ir.Node
+    weight: ir.Node
+    add: ir.Node | None
+    bias: ir.Value | None
+    reshape: ir.Node
+    transpose: ir.Node
+    parts: list[list[ir.Node]]
     dim: int
 
-    @property
-    def nodes(self) -> list[onnx.NodeProto]:
-        add = [] if self.add is None else [self.add]
-        return [self.product, *add, self.reshape, self.transpose, *chain.from_iterable(self.parts)]
 
-
-def with_split_projections(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Write every fused projection of q, k and v as one product for each; in place, return it.
+@rewrite(nothing="no projection is read part by part, or the file is for one image: one product is faster then")
+def split_projections(model: ir.Model) -> int:
+    """Write every fused projection of q, k and v as one product for each, in place.
 
     ONNX Runtime's Split copies the float result once more, on one thread; three products write three results. Whatever
-    is not MatMul, Add, Reshape, Transpose and one part after the other, each read once, stays as it is.
+    is not MatMul, Add, Reshape, Transpose and one part after the other, each read once, stays as it is. For one image
+    alone a split costs less than two more products.
     """
-    graph = OnnxGraph(model)
-    found = [projection for node in graph.nodes if (projection := _projection(graph, node)) is not None]
-    replaced = {id(node) for projection in found for node in projection.nodes}
-    firsts = {id(projection.transpose): projection for projection in found}
-    nodes = []
-    for node in graph.nodes:
-        if id(node) in firsts:
-            nodes += _split(model, graph, firsts[id(node)])
-        elif id(node) not in replaced:
-            nodes.append(node)
-    replace_nodes(model, nodes)
-    return model
+    shape = model.graph.inputs[0].shape
+    if shape is not None and shape[0] == 1:
+        return 0
+    found = [projection for node in model.graph if (projection := _projection(node)) is not None]
+    for projection in found:
+        _split(model, projection)
+    return len(found)
 
 
-def _projection(graph: OnnxGraph, product: onnx.NodeProto) -> _Projection | None:
+def _projection(product: ir.Node) -> _Projection | None:
     """Follow a product to the parts of its result; None if another operator or reader is on the way."""
-    weight = graph.maker(product, 1) if product.op_type == "MatMul" else None
-    if weight is None or weight.op_type != "DequantizeLinear" or weight.input[0] not in graph.constants:
+    weight = nodes.maker(product, 1, DEQUANTIZE) if product.op_type == "MatMul" else None
+    if weight is None or not nodes.is_constant(weight.inputs[0]):
         return None
-    add = graph.only_user(product, "Add")
-    reshape = graph.only_user(add or product, "Reshape")
-    transpose = graph.only_user(reshape, "Transpose") if reshape is not None else None
-    if reshape is None or transpose is None or transpose.output[0] in graph.outputs:
+    add = nodes.only_user(product, "Add")
+    bias = None if add is None else nodes.other_input(add, product.outputs[0])
+    reshape = nodes.only_user(add or product, "Reshape")
+    transpose = nodes.only_user(reshape, "Transpose")
+    if reshape is None or transpose is None or transpose.outputs[0].is_graph_output():
         return None
-    if reshape.input[1] not in graph.constants or (
-        add is not None and other_input(add, product.output[0]) not in graph.constants
-    ):
+    if not nodes.is_constant(reshape.inputs[1]) or (add is not None and not nodes.is_constant(bias)):
         return None
-    shape, columns = graph.value(reshape.input[1]), graph.value(weight.input[0]).shape[1]
+    shape, columns = nodes.array(reshape.inputs[1]), nodes.array(weight.inputs[0]).shape[1]
     dims = [dim for dim in range(len(shape)) if np.prod(shape[dim:]) == columns and (shape[dim:] > 0).all()]
-    if not dims or (add is not None and graph.value(other_input(add, product.output[0])).shape[-1:] != (columns,)):
+    if not dims or (add is not None and nodes.array(bias).shape[-1:] != (columns,)):
         return None
-    axis = helper.get_attribute_value(transpose.attribute[0]).index(dims[-1])
-    takers = [_part(graph, node, axis) for node in graph.users(transpose)]
+    axis = transpose.attributes["perm"].as_ints().index(dims[-1])
+    takers = [_part(node, axis) for node in nodes.users(transpose)]
     if sorted(number for number, _ in takers) != list(range(shape[dims[-1]])):
         return None
-    parts = [nodes for _, nodes in sorted(takers, key=operator.itemgetter(0))]
-    return _Projection(product, add, reshape, transpose, parts, dims[-1])
+    parts = [taken for _, taken in sorted(takers, key=operator.itemgetter(0))]
+    return _Projection(product, weight, add, bias, reshape, transpose, parts, dims[-1])
 
 
-def _part(graph: OnnxGraph, node: onnx.NodeProto, axis: int) -> tuple[int, list[onnx.NodeProto]]:
+def _part(node: ir.Node, axis: int) -> tuple[int, list[ir.Node]]:
     """Return which part along `axis` a node takes, and the nodes that take it: Gather, or Slice and Squeeze."""
-    constants = [graph.value(name).reshape(-1).tolist() for name in node.input[1:] if name in graph.constants]
-    if node.op_type == "Gather" and constants and not graph.value(node.input[1]).ndim:
-        along = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-        return (constants[0][0], [node]) if along == axis else (-1, [])
-    squeeze = graph.only_user(node, "Squeeze")
+    constants = [nodes.array(value).reshape(-1).tolist() for value in node.inputs[1:] if nodes.is_constant(value)]
+    if node.op_type == "Gather" and constants and not nodes.array(node.inputs[1]).ndim:
+        return (constants[0][0], [node]) if node.attributes.get_int("axis", 0) == axis else (-1, [])
+    squeeze = nodes.only_user(node, "Squeeze")
     if node.op_type == "Slice" and squeeze is not None and len(constants) >= 3:
         starts, stops, axes = constants[:3]
         alone = axes == [axis] and stops == [starts[0] + 1]
@@ -96,45 +87,47 @@ def _part(graph: OnnxGraph, node: onnx.NodeProto, axis: int) -> tuple[int, list[
     return -1, []
 
 
-def _split(model: onnx.ModelProto, graph: OnnxGraph, projection: _Projection) -> list[onnx.NodeProto]:
-    """Return the nodes of each part; their weights, scales and biases are added to the model."""
-    product, dim, count = projection.product, projection.dim, len(projection.parts)
-    weight = graph.maker(product, 1)
-    assert weight is not None
-    shape = np.delete(graph.value(projection.reshape.input[1]), dim)
-    order = list(helper.get_attribute_value(projection.transpose.attribute[0]))
-    kept = [axis - (axis > dim) for axis in order if axis != dim]
-    model.graph.initializer.append(numpy_helper.from_array(shape, f"{projection.reshape.name}.shape"))
-    nodes = []
+def _split(model: ir.Model, projection: _Projection) -> None:
+    """Write the nodes of each part; their weights, scales and biases are added to the model."""
+    product, add, dim = projection.product, projection.add, projection.dim
+    reshape, transpose = projection.reshape, projection.transpose
+    sizes = np.delete(nodes.array(reshape.inputs[1]), dim)
+    shape = nodes.add_constant(model, names.tensor(nodes.name_of(reshape), "shape"), sizes)
+    kept = [axis - (axis > dim) for axis in transpose.attributes["perm"].as_ints() if axis != dim]
     for number, taken in enumerate(projection.parts):
+        part = _Part(model, transpose, number, len(projection.parts))
+        dequantized = part.write(projection.weight, [part.columns(value) for value in projection.weight.inputs])
+        result = part.write(product, [product.inputs[0], dequantized])
+        if add is not None:
+            result = part.write(add, [result, part.columns(projection.bias)])
+        last = part.write(transpose, [part.write(reshape, [result, shape])], perm=kept).producer()
+        assert last is not None
+        nodes.take_over(last, taken[-1].outputs[0])
+    old = [product, reshape, transpose, *chain.from_iterable(projection.parts)]
+    model.graph.remove([*old, *([] if add is None else [add])], safe=True)
 
-        def part_of(name: str, number: int = number) -> str:
-            """Store the columns of this part of a constant; return its name."""
-            value = graph.value(name)
-            if not value.ndim:
-                return name
-            stored = f"{name}{PART}{number}"
-            if stored not in graph.constants:
-                columns = np.split(value, count, axis=-1)[number]
-                graph.constants[stored] = model.graph.initializer.add()
-                graph.constants[stored].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(columns), stored))
-            return stored
 
-        def node(like: onnx.NodeProto, inputs: list[str], output: str = "", number: int = number) -> str:
-            """Append a node like another one, under its name and a number; return its output."""
-            output = output or f"{like.output[0]}{PART}{number}"
-            made = helper.make_node(like.op_type, inputs, [output], name=f"{like.name}{PART}{number}")
-            made.attribute.extend(like.attribute)
-            nodes.append(made)
-            return output
+@dataclass(frozen=True)
+class _Part:
+    """One of `count` equal parts of a projection; its nodes are written in front of `place`."""
 
-        dequantized = node(weight, [part_of(name) for name in weight.input])
-        result = node(product, [product.input[0], dequantized])
-        if projection.add is not None:
-            result = node(projection.add, [result, part_of(other_input(projection.add, product.output[0]))])
-        result = node(projection.reshape, [result, f"{projection.reshape.name}.shape"])
-        node(projection.transpose, [result], taken[-1].output[0])
-        attribute = helper.make_attribute("perm", kept)
-        del nodes[-1].attribute[:]
-        nodes[-1].attribute.append(attribute)
-    return nodes
+    model: ir.Model
+    place: ir.Node
+    number: int
+    count: int
+
+    def columns(self, value: ir.Value | None) -> ir.Value | None:
+        """Return the columns of this part of a constant, which are stored; one number stands for all columns."""
+        values = nodes.array(value)
+        if not values.ndim:
+            return value
+        columns = np.ascontiguousarray(np.split(values, self.count, axis=-1)[self.number])
+        return nodes.add_constant(self.model, names.part(nodes.name_of(value), self.number), columns)
+
+    def write(self, like: ir.Node, inputs: list[ir.Value | None], **attributes: list[int]) -> ir.Value:
+        """Write a node like another one, under its name and a number; return its result."""
+        output = names.part(nodes.name_of(like.outputs[0]), self.number)
+        known = {**like.attributes, **attributes}
+        node = nodes.new_node(like.op_type, inputs, output, names.part(nodes.name_of(like), self.number), **known)
+        self.place.prepend(node)
+        return node.outputs[0]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
 
-from ptq4vit_fx.export.integer_products import qdq_nodes
+from ptq4vit_fx import names
+from ptq4vit_fx.export import nodes
+from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import calibrated_scales
-from ptq4vit_fx.export.onnx_graph import PRODUCTS
-from ptq4vit_fx.export.split_projections import PART
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, QUANTIZE, Array
 
 
 @dataclass(frozen=True)
@@ -37,49 +34,43 @@ class StoredSite:
     calibrated: Array | None = None
 
 
-def stored_sites(model: onnx.ModelProto) -> dict[str, StoredSite]:
+def stored_sites(model: ir.Model) -> dict[str, StoredSite]:
     """Return site -> where it is; the two branches of a twin are `<site>_fine` and `<site>_coarse`.
 
     Equal quantizers of the same values are one pair of nodes in the file, because the exporter merges them: separate
     projections of q, k and v that chose the same scale, for example. Such a site is found through its product.
     """
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = qdq_nodes(model)
-    readers = {node.input[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
+    graph = in_qdq_form(model).graph
     found: dict[str, StoredSite] = {}
-    for node in nodes:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            name = _name(node)
-            is_constant = node.op_type == "DequantizeLinear" and node.input[0] in constants
-            if is_constant and name in found and PART in node.name:
-                found[name] = _joined(found[name], _read(node, node, constants, is_constant))
-            elif name not in found and (is_constant or node.op_type == "QuantizeLinear"):
-                found[name] = _read(node, readers.get(node.output[0], node), constants, is_constant)
-    for site, name in _through_products(nodes).items():
+    for node in graph:
+        scope = nodes.scope_of(node)
+        if node.op_type == DEQUANTIZE and nodes.is_constant(node.inputs[0]):
+            if scope in found and names.is_part(nodes.name_of(node)):
+                found[scope] = _joined(found[scope], _read(node, node))
+            elif scope not in found:
+                found[scope] = _read(node, node)
+        elif node.op_type == QUANTIZE and scope not in found:
+            found[scope] = _read(node, next((user for user in nodes.users(node) if user.op_type == DEQUANTIZE), node))
+    for site, name in _through_products(graph).items():
         if name in found:
             found.setdefault(site, found[name])
-    for site, scales in calibrated_scales(model).items():
+    for site, scales in calibrated_scales(model.metadata_props).items():
         if site in found:
             found[site] = replace(found[site], calibrated=scales)
     return found
 
 
-def _name(node: onnx.NodeProto) -> str:
-    return str(node.name.rpartition("/")[0])
-
-
-def _read(
-    node: onnx.NodeProto, dequantize: onnx.NodeProto, constants: dict[str, onnx.TensorProto], is_constant: bool
-) -> StoredSite:
-    scale = numpy_helper.to_array(constants[dequantize.input[1]]).astype(np.float32)
-    zero = dequantize.input[2] if len(dequantize.input) > 2 else ""
+def _read(node: ir.Node, dequantize: ir.Node) -> StoredSite:
+    scale = nodes.array(dequantize.inputs[1]).astype(np.float32)
+    zero_point = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
+    codes = nodes.array(node.inputs[0]).astype(np.int32) if node.op_type == DEQUANTIZE else None
     return StoredSite(
-        tensor=node.input[0] if is_constant else node.output[0],
-        codes=numpy_helper.to_array(constants[node.input[0]]).astype(np.int32) if is_constant else None,
+        tensor=nodes.name_of(node.outputs[0] if codes is None else node.inputs[0]),
+        codes=codes,
         scale=scale,
-        zero_point=numpy_helper.to_array(constants[zero]).astype(np.int32) if zero else np.zeros(scale.shape, np.int32),
-        axis=next((attribute.i for attribute in dequantize.attribute if attribute.name == "axis"), 1),
-        source=_name(node),
+        zero_point=np.zeros(scale.shape, np.int32) if zero_point is None else nodes.array(zero_point).astype(np.int32),
+        axis=dequantize.attributes.get_int("axis", 1),
+        source=nodes.scope_of(node),
     )
 
 
@@ -95,23 +86,21 @@ def _joined(first: StoredSite, second: StoredSite) -> StoredSite:
     return replace(first, codes=codes, scale=scale, zero_point=zero_point)
 
 
-def _through_products(nodes: list[onnx.NodeProto]) -> dict[str, str]:
+def _through_products(graph: ir.Graph) -> dict[str, str]:
     """Return site -> name of the quantizer that its product reads, in the order of the branches."""
-    makers = {output: node for node in nodes for output in node.output}
     read: dict[str, list[str]] = {}
-    for node in nodes:
+    for node in graph:
         if node.op_type in PRODUCTS:
-            for operand, value in zip(("lhs", "rhs"), node.input, strict=False):
-                maker = makers.get(value)
-                if maker is not None and maker.op_type == "DequantizeLinear":
-                    names = read.setdefault(f"{_name(node)}:{operand}", [])
-                    if _name(maker) not in names:
-                        names.append(_name(maker))
-    branches = {1: ("",), 2: ("_fine", "_coarse")}
+            for index, operand in enumerate(names.OPERANDS):
+                if (dequantize := nodes.maker(node, index, DEQUANTIZE)) is not None:
+                    found = read.setdefault(names.site(nodes.scope_of(node), operand), [])
+                    if (name := nodes.scope_of(dequantize)) not in found:
+                        found.append(name)
+    branches: dict[int, tuple[names.Range | None, ...]] = {1: (None,), 2: names.RANGES}
     return {
-        f"{site}{branch}": name
-        for site, names in read.items()
-        for branch, name in zip(branches.get(len(names), ()), names, strict=False)
+        names.branch(site, part): name
+        for site, found in read.items()
+        for part, name in zip(branches.get(len(found), ()), found, strict=False)
     }
 
 

@@ -8,7 +8,7 @@ import logging
 import warnings
 from typing import Any
 
-import onnx
+import onnx_ir as ir
 import onnxscript
 import torch
 from torch.fx import GraphModule
@@ -24,7 +24,7 @@ AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 
 def translate(
     converted: GraphModule, inputs: Inputs, opset: int, batch: int | None, names: tuple[list[str], list[str]]
-) -> onnx.ModelProto:
+) -> ir.Model:
     """Return the ONNX model of a graph at stage QDQ.
 
     inputs: one example per input, the batch first. batch: the fixed number of images, or None for a dynamic dimension.
@@ -73,7 +73,7 @@ def translate(
                 got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
                 do=do if batch else f"{do}, or pass batch=",
             ) from error
-    return program.model_proto
+    return program.model
 
 
 def _translate(

@@ -11,8 +11,10 @@
 | tensor | `blocks.3.attn.matmul_av:lhs_fine.scale` | a constant of an ONNX file: its scope and its role |
 | stored | `blocks.3.attn.matmul_av:lhs/fine_scale` | a tensor of a calibration file: its site and its role |
 | part | `blocks.3.attn.qkv/MatMul_part0` | one of the products that a fused projection was split into |
+| variant | `blocks.3.attn.matmul_av:rhs/DequantizeLinear_1` | a further node or tensor like another one |
 
 A scope is what stands in front of the last `/` or `.`: a site, a branch, a head, a product or a module of the model.
+What an integer product computes is named like a tensor, its scope the tensor that the product replaced: `matmul.codes`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ OPERANDS: tuple[Operand, Operand] = ("lhs", "rhs")
 Range = Literal["fine", "coarse"]
 #: The ranges of a twin, in the order in which their products are summed.
 RANGES: tuple[Range, Range] = ("fine", "coarse")
-Role = Literal["codes", "scale", "zero_point"]
+Role = Literal["codes", "scale", "zero_point", "low", "high", "clipped", "shape", "max", "min", "bound"]
+#: What an integer product computes on its way (export/integer_products.py).
+Stage = Literal["codes", "sum", "scales", "heads", "step", "columns", "shape", "images", "matrix"]
 
 #: One operand of one product, such as `blocks.3.attn.matmul_qk:lhs`. Survives deepcopy and file formats.
 Site = str
@@ -117,9 +121,44 @@ def scope_of(node_name: str) -> str:
     return node_name.rpartition(_NODE)[0]
 
 
-def tensor(scope: str, role: Role) -> str:
-    """Return the name of a constant of an ONNX file."""
-    return join(scope, role)
+def path_of(name: str) -> str:
+    """Return the module or scope that a node's name starts with, also where a runtime appended more to the name."""
+    return name.partition(_NODE)[0]
+
+
+def is_derived(name: str, node_name: str) -> bool:
+    """Return whether a runtime's name is that of a node, or one that it made of it: `<node>/...`."""
+    return name == node_name or name.startswith(f"{node_name}{_NODE}")
+
+
+def beside(node_name: str, operator: str, other: str) -> str:
+    """Return the name of a node beside another: the same scope and number, the other operator in place of its own.
+
+    A node that is not named after its operator gets the other one behind its name.
+    """
+    scope, slash, last = node_name.rpartition(_NODE)
+    named = operator in last
+    return f"{scope}{slash}{last.replace(operator, other, 1)}" if named else f"{node_name}{_NODE}{other}"
+
+
+def variant(name: str, mark: int | str) -> str:
+    """Return the name of a further node or tensor like the one with this name, told apart by a number or a word."""
+    return f"{name}{_BRANCH}{mark}"
+
+
+def tensor(scope: str, role: Role | Stage, number: int = 0) -> str:
+    """Return the name of a tensor of an ONNX file; a number tells those with the same scope and role apart."""
+    return join(scope, f"{role}{number}" if number else role)
+
+
+def head_scale(site: Site) -> str:
+    """Return the name of the constant with the scales per head of a site."""
+    return tensor(holder(head(site)), "scale")
+
+
+def is_head_scale(name: str) -> bool:
+    """Return whether a name is that of a constant with scales per head."""
+    return leaf_of(name) == "scale" and is_head(owner_of(name))
 
 
 def stored(site: Site, role: str) -> str:

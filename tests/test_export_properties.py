@@ -13,19 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.integer_products import integer_products, qdq_nodes
-from ptq4vit_fx.export.naming import HEAD_SCALE
-from ptq4vit_fx.export.proof.runtime import exact_here, load_file, open_model, quiet_options
+from ptq4vit_fx import names
+from ptq4vit_fx.export.integer_products import in_qdq_form, integer_products
+from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.nodes import array
+from ptq4vit_fx.export.proof.layers import add_outputs
+from ptq4vit_fx.export.proof.runtime import exact_here, open_model, quiet_options
 from ptq4vit_fx.export.stored_sites import integers, stored_sites
 
 SEARCH = ptq.SearchSettings(metric="mse", n=8, rounds=1, max_shift=4)
@@ -127,37 +128,32 @@ def quantized(case, folder):
 
 def run_with_values(model, images, *, optimize):
     """Run the file; return the value of every tensor that a quantizer reads or writes and of every product."""
-    results = [
-        name for node in model.graph.node if node.op_type in ("QuantizeLinear", "MatMul") for name in node.output
-    ]
-    wanted = dict.fromkeys(results + [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"])
+    results = [node.outputs[0].name for node in model.graph if node.op_type in ("QuantizeLinear", "MatMul")]
+    wanted = dict.fromkeys(results + [node.inputs[0].name for node in model.graph if node.op_type == "QuantizeLinear"])
     wanted |= dict.fromkeys(result for result, _, _ in with_what_is_behind(model).values())
     wanted.pop("image", None)
-    copied = exact_here(onnx.ModelProto.FromString(model.SerializeToString()))
-    own = {output.name for output in model.graph.output}
-    copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in own)
-    if optimize:
-        session = open_model(copied, threads=1)
-    else:
-        options = quiet_options(threads=1)
+    copied = exact_here(model)
+    own = {output.name for output in model.graph.outputs}
+    add_outputs(copied, tuple(name for name in wanted if name not in own))
+    options = quiet_options(threads=1)
+    if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(copied.SerializeToString(), options, ["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    values = dict(zip(names, session.run(None, {"image": images.numpy()}), strict=True))
+    session = open_model(copied, options=options)
+    found = [output.name for output in session.get_outputs()]
+    values = dict(zip(found, session.run(None, {"image": images.numpy()}), strict=True))
     return values | {"image": images.numpy()}
 
 
 def with_what_is_behind(model):
     """Return name of a MatMulInteger's result alone -> (name of what the runtime fuses, scale per head, bias)."""
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    products = list(integer_products(model.graph.node))
-    results = {product.scaled.output[0] for product in products if product.per_head is None}
-    adds = [node for node in model.graph.node if node.op_type == "Add" and node.input[0] in results]
-    found = {add.input[0]: (add.output[0], np.float32(1), constants[add.input[1]]) for add in adds}
+    products = list(integer_products(model))
+    results = {product.scaled.outputs[0] for product in products if product.heads is None}
+    adds = [node for node in model.graph if node.op_type == "Add" and node.inputs[0] in results]
+    found = {add.inputs[0].name: (add.outputs[0].name, np.float32(1), array(add.inputs[1])) for add in adds}
     for product in products:
-        if product.per_head is not None:
-            scale = constants[product.per_head.multiply.input[1]]
-            found[product.multiply.output[0].removesuffix(".codes")] = (product.scaled.output[0], scale, np.float32(0))
+        if product.heads is not None:
+            scale = array(product.heads.inputs[1])
+            found[product.result] = (product.scaled.outputs[0].name, scale, np.float32(0))
     return found
 
 
@@ -165,15 +161,15 @@ def check_quantizers(converted, model, values):
     """Every QuantizeLinear gives the codes of the plan's quantizer at the float values that it was given."""
     stored = stored_sites(model)
     checked = 0
-    for node in model.graph.node:
+    for node in model.graph:
         if node.op_type == "QuantizeLinear":
             name = node.name.removesuffix("/QuantizeLinear")
             site, _, branch = name.rpartition("_") if name not in converted.plan.quantizers else (name, "", "")
             quantizer = converted.plan.quantizers[site]
-            codes = integers(values[node.output[0]], stored[name])
-            per_head = node.input[1].endswith(HEAD_SCALE)  # divided by the quantizer, not in front of it
+            codes = integers(values[node.outputs[0].name], stored[name])
+            per_head = names.is_head_scale(node.inputs[1].name)  # divided by the quantizer, not in front of it
             scale = stored[name].calibrated.reshape(-1, 1, 1) if per_head else stored[name].scale
-            scaled = values[node.input[0]] / scale
+            scaled = values[node.inputs[0].name] / scale
             if branch:
                 low, high = _branch_limits(converted, site, branch)
             else:
@@ -206,17 +202,17 @@ def check_products(model, values, *, integer):
     steps of the terms' size.
     """
     stored = {site.tensor.partition("_part")[0]: site for site in stored_sites(model).values()}
-    nodes, fused = qdq_nodes(model), with_what_is_behind(model)
-    makers = {output: node for node in nodes for output in node.output}
+    fused = with_what_is_behind(model)
     checked = 0
-    for node in nodes:
+    for node in in_qdq_form(model).graph:
         if node.op_type == "MatMul":
-            sites = [stored[makers[name].input[0].partition("_part")[0]] for name in node.input]
+            sites = [stored[value.producer().inputs[0].name.partition("_part")[0]] for value in node.inputs]
             lhs, rhs = (integers(values[s.tensor] if s.codes is None else s.codes, s).astype(np.int64) for s in sites)
-            result, per_head, bias = fused.get(node.output[0], (node.output[0], np.float32(1), np.float32(0)))
+            output = node.outputs[0].name
+            result, per_head, bias = fused.get(output, (output, np.float32(1), np.float32(0)))
             actual = values[result]
             sites[1], rhs = part_of(node, sites[1], rhs)
-            if integer or node.output[0] in fused:
+            if integer or output in fused:
                 scale = sites[0].scale * (sites[1].scale * per_head)
                 expected = (lhs @ rhs).astype(np.float32) * scale + bias
                 np.testing.assert_array_equal(actual, expected, err_msg=node.name)

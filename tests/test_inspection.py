@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -101,7 +102,7 @@ def pairs(*consumers):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         constants,
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9))
 
 
 def test_pairs_without_an_integer_operator_between_are_named():

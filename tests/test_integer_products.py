@@ -13,7 +13,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.integer_products import integer_products, qdq_nodes, with_integer_products, with_qdq_products
+from ptq4vit_fx.export.contract import Rewrite
+from ptq4vit_fx.export.integer_products import in_qdq_form, integer_products, to_integer_products, to_qdq_products
+from ptq4vit_fx.export.model_files import load_file, message_of
+from ptq4vit_fx.export.nodes import array, set_constant
 from ptq4vit_fx.export.proof.runtime import open_model, open_session, optimized
 from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.stored_sites import stored_sites
@@ -41,24 +44,33 @@ def file_of(tmp_path, function, target="onnxruntime", twins="exact", batch=None,
 
 def biases(model):
     """Names of what ONNX Runtime hands to its integer products as biases."""
-    fused = [node for node in optimized(model).graph.node if node.op_type == "MatMulIntegerToFloat"]
-    return [node.input[6] for node in fused if len(node.input) > 6]
+    fused = [node for node in optimized(model).graph if node.op_type == "MatMulIntegerToFloat"]
+    return [node.inputs[6].name for node in fused if len(node.inputs) > 6]
+
+
+def nodes_of(model, *kinds):
+    return [node for node in model.graph if node.op_type in kinds]
+
+
+def as_integer_products(model):
+    copy = model.clone()
+    assert to_integer_products(copy).count
+    return copy
 
 
 def plain_run(model, images=X):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"image": images.numpy()})[0]
+    return open_model(model, options=options).run(None, {"image": images.numpy()})[0]
 
 
 def report_of(model, products):
     """Check that the file is valid and that its products, so many, run as integers; return what the runtime does."""
-    onnx.checker.check_model(model, full_check=True)
+    onnx.checker.check_model(message_of(model), full_check=True)
     report = runtime_graph(model)
     assert len(report.integer_products) == products
     assert {name for name in report.integer_products if "Integer" in name} == {
-        node.name for node in model.graph.node if node.op_type == "MatMulInteger"
+        node.name for node in nodes_of(model, "MatMulInteger")
     }
     assert not report.float_products
     return report
@@ -77,7 +89,7 @@ def check_codes(path, converted, images):
 @pytest.mark.parametrize("weights", ["channel", "group"])
 def test_the_runtime_adds_the_bias_in_the_product(tmp_path, twins, products, target, weights):
     path, converted = file_of(tmp_path, mlp, target, twins, weights=weights, **layers())
-    model = onnx.load(path)
+    model = load_file(path)
     report = report_of(model, products)
     assert len(biases(model)) == 2
     assert not report.leftovers  # the scales are no pair that was left
@@ -89,20 +101,21 @@ def test_the_runtime_adds_the_bias_in_the_product(tmp_path, twins, products, tar
 def test_dequantized_again_it_is_the_file_of_another_target(tmp_path, twins):
     path, converted = file_of(tmp_path, mlp, twins=twins, **layers())
     ptq.export_onnx(converted, tmp_path / "generic.onnx", X, target="generic")
-    written, generic = onnx.load(path), onnx.load(tmp_path / "generic.onnx")
-    back = with_qdq_products(written)
+    written, generic = load_file(path), load_file(tmp_path / "generic.onnx")
+    back = in_qdq_form(written)
 
     def described(model):
         order = {"Add": sorted}  # the bias may stand on either side
-        inputs = [order.get(node.op_type, list)(node.input) for node in model.graph.node]
-        return sorted((n.name, n.op_type, *x, *n.output) for n, x in zip(model.graph.node, inputs, strict=True))
+        nodes = message_of(model).graph.node
+        inputs = [order.get(node.op_type, list)(node.input) for node in nodes]
+        return sorted((n.name, n.op_type, *x, *n.output) for n, x in zip(nodes, inputs, strict=True))
 
     assert described(back) == described(generic)
-    assert {t.name for t in back.graph.initializer} == {t.name for t in generic.graph.initializer}
-    assert len(written.graph.node) > len(back.graph.node)
-    again = with_integer_products(with_qdq_products(written))
-    assert again.graph.SerializeToString(deterministic=True) == written.graph.SerializeToString(deterministic=True)
-    assert with_qdq_products(generic).graph.node == generic.graph.node
+    assert set(back.graph.initializers) == set(generic.graph.initializers)
+    assert len(written.graph) > len(back.graph)
+    assert serialized(as_integer_products(back)) == serialized(written)
+    assert message_of(in_qdq_form(generic)).graph.node == message_of(generic).graph.node
+    assert "to_qdq_products: nothing, no product has the form" in str(to_qdq_products(generic))
     mine, theirs = stored_sites(written), stored_sites(generic)
     assert mine.keys() == theirs.keys()
     for site, stored in mine.items():
@@ -113,24 +126,27 @@ def test_dequantized_again_it_is_the_file_of_another_target(tmp_path, twins):
             np.testing.assert_array_equal(stored.codes, theirs[site].codes)
 
 
+def serialized(model):
+    return message_of(model).graph.SerializeToString(deterministic=True)
+
+
 def test_the_operators_are_standard_ones(tmp_path):
     """Without the fusion, and by the specification's own evaluator, the file gives what the fused one does."""
     path, _ = file_of(tmp_path, lambda module, x: module.layer(x.flatten(1)), layer=nn.Linear(32, 5))
-    model = onnx.load(path)
     (expected,) = open_session(path).run(None, {"image": X.numpy()})
-    (got,) = ReferenceEvaluator(model).run(None, {"image": X.numpy()})
+    (got,) = ReferenceEvaluator(onnx.load(path)).run(None, {"image": X.numpy()})
     np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(plain_run(with_qdq_products(model)).round(4), expected.round(4))
+    np.testing.assert_array_equal(plain_run(in_qdq_form(load_file(path))).round(4), expected.round(4))
 
 
 def test_one_module_called_twice(tmp_path):
     path, converted = file_of(
         tmp_path, lambda module, x: module.layer(module.layer(x.flatten(1))), layer=nn.Linear(32, 32)
     )
-    model = onnx.load(path)
-    names = [node.name for node in model.graph.node]
+    model = load_file(path)
+    names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)
-    assert len(biases(model)) == len(list(integer_products(model.graph.node))) == 2
+    assert len(biases(model)) == len(list(integer_products(model))) == 2
     assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
 
 
@@ -150,21 +166,24 @@ def test_other_products_stay_as_they_are(tmp_path, function, modules):
     elif modules == "table":  # one row per token, where a bias has one for all
         modules = {"layer": nn.Linear(16, 5, bias=False), "table": nn.Embedding(2, 5)}
     path, converted = file_of(tmp_path, function, **modules)
-    assert not any(node.op_type == "MatMulInteger" for node in onnx.load(path).graph.node)
-    assert [n.name for n in qdq_nodes(onnx.load(path))] == [n.name for n in onnx.load(path).graph.node]
+    model = load_file(path)
+    assert not nodes_of(model, "MatMulInteger")
+    assert [n.name for n in in_qdq_form(model).graph] == [n.name for n in model.graph]
+    reason = "no product of codes has a bias or scales per head behind it that go into it"
+    assert to_integer_products(model) == Rewrite("to_integer_products", 0, reason)
     assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
 
 
 def test_the_bias_may_stand_in_front(tmp_path):
     """Older versions of the runtime fuse it on the right alone."""
-    model = with_qdq_products(onnx.load(file_of(tmp_path, mlp, **layers())[0]))
-    expected = with_integer_products(with_qdq_products(model))
-    for node in model.graph.node:
-        if node.op_type == "Add":
-            node.input[:] = node.input[::-1]
+    model = in_qdq_form(load_file(file_of(tmp_path, mlp, **layers())[0]))
+    expected = as_integer_products(model)
+    for node in nodes_of(model, "Add"):
+        for index, value in enumerate(node.inputs[::-1]):
+            node.replace_input_with(index, value)
     written = [
-        [list(node.input) for node in m.graph.node if node.input[-1] in ("first.bias", "second.bias")]
-        for m in (expected, with_integer_products(model))
+        [list(node.input) for node in message_of(m).graph.node if node.input[-1] in ("first.bias", "second.bias")]
+        for m in (expected, as_integer_products(model))
     ]
     assert len(written[0]) == 2
     assert written[0] == written[1]
@@ -173,8 +192,8 @@ def test_the_bias_may_stand_in_front(tmp_path):
 def test_one_column_is_an_integer_product_whose_bias_is_added_behind(tmp_path):
     """The runtime fuses no bias of one element."""
     path, converted = file_of(tmp_path, mlp, twins="uniform", **layers(columns=1))
-    assert len(biases(onnx.load(path))) == 1
-    report = runtime_graph(onnx.load(path))
+    assert len(biases(load_file(path))) == 1
+    report = runtime_graph(load_file(path))
     assert "second/MatMulInteger" in report.integer_products
     assert ptq.verify_onnx(path, converted, X).same_functions.bit_equal == 1.0
 
@@ -182,8 +201,8 @@ def test_one_column_is_an_integer_product_whose_bias_is_added_behind(tmp_path):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_fixed_batch_fuses_too(tmp_path, batch):
     path, _ = file_of(tmp_path, mlp, batch=batch, **layers())
-    assert len(biases(onnx.load(path))) == 2
-    assert not runtime_graph(onnx.load(path)).float_products
+    assert len(biases(load_file(path))) == 2
+    assert not runtime_graph(load_file(path)).float_products
 
 
 HEADS, TOKENS, DIM = 2, 8, 4
@@ -213,9 +232,8 @@ def projections():
 
 def multiplied_behind(model):
     """Names of the products that ONNX Runtime multiplies by another tensor in a pass of its own."""
-    nodes = optimized(model).graph.node
-    products = {node.output[0]: node for node in nodes if node.op_type == "MatMulIntegerToFloat"}
-    return [products[name].name for node in nodes if node.op_type == "Mul" for name in node.input if name in products]
+    made_by = [maker for node in nodes_of(optimized(model), "Mul") for maker in node.predecessors()]
+    return [maker.name for maker in made_by if maker.op_type == "MatMulIntegerToFloat"]
 
 
 @pytest.mark.parametrize("function", [attention, two_windows])
@@ -234,15 +252,15 @@ def multiplied_behind(model):
 )
 def test_scales_per_head_are_in_the_product(tmp_path, target, twins, products, batch, function):
     path, converted = file_of(tmp_path, function, target, twins, batch, **projections())
-    model = onnx.load(path)
-    qdq = with_qdq_products(model)
-    matmuls = {node.output[0] for node in qdq.graph.node if node.op_type == "MatMul"}
-    multiplied = [node for node in qdq.graph.node if node.op_type == "Mul" and matmuls.intersection(node.input)]
+    model = load_file(path)
+    qdq = in_qdq_form(model)
+    matmuls = {node.outputs[0] for node in nodes_of(qdq, "MatMul")}
+    multiplied = [node for node in nodes_of(qdq, "Mul") if matmuls.intersection(node.inputs)]
     assert len(multiplied) == (2 if twins == "uniform" else 1)  # a twin's is behind the sum
     assert not multiplied_behind(model)
     report = report_of(model, products)
     assert target == "onnxruntime-arm" or not report.leftovers  # x86 moves no int8 code through a Transpose
-    assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 3 + len(multiplied)
+    assert len(nodes_of(model, "MatMulInteger")) == 3 + len(multiplied)
     for images in [X[:batch]] if batch else [X[:1], X, torch.cat([X, X])]:
         (expected,) = open_model(qdq).run(None, {"image": images.numpy()})
         (got,) = open_model(model).run(None, {"image": images.numpy()})
@@ -255,9 +273,8 @@ def test_scales_per_head_are_in_the_product(tmp_path, target, twins, products, b
 def test_scales_per_head_are_read_back(tmp_path, twins):
     path, converted = file_of(tmp_path, attention, twins=twins, **projections())
     ptq.export_onnx(converted, tmp_path / "generic.onnx", X, target="generic")
-    written, generic = onnx.load(path), stored_sites(onnx.load(tmp_path / "generic.onnx"))
-    again = with_integer_products(with_qdq_products(written))
-    assert again.graph.SerializeToString(deterministic=True) == written.graph.SerializeToString(deterministic=True)
+    written, generic = load_file(path), stored_sites(load_file(tmp_path / "generic.onnx"))
+    assert serialized(as_integer_products(in_qdq_form(written))) == serialized(written)
     assert stored_sites(written).keys() == generic.keys()
     for site, stored in stored_sites(written).items():
         calibrated = stored.scale if stored.calibrated is None else stored.calibrated
@@ -266,35 +283,32 @@ def test_scales_per_head_are_read_back(tmp_path, twins):
 
 
 def constants_of(model, ending):
-    return [tensor for tensor in model.graph.initializer if tensor.name.endswith(ending)]
-
-
-def set_value(tensor, value):
-    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value, np.float32), tensor.name))
+    return [value for name, value in model.graph.initializers.items() if name.endswith(ending)]
 
 
 def another_scale(model):
     for tensor in constants_of(model, ":rhs.scale"):
-        if not tensor.dims:
-            set_value(tensor, 0.3)
+        if not array(tensor).ndim:
+            set_constant(tensor, np.float32(0.3))
 
 
 def a_scale_per_column(model):
     for tensor, columns in zip(constants_of(model, "output_head.scale"), (TOKENS, DIM), strict=True):
-        set_value(tensor, np.ones((HEADS, 1, columns)))
+        set_constant(tensor, np.ones((HEADS, 1, columns), np.float32))
 
 
 def no_shapes(model):
-    del model.graph.value_info[:]
+    for node in model.graph:
+        node.outputs[0].shape = None
 
 
 @pytest.mark.parametrize("change", [another_scale, a_scale_per_column, no_shapes])
 def test_scales_per_head_stay_behind_where_they_cannot_go_in(tmp_path, change):
     """A rounding more, another number per column, or a shape that is not known."""
-    model = with_qdq_products(onnx.load(file_of(tmp_path, attention, twins="uniform", **projections())[0]))
+    model = in_qdq_form(load_file(file_of(tmp_path, attention, twins="uniform", **projections())[0]))
     assert len(multiplied_behind(model)) == 2
     change(model)
-    assert len(multiplied_behind(with_integer_products(model))) == 2
+    assert len(multiplied_behind(as_integer_products(model))) == 2
 
 
 @pytest.mark.parametrize(("scales", "tensors"), [((0.25, 0.25), 2), ((0.25, 0.5), 4)])
@@ -305,12 +319,12 @@ def test_equal_scales_are_expanded_once(tmp_path, scales, tensors):
         first = attend(module, x.reshape(-1, TOKENS, DIM)).mean(1)
         return attend(module, first).transpose(1, 2).flatten(2).amax(1)
 
-    model = with_qdq_products(onnx.load(file_of(tmp_path, twice, twins="uniform", **projections())[0]))
+    model = in_qdq_form(load_file(file_of(tmp_path, twice, twins="uniform", **projections())[0]))
     for tensor in constants_of(model, ":rhs.scale"):
-        if not tensor.dims:
-            set_value(tensor, scales[tensor.name.partition(":")[0].endswith("_1")])
+        if not array(tensor).ndim:
+            set_constant(tensor, np.float32(scales[tensor.name.partition(":")[0].endswith("_1")]))
     expected = plain_run(model)
-    written = with_integer_products(model)
-    assert sum(node.op_type == "Expand" for node in written.graph.node) == tensors
+    written = as_integer_products(model)
+    assert len(nodes_of(written, "Expand")) == tensors
     assert not multiplied_behind(written)
     np.testing.assert_allclose(plain_run(written), expected, rtol=1e-6)  # one sum in float, one of integers

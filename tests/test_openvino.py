@@ -6,12 +6,14 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from timm.models.vision_transformer import VisionTransformer
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.model_files import load_file, message_of
 from ptq4vit_fx.export.proof.openvino_runtime import compile_openvino, openvino_graph
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.targets.openvino import bound_in_front_of_division, check_openvino, separate_pairs
@@ -142,8 +144,8 @@ def test_products_that_stay_float_are_named_with_the_reason(tmp_path, converted,
 
 
 def test_every_pair_has_one_reader_and_no_zero_point(file):
+    check_openvino(load_file(file))
     model = onnx.load(file)
-    check_openvino(model)
     zero_points = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("zero_point")}
     assert not any(value.any() for value in zero_points.values())
     readers = [name for node in model.graph.node for name in node.input]
@@ -169,20 +171,23 @@ def quantized_product(*, shared, zero_point=0):
     ]
     shape = [value("x", TensorProto.FLOAT, [4, 4])], [value("y", TensorProto.FLOAT, [4, 4])]
     graph = helper.make_graph(nodes, "g", *shape, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
 def test_shared_pairs_are_separated_and_others_left_alone():
     alone = quantized_product(shared=False)
-    assert separate_pairs(quantized_product(shared=False)) == alone
+    before = message_of(alone)
+    done = separate_pairs(alone)
+    assert (done.count, done.reason) == (0, "every DequantizeLinear has one reader and a QuantizeLinear of its own")
+    assert message_of(alone) == before
     check_openvino(alone)
     shared = quantized_product(shared=True)
     with pytest.raises(ptq.PTQError, match=r"x:lhs/DequantizeLinear: expected one reader, got 2"):
         check_openvino(shared)
-    separated = separate_pairs(shared)
-    check_openvino(separated)
-    onnx.checker.check_model(separated, full_check=True)
-    assert [node.op_type for node in separated.graph.node].count("QuantizeLinear") == 2
+    assert separate_pairs(shared).count == 1
+    check_openvino(shared)
+    onnx.checker.check_model(message_of(shared), full_check=True)
+    assert [node.op_type for node in shared.graph].count("QuantizeLinear") == 2
 
 
 def test_a_zero_point_is_refused():
@@ -213,7 +218,7 @@ def division_and_clip(scales):
     names = {"scales": scales, "low": np.float32(-32), "high": np.float32(31), "one": np.float32(1), "zero": np.int8(0)}
     shape = [value("x", TensorProto.FLOAT, ["b", 2, 8, 8])], [value("y", TensorProto.FLOAT, ["b", 2, 8, 8])]
     graph = helper.make_graph(nodes, "g", *shape, [constant(v, k) for k, v in names.items()])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
 
 
 SCALES = np.array([0.001, 0.003], np.float32).reshape(-1, 1, 1)
@@ -222,8 +227,8 @@ VALUES = np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float3
 
 def computed(path, model):
     """Return what OpenVINO and ONNX Runtime compute from VALUES."""
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    onnx.checker.check_model(message_of(model), full_check=True)
+    onnx.save(message_of(model), path)
     (theirs,) = compile_openvino(path)({"x": VALUES}).values()
     (mine,) = open_session(path).run(None, {"x": VALUES})
     return theirs, mine
@@ -240,7 +245,9 @@ def test_openvino_clips_after_a_division_by_a_tensor(tmp_path):
 def test_bounds_in_front_of_the_division_are_computed_right(tmp_path):
     wanted = np.round(np.clip(VALUES / SCALES, -32, 31))
     _, plain = computed(tmp_path / "model.onnx", division_and_clip(SCALES))
-    theirs, mine = computed(tmp_path / "model.onnx", bound_in_front_of_division(division_and_clip(SCALES)))
+    bounded = division_and_clip(SCALES)
+    assert bound_in_front_of_division(bounded).count == 1
+    theirs, mine = computed(tmp_path / "model.onnx", bounded)
     for found in (plain, mine, theirs):
         np.testing.assert_array_equal(found, wanted)
     one_scale = computed(tmp_path / "model.onnx", division_and_clip(np.float32(0.002)))  # right either way
@@ -249,9 +256,10 @@ def test_bounds_in_front_of_the_division_are_computed_right(tmp_path):
 
 def test_other_clips_are_left_alone():
     model = division_and_clip(np.float32(0.002))
-    model.graph.node[0].op_type = "Mul"
-    before = model.SerializeToString()
-    assert bound_in_front_of_division(model).SerializeToString() == before
+    model.graph[0].op_type = "Mul"
+    before = message_of(model)
+    assert bound_in_front_of_division(model).reason == "no Clip stands behind a division by constants"
+    assert message_of(model) == before
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch, file):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from graphs import model_of
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.integer_products import qdq_nodes
+from ptq4vit_fx.export.integer_products import in_qdq_form
+from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.scales import read_scales
@@ -70,7 +70,9 @@ def quantized(function, weights="channel", bias=True):
 
 
 def projections(path):
-    return [node for node in qdq_nodes(onnx.load(path)) if node.op_type == "MatMul" and node.name.startswith("qkv/")]
+    return [
+        node for node in in_qdq_form(load_file(path)).graph if node.op_type == "MatMul" and node.name.startswith("qkv/")
+    ]
 
 
 def run(path):
@@ -85,10 +87,10 @@ def test_three_products_with_the_codes_and_scales_of_one(tmp_path, function, wei
     ptq.export_onnx(converted, one, X, target="generic")
     ptq.export_onnx(converted, three, X)
     assert (len(projections(one)), len(projections(three))) == (1, 3)
-    names = [node.name for node in onnx.load(three).graph.node]
+    names = [node.name for node in load_file(three).graph]
     assert len(set(names)) == len(names)
     assert np.array_equal(run(one), run(three))
-    mine, theirs = (stored_sites(onnx.load(path)) for path in (three, one))
+    mine, theirs = (stored_sites(load_file(path)) for path in (three, one))
     assert mine.keys() == theirs.keys()
     assert mine["qkv:rhs"].codes is not None
     assert theirs["qkv:rhs"].codes is not None
@@ -101,7 +103,7 @@ def test_three_products_with_the_codes_and_scales_of_one(tmp_path, function, wei
     assert verified.same_functions.bit_equal == 1.0
     assert all(site.equal == 1.0 and site.same_scale for site in verified.layers)
     assert not verified.code_comparison.missing
-    assert not runtime_graph(onnx.load(three)).float_products
+    assert not runtime_graph(load_file(three)).float_products
 
 
 @pytest.mark.parametrize("function", [heads_first, read_elsewhere, without_v])
@@ -115,7 +117,7 @@ def test_what_is_no_projection_of_three_stays_one_product(tmp_path, function):
 def test_scales_per_head_behind_a_transpose_are_divided_in_front_of_the_quantizer(tmp_path):
     """The runtime would quantize in front of the transpose as well."""
     ptq.export_onnx(quantized(read_elsewhere), tmp_path / "model.onnx", X)
-    report = runtime_graph(onnx.load(tmp_path / "model.onnx"))
+    report = runtime_graph(load_file(tmp_path / "model.onnx"))
     assert report.after["Div"] == 3  # q, k and v
     assert report.after["QuantizeLinear"] == report.before["QuantizeLinear"]
     assert not report.leftovers
@@ -126,7 +128,7 @@ def test_one_image_at_a_time_is_faster_with_one_product(tmp_path, batch, product
     converted = quantized(by_unbind)
     ptq.export_onnx(converted, tmp_path / "model.onnx", X, batch=batch)
     assert len(projections(tmp_path / "model.onnx")) == products
-    assert not runtime_graph(onnx.load(tmp_path / "model.onnx")).float_products
+    assert not runtime_graph(load_file(tmp_path / "model.onnx")).float_products
 
 
 @pytest.mark.parametrize("target", ["openvino", "generic"])

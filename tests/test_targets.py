@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -18,9 +19,11 @@ from timm.models.vision_transformer import VisionTransformer
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export import model_files
 from ptq4vit_fx.export.containers import to_signed, to_unsigned
-from ptq4vit_fx.export.integer_products import with_qdq_products
+from ptq4vit_fx.export.contract import run_steps
+from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY, RECIPE_KEY
-from ptq4vit_fx.export.opsets import at_opset, newest_opset
+from ptq4vit_fx.export.model_files import load_file, message_of
+from ptq4vit_fx.export.opsets import newest_opset, to_opset
 from ptq4vit_fx.export.proof.inspection import inspect_file
 from ptq4vit_fx.export.proof.runtime import open_session, quiet_options
 from ptq4vit_fx.export.scales import read_scales
@@ -61,7 +64,7 @@ def run_as_written(path, images):
     """Return the logits of every Q, DQ and float MatMul as the file has them: no fusion."""
     options = quiet_options(1)
     options.graph_optimization_level = AS_WRITTEN
-    model = with_qdq_products(onnx.load(path)).SerializeToString()
+    model = message_of(in_qdq_form(load_file(path))).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
@@ -110,15 +113,17 @@ def test_a_target_changes_no_value(tmp_path, request, small_images, target, mode
 
 
 def test_arm_is_symmetric_where_the_grid_is(default_file):
-    signed = to_signed(onnx.load(default_file))
+    model = load_file(default_file)
+    assert to_signed(model).count
     values = {
-        site: int(np.unique(numpy_helper.to_array(tensor)).item()) for site, tensor in zero_points(signed).items()
+        site: int(np.unique(numpy_helper.to_array(tensor)).item())
+        for site, tensor in zero_points(message_of(model)).items()
     }
     assert values["blocks.0.attn.qkv:lhs"] == values["blocks.0.attn.matmul_qk:rhs"] == 0
     assert values["blocks.0.mlp.fc2:lhs_coarse"] == values["blocks.0.attn.matmul_av:lhs_coarse"] == -128
     assert values["blocks.0.mlp.fc2:lhs_fine"] == 127
-    restored = zero_points(to_unsigned(signed))
-    assert restored == zero_points(onnx.load(default_file))
+    assert to_unsigned(model).count
+    assert zero_points(message_of(model)) == zero_points(onnx.load(default_file))
 
 
 def divisions_by_head(path):
@@ -143,9 +148,10 @@ def test_scales_per_head_are_divided_by_the_quantizer_unless_it_needs_a_clip(tmp
     ("check", "wants"), [(check_x86, "onnxruntime"), (check_avx2, "onnxruntime-avx2"), (check_arm, "onnxruntime-arm")]
 )
 def test_integer_types_are_checked(default_file, converted, check, wants):
-    model = with_qdq_products(onnx.load(default_file))
+    model = in_qdq_form(load_file(default_file))
     for name in ("onnxruntime", "onnxruntime-avx2", "onnxruntime-arm"):
-        written = TARGETS[name].rewrite(model, converted.plan)
+        written = model.clone()
+        run_steps(written, TARGETS[name].steps, plan=converted.plan)
         if name == wants:
             check(written)
         else:
@@ -154,13 +160,12 @@ def test_integer_types_are_checked(default_file, converted, check, wants):
 
 
 def test_operators_and_zero_points_are_checked(default_file):
-    model = onnx.load(default_file)
-    node = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
-    del node.input[2]
+    model = load_file(default_file)
+    next(node for node in model.graph if node.op_type == "QuantizeLinear").resize_inputs(2)
     with pytest.raises(ptq.PTQError, match="expected a zero point, got none"):
         TARGETS["generic"].check(model)
-    model = onnx.load(default_file)
-    model.graph.node[0].domain = "com.microsoft"
+    model = load_file(default_file)
+    model.graph[0].domain = "com.microsoft"
     with pytest.raises(ptq.PTQError, match=r"com\.microsoft::"):
         TARGETS["generic"].check(model)
 
@@ -223,7 +228,9 @@ def test_axes_become_an_attribute_in_opset_17():
     x = np.random.default_rng(0).standard_normal((2, 4, 4)).astype(np.float32)
     for attributes in ({"keepdims": 0}, {"keepdims": 1, "noop_with_empty_axes": 1}):
         (wanted,) = ReferenceEvaluator(reducing(attributes)).run(None, {"x": x})
-        (got,) = ReferenceEvaluator(at_opset(reducing(attributes), 17)).run(None, {"x": x})
+        model = ir.from_proto(reducing(attributes))
+        assert to_opset(model, 17).count == 1
+        (got,) = ReferenceEvaluator(message_of(model)).run(None, {"x": x})
         assert np.array_equal(got, wanted)
 
 
@@ -232,7 +239,7 @@ def test_axes_become_an_attribute_in_opset_17():
 )
 def test_what_opset_17_lacks_is_refused_by_name(model):
     with pytest.raises(ptq.PTQError, match="node n: expected an operator that opset 17 has"):
-        at_opset(model, 17)
+        to_opset(ir.from_proto(model), 17)
 
 
 def test_four_bit_weights_take_four_bits_from_opset_21(tmp_path, four_bits, small_images):

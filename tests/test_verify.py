@@ -12,8 +12,9 @@ from onnx import numpy_helper
 from torch import nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.layers import add_outputs, compare_layers
-from ptq4vit_fx.export.proof.runtime import load_file, open_session, optimized
+from ptq4vit_fx.export.proof.runtime import open_session, optimized
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
 
 
@@ -122,10 +123,9 @@ def test_layers_can_be_left_out(good_file, converted, small_images):
 
 def test_reading_the_codes_changes_no_fusion(good_file):
     read = tuple(s.tensor for s in stored_sites(load_file(good_file)).values() if s.codes is None)
-    kinds = [
-        sorted(node.op_type for node in optimized(model).graph.node)
-        for model in (load_file(good_file), add_outputs(load_file(good_file), read))
-    ]
+    with_outputs = load_file(good_file)
+    add_outputs(with_outputs, read)
+    kinds = [sorted(node.op_type for node in optimized(model).graph) for model in (load_file(good_file), with_outputs)]
     assert "MatMulIntegerToFloat" in kinds[0]
     assert kinds[0] == kinds[1]
 

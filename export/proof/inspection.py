@@ -7,15 +7,16 @@ import os
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, numpy_helper
 
+from ptq4vit_fx import names
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.integer_products import qdq_nodes
+from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
+from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.nodes import DEQUANTIZE, array, kind_of, name_of
 from ptq4vit_fx.export.proof.instructions import Instructions, cpu_instructions
-from ptq4vit_fx.export.proof.runtime import load_file
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
 from ptq4vit_fx.export.stored_sites import StoredSite, stored_sites
 from ptq4vit_fx.plan import FloatOp, QuantPlan
@@ -104,7 +105,7 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
     Raises PTQError if the file does not come from this package, or if a site of its plan is not in its graph.
     """
     model = load_file(path)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = model.metadata_props
     if PLAN_KEY not in properties:
         raise failure(
             "inspect",
@@ -119,10 +120,10 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
         version=properties[VERSION_KEY],
         target=properties[TARGET_KEY],
         calibration=properties[CALIBRATION_KEY],
-        inputs={entry.name: _shape(entry) for entry in model.graph.input},
+        inputs={name_of(value): _shape(value) for value in model.graph.inputs},
         sites=tuple(_record(site, quantizer, stored) for site, quantizer in plan.quantizers.items()),
         float_ops=plan.float_ops,
-        graph=_with_planned_reasons(runtime_graph(load_file(path)), plan),  # a session may take a model's weights away
+        graph=_with_planned_reasons(runtime_graph(model), plan),
         runtime=onnxruntime.__version__,
         cpu=cpu_instructions(),
         wide_weights=_wide_weights(model),
@@ -134,19 +135,19 @@ def _with_planned_reasons(graph: RuntimeGraph, plan: QuantPlan) -> RuntimeGraph:
     reasons = {op.name: op.reason for op in plan.float_ops}
 
     def explained(product: RuntimeProduct) -> RuntimeProduct:
-        reason = reasons.get(product.name.partition("/")[0])
+        reason = reasons.get(names.path_of(product.name))
         return product if reason is None or product.integer else replace(product, reason=f"left float: {reason}")
 
     return replace(graph, products=tuple(map(explained, graph.products)))
 
 
-def _shape(entry: onnx.ValueInfoProto) -> tuple[int | str, ...]:
-    return tuple("any" if d.dim_param else d.dim_value for d in entry.type.tensor_type.shape.dim)
+def _shape(value: ir.Value) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else "any" for size in value.shape or ())
 
 
 def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> SiteRecord:
-    names = [f"{site}_fine", f"{site}_coarse"] if isinstance(quantizer, TwinUniform) else [site]
-    missing = [name for name in names if name not in stored]
+    scopes = [names.branch(site, part) for part in (names.RANGES if isinstance(quantizer, TwinUniform) else (None,))]
+    missing = [scope for scope in scopes if scope not in stored]
     if missing:
         raise failure(
             "inspect",
@@ -155,8 +156,8 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> S
             got="none",
             do="export the file again: another program has rewritten its graph or its names",
         )
-    found = [stored[name] for name in names]
-    merged = next((one.source for name, one in zip(names, found, strict=True) if one.source != name), None)
+    found = [stored[scope] for scope in scopes]
+    merged = next((one.source for scope, one in zip(scopes, found, strict=True) if one.source != scope), None)
     if isinstance(quantizer, TwinUniform):
         fine, coarse = (float(one.scale) for one in found)
         threshold = fine * quantizer.steps if quantizer.form == "softmax" else 0.0
@@ -166,8 +167,7 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> S
     return SiteRecord(site, describe_quantizer(quantizer), limits, None, merged)
 
 
-def _wide_weights(model: onnx.ModelProto) -> int:
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {node.input[0] for node in qdq_nodes(model) if node.op_type == "DequantizeLinear"} & constants.keys()
-    signed = [constants[name] for name in weights if constants[name].data_type == TensorProto.INT8]
-    return sum(bool((np.abs(numpy_helper.to_array(t).astype(np.int16)) > SAFE_WEIGHT).any()) for t in signed)
+def _wide_weights(model: ir.Model) -> int:
+    dequantized = [node.inputs[0] for node in in_qdq_form(model).graph if node.op_type == DEQUANTIZE]
+    signed = [value for value in dict.fromkeys(dequantized) if kind_of(value) == ir.DataType.INT8]
+    return sum(bool((np.abs(array(value).astype(np.int16)) > SAFE_WEIGHT).any()) for value in signed)

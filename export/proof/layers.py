@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.batches import Inputs
-from ptq4vit_fx.export.proof.runtime import exact_here, load_file, open_model
+from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.nodes import Array
+from ptq4vit_fx.export.proof.runtime import exact_here, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
-from ptq4vit_fx.export.stored_sites import Array, StoredSite, integers, stored_sites
+from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
+from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
 from ptq4vit_fx.passes.graph.marks import scope_of
 from ptq4vit_fx.passes.graph.operators import QUANTIZE
@@ -114,7 +117,8 @@ def compare_layers(
     model = exact_here(load_file(path))
     stored = stored_sites(model)
     read = tuple({site.tensor for site in stored.values() if site.codes is None})
-    session = open_model(add_outputs(model, read))
+    add_outputs(model, read)
+    session = open_model(model)
     simulation = _Simulation(copy.deepcopy(converted).cpu(), stored)
     fixed = session.get_inputs()[0].shape[0]
     at_once = fixed if isinstance(fixed, int) else 1
@@ -149,14 +153,14 @@ def _first_images(batches: Iterable[Inputs], count: int, *, cut: bool) -> list[I
     return first
 
 
-def add_outputs(model: onnx.ModelProto, tensors: tuple[str, ...]) -> onnx.ModelProto:
-    """Add these tensors to the outputs of a model, in place, behind its own; return it.
+def add_outputs(model: ir.Model, tensors: tuple[str, ...]) -> None:
+    """Add these tensors to the outputs of a model, in place, behind its own.
 
     ONNX Runtime fuses the DequantizeLinear behind a code into the product, never the QuantizeLinear in front of it, so
     that a code that is read changes no fusion.
     """
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    return model
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(values[name] for name in tensors)
 
 
 @dataclass(frozen=True)
@@ -208,10 +212,10 @@ class _Simulation(RuntimeFunctions):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        is_weight = n.op == "get_attr" and str(n.target).endswith(".codes")
+        is_weight = n.op == "get_attr" and leaf_of(str(n.target)) == "codes"
         if is_weight or n.target is QUANTIZE:
             holder = n if is_weight else cast("Node", n.args[1])
-            tensors = get_attribute(self.converted, str(holder.target).rpartition(".")[0])
+            tensors = get_attribute(self.converted, owner_of(str(holder.target)))
             self._compare(scope_of(n), result, tensors)
         return result
 

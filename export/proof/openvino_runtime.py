@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
+from ptq4vit_fx import names
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.containers import DEQUANTIZE
-from ptq4vit_fx.export.model_files import data_files
-from ptq4vit_fx.export.onnx_graph import PRODUCTS, OnnxGraph
-from ptq4vit_fx.export.proof.runtime import load_file
+from ptq4vit_fx.export.model_files import data_files, load_file
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, array, maker, name_of
 
 #: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
 PRODUCT_LAYERS = frozenset(["FullyConnected", "MatMul", "Convolution", "GroupConvolution", "MHA", "ScaledAttn"])
@@ -48,12 +47,12 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
     is not installed, if the file cannot be read, if it is one for ONNX Runtime, or if a product of the file cannot be
     found in the runtime graph: nothing is left out unsaid.
     """
-    graph = OnnxGraph(load_file(path))
-    other = next((node.name for node in graph.nodes if node.op_type == "MatMulInteger"), None)
+    graph = load_file(path).graph
+    other = next((node.name for node in graph if node.op_type == "MatMulInteger"), None)
     if other is not None:
         expected, do = "products behind DequantizeLinear", "export with target='openvino'"
         raise failure("openvino_graph", str(path), expected=expected, got=f"MatMulInteger in {other}", do=do)
-    products = {node.name: node for node in graph.nodes if node.op_type in PRODUCTS}
+    products = {name_of(node): node for node in graph if node.op_type in PRODUCTS}
     layers = [_Layer.of(layer) for layer in compile_openvino(path, device).get_runtime_model().get_ops()]
     found = _match(list(products.values()), [layer for layer in layers if layer.kind in PRODUCT_LAYERS])
     found |= _compiled([name for name in products if name not in found], layers)
@@ -70,7 +69,7 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
     in_float = [name for name in products if found[name].precision not in INTEGERS]
     return OpenvinoGraph(
         tuple(name for name in products if found[name].precision in INTEGERS),
-        {name: _why_float(graph, products[name], kernels[name]) for name in in_float},
+        {name: _why_float(products[name], kernels[name]) for name in in_float},
         kernels,
     )
 
@@ -94,8 +93,8 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
     try:
         return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
     except RuntimeError as error:
-        names = " and ".join(sorted(data.name for data in data_files(Path(path))))
-        with_data = f" (its weights are in {names})" if names else ""
+        weights = " and ".join(sorted(data.name for data in data_files(Path(path))))
+        with_data = f" (its weights are in {weights})" if weights else ""
         raise failure(
             "openvino",
             f"{path}{with_data}",
@@ -117,17 +116,17 @@ class _Layer:
     @staticmethod
     def of(node: Any) -> _Layer:
         facts = _facts(node)
-        names = [node.get_friendly_name(), *facts.get("originalLayersNames", "").split(",")]
+        found = [node.get_friendly_name(), *facts.get("originalLayersNames", "").split(",")]
         if node.get_input_size() > 1:
-            names.append(node.input_value(1).get_node().get_friendly_name())
-        return _Layer(facts["layerType"], facts["runtimePrecision"], facts["primitiveType"], tuple(names))
+            found.append(node.input_value(1).get_node().get_friendly_name())
+        return _Layer(facts["layerType"], facts["runtimePrecision"], facts["primitiveType"], tuple(found))
 
 
 def _facts(node: Any) -> dict[str, str]:
     return {key: value.astype(str) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
 
 
-def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _Layer]:
+def _match(products: list[ir.Node], layers: list[_Layer]) -> dict[str, _Layer]:
     """Return the layer of each product of the file that can be found, by the product's name.
 
     Names that start with the product's, or are its output's, decide first. A fused layer may be named after
@@ -140,10 +139,10 @@ def _match(products: list[onnx.NodeProto], layers: list[_Layer]) -> dict[str, _L
                 continue
             paths = {_module(name) for name in layer.names}
             for node in products:
-                path = node.name.partition("/")[0]
-                same = path in paths if by_path else _is_part(node.name, layer.names) or node.output[0] in layer.names
-                if same and node.name not in found:
-                    found[node.name] = layer
+                name = name_of(node)
+                same = names.path_of(name) in paths if by_path else _is_named_after(node, layer)
+                if same and name not in found:
+                    found[name] = layer
                     break
     return found
 
@@ -155,19 +154,20 @@ def _compiled(missing: list[str], layers: list[_Layer]) -> dict[str, _Layer]:
 
 
 def _module(name: str) -> str:
-    return name.partition("/")[0].partition(":")[0]
+    return names.product_of(names.path_of(name))
 
 
-def _is_part(name: str, others: tuple[str, ...]) -> bool:
-    return any(other == name or other.startswith(f"{name}/") for other in others)
+def _is_named_after(node: ir.Node, layer: _Layer) -> bool:
+    own, output = name_of(node), name_of(node.outputs[0])
+    return any(name == output or names.is_derived(name, own) for name in layer.names)
 
 
-def _why_float(graph: OnnxGraph, product: onnx.NodeProto, kernel: str) -> str:
-    operands = [graph.maker(product, index) for index in (0, 1)]
-    for side, operand in zip(("first", "second"), operands, strict=True):
+def _why_float(product: ir.Node, kernel: str) -> str:
+    for index, side in enumerate(("first", "second")):
+        operand = maker(product, index)
         if operand is None or operand.op_type != DEQUANTIZE:
             return f"not quantized: its {side} operand comes from {operand.op_type if operand else 'a constant'}"
-        zero_points = graph.value(operand.input[2])
+        zero_points = array(operand.inputs[2])
         if np.any(zero_points):
             return (
                 f"its {side} operand has zero point {zero_points.reshape(-1)[0]}, and OpenVINO multiplies two "

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
+from ptq4vit_fx.export.nodes import DEQUANTIZE, QUANTIZE
 from ptq4vit_fx.export.proof.runtime import open_model
 from ptq4vit_fx.product_forms import ProductKind
 
@@ -52,7 +52,7 @@ def measure_product(shapes: ProductShapes) -> tuple[float, float]:
     return two, one
 
 
-def product_model(shapes: ProductShapes, branches: int) -> onnx.ModelProto:
+def product_model(shapes: ProductShapes, branches: int) -> ir.Model:
     """Return x -> one QuantizeLinear, DequantizeLinear, MatMul per branch, and the sum, on uint8 codes.
 
     A convolution is written as a linear layer with as many rows as the image has pixels.
@@ -62,29 +62,29 @@ def product_model(shapes: ProductShapes, branches: int) -> onnx.ModelProto:
         lhs, rhs = (1, math.prod(lhs[2:]), math.prod(rhs[1:])), (math.prod(rhs[1:]), rhs[0])
     elif shapes.kind == "linear":
         lhs, rhs = (1, *lhs) if len(lhs) == 2 else lhs, (rhs[1], rhs[0])
-    constants = {"scale": np.float32(0.01), "zero": np.uint8(0), "weight_zero": np.int8(0)}
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, lhs)]
-    nodes = []
+    values = {"scale": np.float32(0.01), "zero": np.uint8(0), "weight_zero": np.int8(0)}
+    values |= {f"scale{number}": np.float32(0.004 + 0.001 * number) for number in range(branches)}
     if shapes.rhs_is_weight:
-        constants["weight"] = np.random.default_rng(0).integers(-127, 128, rhs).astype(np.int8)
-        nodes.append(helper.make_node("DequantizeLinear", ["weight", "scale", "weight_zero"], ["right"]))
+        values["weight"] = np.random.default_rng(0).integers(-127, 128, rhs).astype(np.int8)
+    constants = {name: ir.val(name, const_value=ir.Tensor(np.asarray(value))) for name, value in values.items()}
+    inputs = [ir.val("x", ir.DataType.FLOAT, lhs)]
+    if shapes.rhs_is_weight:
+        right = [ir.node(DEQUANTIZE, [constants["weight"], constants["scale"], constants["weight_zero"]])]
     else:
-        inputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, rhs))
-        nodes += _pair("y", "right", "scale")
+        inputs.append(ir.val("y", ir.DataType.FLOAT, rhs))
+        right = _pair(inputs[1], constants["scale"], constants["zero"])
+    nodes = [*right]
     for number in range(branches):
-        constants[f"scale{number}"] = np.float32(0.004 + 0.001 * number)
-        nodes += _pair("x", f"left{number}", f"scale{number}")
-        nodes.append(helper.make_node("MatMul", [f"left{number}", "right"], [f"out{number}"]))
+        left = _pair(inputs[0], constants[f"scale{number}"], constants["zero"])
+        nodes += [*left, ir.node("MatMul", [left[-1].outputs[0], right[-1].outputs[0]])]
     if branches == 2:
-        nodes.append(helper.make_node("Add", ["out0", "out1"], ["out"]))
-    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    output = helper.make_tensor_value_info("out" if branches == 2 else "out0", TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "product", inputs, [output], tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        nodes.append(ir.node("Add", [node.outputs[0] for node in nodes if node.op_type == "MatMul"]))
+    nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": 20}, name="product")
+    graph.initializers.update(constants)
+    return ir.Model(graph, ir_version=9)
 
 
-def _pair(value: str, result: str, scale: str) -> list[onnx.NodeProto]:
-    return [
-        helper.make_node("QuantizeLinear", [value, scale, "zero"], [f"{result}.codes"]),
-        helper.make_node("DequantizeLinear", [f"{result}.codes", scale, "zero"], [result]),
-    ]
+def _pair(value: ir.Value, scale: ir.Value, zero_point: ir.Value) -> list[ir.Node]:
+    quantize = ir.node(QUANTIZE, [value, scale, zero_point])
+    return [quantize, ir.node(DEQUANTIZE, [quantize.outputs[0], scale, zero_point])]

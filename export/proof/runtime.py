@@ -9,27 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.containers import to_unsigned, with_unsigned_weights
-from ptq4vit_fx.export.integer_products import with_integer_products, with_qdq_products
-from ptq4vit_fx.export.model_files import is_too_large, session_of
-
-
-def load_file(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read an ONNX file, with the weights beside it if it has any; raises PTQError if one is missing or no ONNX."""
-    try:
-        return onnx.load(os.fspath(path))
-    except Exception as error:
-        raise failure(
-            "read ONNX file",
-            str(path),
-            expected="an ONNX model",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            do="check the path",
-        ) from error
+from ptq4vit_fx.export.containers import to_unsigned, to_unsigned_weights
+from ptq4vit_fx.export.integer_products import to_integer_products, to_qdq_products
+from ptq4vit_fx.export.model_files import is_too_large, load_file, message_of, save_with_data
 
 
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -42,20 +27,33 @@ def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: i
     return open_model(exact_here(model) if exact else model, threads)
 
 
-def open_model(model: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Open a model in memory, as it is, in ONNX Runtime's CPU provider."""
-    return session_of(model, quiet_options(threads))
+def open_model(
+    model: ir.Model, threads: int = 0, options: onnxruntime.SessionOptions | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a model in memory, as it is, in ONNX Runtime's CPU provider.
 
-
-def exact_here(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model with the same values that no kernel of this CPU gets wrong.
-
-    On a CPU whose u8 x s8 kernels saturate, int8 weights and activations are rewritten to uint8, which takes the
-    slower kernels that do not; elsewhere it is the model itself.
+    options: in the place of `quiet_options(threads)`. A model that is too large for a message goes through a temporary
+    file.
     """
-    if not products_saturate():
-        return model
-    return with_integer_products(with_unsigned_weights(to_unsigned(with_qdq_products(model))))
+    options, providers = options or quiet_options(threads), ["CPUExecutionProvider"]
+    if not is_too_large(model):
+        return onnxruntime.InferenceSession(message_of(model).SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_with_data(model, path)
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+def exact_here(model: ir.Model) -> ir.Model:
+    """Return a copy with the same values that no kernel of this CPU gets wrong.
+
+    On a CPU whose u8 x s8 kernels saturate, int8 weights and activations are uint8 in it, which takes the slower
+    kernels that do not; elsewhere nothing is changed.
+    """
+    copy = model.clone()
+    for step in (to_qdq_products, to_unsigned, to_unsigned_weights, to_integer_products) if products_saturate() else ():
+        step(copy)
+    return copy
 
 
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
@@ -65,16 +63,19 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     return options
 
 
-def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph that ONNX Runtime makes of a model on this machine."""
+def optimized(model: ir.Model) -> ir.Model:
+    """Return the graph that ONNX Runtime makes of a model on this machine, without its large weights."""
     with tempfile.TemporaryDirectory() as folder:
         options = quiet_options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         if is_too_large(model):  # the optimized copy is too large as well
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, "optimized.data")
-        session_of(model, options)
-        return onnx.load(options.optimized_model_filepath, load_external_data=False)
+        open_model(model, options=options)
+        message = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    for node in message.graph.node:
+        node.name = node.name or node.op_type  # a fused node may have none
+    return ir.from_proto(message)
 
 
 @functools.cache
@@ -85,14 +86,9 @@ def products_saturate() -> bool:
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "reduce_range".
     """
     inner = 64
-    weight = numpy_helper.from_array(np.full((inner, 32), 127, np.int8), "weight")
-    graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, [16, inner])],
-        [helper.make_tensor_value_info("y", TensorProto.INT32, [16, 32])],
-        [weight],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    (result,) = open_model(model).run(None, {"x": np.full((16, inner), 255, np.uint8)})
+    x = ir.val("x", ir.DataType.UINT8, [16, inner])
+    weight = ir.val("weight", const_value=ir.Tensor(np.full((inner, 32), 127, np.int8)))
+    product = ir.node("MatMulInteger", [x, weight], outputs=[ir.val("y", ir.DataType.INT32, [16, 32])])
+    graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[weight], opset_imports={"": 13}, name="probe")
+    (result,) = open_model(ir.Model(graph, ir_version=8)).run(None, {"x": np.full((16, inner), 255, np.uint8)})
     return bool((result != 255 * 127 * inner).any())

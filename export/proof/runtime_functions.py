@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
@@ -104,14 +104,9 @@ def _session(
     name: str, terms: int, shapes: tuple[tuple[int, ...], ...], attributes: dict[str, Any]
 ) -> onnxruntime.InferenceSession:
     """Return a session that runs one operator on inputs x0, x1, ..., the first two added if terms is 2."""
-    names = [f"x{number}" for number in range(len(shapes))]
-    nodes = [helper.make_node("Add", names[:2], ["sum"])] if terms == 2 else []
-    inputs = [nodes[0].output[0] if nodes else names[0], *names[terms:]]
-    graph = helper.make_graph(
-        [*nodes, helper.make_node(name, inputs, ["y"], **attributes)],
-        name,
-        [helper.make_tensor_value_info(x, TensorProto.FLOAT, s) for x, s in zip(names, shapes, strict=True)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-    return open_model(model)
+    inputs = [ir.val(f"x{number}", ir.DataType.FLOAT, shape) for number, shape in enumerate(shapes)]
+    nodes = [ir.node("Add", inputs[:2])] if terms == 2 else []
+    first = nodes[0].outputs[0] if nodes else inputs[0]
+    nodes.append(ir.node(name, [first, *inputs[terms:]], attributes, outputs=[ir.val("y", ir.DataType.FLOAT)]))
+    graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": OPSET}, name=name)
+    return open_model(ir.Model(graph, ir_version=9))

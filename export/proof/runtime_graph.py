@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import onnx
-from onnx import TensorProto
+import onnx_ir as ir
 
 from ptq4vit_fx.export.integer_products import STEP, integer_products
+from ptq4vit_fx.export.nodes import DEQUANTIZE, MOVES, QUANTIZE, kind_of, maker, name_of, users
 from ptq4vit_fx.export.proof.runtime import optimized
 
 #: Integer products of ONNX Runtime (contrib operators included), and where their zero points are among the inputs.
@@ -28,9 +28,7 @@ FLOAT_PRODUCTS = frozenset(
     ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
 )
 #: Operators that hand codes on as they are: a code behind them is the same code.
-MOVING = frozenset(
-    ["Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Flatten", "Identity"]
-)
+MOVING = MOVES | {"Expand"}
 
 
 @dataclass(frozen=True)
@@ -83,57 +81,55 @@ class RuntimeGraph:
         return {product.name: product.reason for product in self.products if not product.integer}
 
 
-def runtime_graph(model: onnx.ModelProto) -> RuntimeGraph:
+def runtime_graph(model: ir.Model) -> RuntimeGraph:
     """Let ONNX Runtime optimize a model for this machine, with its own (dynamic) batch, and read the result back."""
     after = optimized(model)
-    names = _fused_names(model)
-    makers = {output: node for node in after.graph.node for output in node.output}
-    types = {tensor.name: tensor.data_type for tensor in after.graph.initializer}
+    fused = _fused_names(model)
     products = []
-    for node in after.graph.node:
+    for node in after.graph:
         if node.op_type in INTEGER_PRODUCTS:
-            name = names.get(node.output[0], node.name)
-            products.append(RuntimeProduct(name, True, node.op_type, _types(node, types), _why_integer(node)))
+            name = fused.get(name_of(node.outputs[0]), name_of(node))
+            products.append(RuntimeProduct(name, True, node.op_type, _types(node), _why_integer(node)))
         elif node.op_type in FLOAT_PRODUCTS:
-            kinds = _dequantized_types(node, makers, types)
-            products.append(RuntimeProduct(node.name, False, node.op_type, kinds, _why_float(node, makers)))
+            types = " x ".join(_dequantized_type(node, index) for index in (0, 1))
+            products.append(RuntimeProduct(name_of(node), False, node.op_type, types, _why_float(node)))
     return RuntimeGraph(
-        dict(Counter(node.op_type for node in model.graph.node)),
-        dict(Counter(node.op_type for node in after.graph.node)),
+        dict(Counter(node.op_type for node in model.graph)),
+        dict(Counter(node.op_type for node in after.graph)),
         tuple(products),
-        tuple(_leftovers(after, makers)),
+        tuple(_leftovers(after)),
     )
 
 
-def _fused_names(model: onnx.ModelProto) -> dict[str, str]:
+def _fused_names(model: ir.Model) -> dict[str, str]:
     """Return result -> product: a node fused of MatMulInteger and what is behind it has no name of the file's."""
-    names = {product.scaled.output[0]: product.multiply.name for product in integer_products(model.graph.node)}
-    adds = [node for node in model.graph.node if node.op_type == "Add" and node.input[0] in names]
-    return names | {add.output[0]: names[add.input[0]] for add in adds}
+    names = {}
+    for product in integer_products(model):
+        adds = [user for user in users(product.scaled) if user.op_type == "Add" and maker(user, 0) is product.scaled]
+        for last in (product.scaled, *adds):
+            names[name_of(last.outputs[0])] = name_of(product.multiply)
+    return names
 
 
-def _types(node: onnx.NodeProto, types: dict[str, int]) -> str:
+def _types(node: ir.Node) -> str:
     positions = INTEGER_PRODUCTS[node.op_type]
-    if positions is None or len(node.input) <= max(positions):
+    if positions is None or len(node.inputs) <= max(positions):
         return ""
-    return " x ".join(_type_name(types.get(node.input[position])) for position in positions)
+    return " x ".join(_type_name(node.inputs[position]) for position in positions)
 
 
-def _dequantized_types(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], types: dict[str, int]) -> str:
-    """Return the types of the codes that a float product's operands were, "float" for an operand that was none."""
-    found = []
-    for name in node.input[:2]:
-        maker = makers.get(name)
-        is_code = maker is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 2
-        found.append(_type_name(types.get(maker.input[2])) if maker is not None and is_code else "float")
-    return " x ".join(found)
+def _dequantized_type(node: ir.Node, index: int) -> str:
+    """Return the type of the codes that a float product's operand was, "float" if it was none."""
+    source = maker(node, index, DEQUANTIZE)
+    return _type_name(source.inputs[2]) if source is not None and len(source.inputs) > 2 else "float"
 
 
-def _type_name(kind: int | None) -> str:
-    return "?" if kind is None else str(TensorProto.DataType.Name(kind)).lower()
+def _type_name(zero_point: ir.Value | None) -> str:
+    kind = kind_of(zero_point)
+    return "?" if kind is None else kind.name.lower()
 
 
-def _why_integer(node: onnx.NodeProto) -> str:
+def _why_integer(node: ir.Node) -> str:
     if node.op_type == "MatMulIntegerToFloat":
         return "both operands are codes, the result is float"
     if node.op_type.startswith("QLinear") or node.op_type == "QGemm":
@@ -141,42 +137,37 @@ def _why_integer(node: onnx.NodeProto) -> str:
     return "its operands are codes"
 
 
-def _why_float(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> str:
-    sources = [makers[name].op_type if name in makers else "a constant" for name in node.input[:2]]
-    dequantized = sources.count("DequantizeLinear")
+def _why_float(node: ir.Node) -> str:
+    makers = [maker(node, index) for index in range(len(node.inputs[:2]))]
+    sources = ["a constant" if source is None else source.op_type for source in makers]
+    dequantized = sources.count(DEQUANTIZE)
     if dequantized == 2:
         return f"no integer kernel for {node.op_type} of these types with float output: quantized, computed in float"
     if dequantized == 1:
-        other = next(source for source in sources if source != "DequantizeLinear")
+        other = next(source for source in sources if source != DEQUANTIZE)
         return f"only one operand is codes for the runtime, the other comes from {other}"
     return f"not quantized: its operands come from {' and '.join(sources)}"
 
 
-def _leftovers(model: onnx.ModelProto, makers: dict[str, onnx.NodeProto]) -> Iterable[Leftover]:
-    outputs = {output.name for output in model.graph.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] != STEP:
-            reasons = [_why_read(reader) for reader in readers.get(node.output[0], [])]
-            if node.output[0] in outputs:
+def _leftovers(model: ir.Model) -> Iterable[Leftover]:
+    for node in model.graph:
+        if node.op_type == DEQUANTIZE and name_of(node.inputs[0]) != STEP:
+            reasons = [_why_read(use.node) for use in node.outputs[0].uses()]
+            if node.outputs[0].is_graph_output():
                 reasons.append("is an output of the model")
-            yield Leftover(node.name, _source(node.input[0], makers), "; ".join(reasons))
+            yield Leftover(name_of(node), _source(node), "; ".join(reasons))
 
 
-def _source(name: str, makers: dict[str, onnx.NodeProto]) -> str:
-    while name in makers and makers[name].op_type in MOVING:
-        name = makers[name].input[0]
-    if name not in makers:
-        return "a constant"
-    return makers[name].name or makers[name].op_type
+def _source(dequantize: ir.Node) -> str:
+    source = maker(dequantize, 0)
+    while source is not None and source.op_type in MOVING:
+        source = maker(source, 0)
+    return "a constant" if source is None else name_of(source)
 
 
-def _why_read(reader: onnx.NodeProto) -> str:
-    name = reader.name or reader.op_type
-    if reader.op_type == "QuantizeLinear":
+def _why_read(reader: ir.Node) -> str:
+    name = name_of(reader)
+    if reader.op_type == QUANTIZE:
         return f"is quantized again at once by {name}: the two steps cancel or could be one"
     if reader.op_type in FLOAT_PRODUCTS:
         return f"feeds {name}, a product that runs in float"

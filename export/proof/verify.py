@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import Inputs, batches_for
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
-from ptq4vit_fx.export.proof.runtime import load_file, open_session, products_saturate
+from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
 

@@ -6,92 +6,64 @@ https://onnx.ai/onnx/intro/concepts.html#element-type ("int4": two values per by
 
 from __future__ import annotations
 
-import numpy as np
-import onnx
-from onnx import TensorProto, numpy_helper
+import onnx_ir as ir
 
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.containers import DEQUANTIZE, QUANTIZE, copy_of, forget_types, site_of
-from ptq4vit_fx.export.integer_products import qdq_nodes
+from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.integer_products import in_qdq_form
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, array, is_constant, kind_of, scope_of, set_constant
+from ptq4vit_fx.export.opsets import STANDARD_DOMAINS, opset_of
 from ptq4vit_fx.plan import QuantPlan
 
-STANDARD_DOMAINS = {"", "ai.onnx"}
 INT4_OPSET = 21
 INT4_BITS = 4
 
 
-def opset_of(model: onnx.ModelProto) -> int:
-    """Return the version of the standard operators that a model uses."""
-    return next(int(entry.version) for entry in model.opset_import if entry.domain in STANDARD_DOMAINS)
+@rewrite(nothing="no weight has at most 4 bits, or the opset is older than 21")
+def pack_weights(model: ir.Model, plan: QuantPlan) -> int:
+    """Make weights of at most 4 bits INT4 tensors, in place, from opset 21 on."""
+    if opset_of(model) < INT4_OPSET:
+        return 0
+    narrow = [
+        node
+        for node in model.graph
+        if node.op_type == DEQUANTIZE
+        and is_constant(node.inputs[0])
+        and plan.quantizers[scope_of(node)].bits <= INT4_BITS
+    ]
+    for value in dict.fromkeys(value for node in narrow for value in (node.inputs[0], node.inputs[2])):
+        if value is not None and kind_of(value) == ir.DataType.INT8:
+            codes = array(value)
+            assert not codes.size or (codes.min() >= -8 and codes.max() <= 7)  # codes of at most 4 bits
+            set_constant(value, codes.astype(ir.DataType.INT4.numpy()))
+    return len(narrow)
 
 
-def rewrite_generic(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
-    """Return a copy whose weights of at most 4 bits are INT4 tensors, from opset 21 on; else a plain copy."""
-    copy = copy_of(model)
-    if opset_of(copy) < INT4_OPSET:
-        return copy
-    initializers = {tensor.name: tensor for tensor in copy.graph.initializer}
-    for node in copy.graph.node:
-        if node.op_type != DEQUANTIZE or node.input[0] not in initializers:
-            continue
-        if plan.quantizers[site_of(node)].bits > INT4_BITS:
-            continue
-        for name in (node.input[0], node.input[2]):
-            _pack(initializers[name])
-    forget_types(copy)
-    return copy
+def check_generic(model: ir.Model) -> list[ir.Node]:
+    """Raise PTQError unless every operator is standard and every Q/DQ node has its zero point written out.
 
-
-def _pack(tensor: onnx.TensorProto) -> None:
-    """Turn an int8 tensor with values -8 .. 7 into INT4; a tensor that is INT4 already stays."""
-    if tensor.data_type != TensorProto.INT8:
-        return
-    values = numpy_helper.to_array(tensor).reshape(-1)
-    assert values.size == 0 or (values.min() >= -8 and values.max() <= 7)  # codes of at most 4 bits
-    halves = np.append(values, np.zeros(values.size % 2, np.int8)).view(np.uint8) & 0x0F
-    tensor.data_type = TensorProto.INT4
-    tensor.ClearField("int32_data")
-    tensor.raw_data = (halves[::2] | halves[1::2] << 4).tobytes()
-
-
-def check_generic(model: onnx.ModelProto) -> None:
-    """Raise PTQError unless every operator is standard and every Q/DQ node has its zero point written out."""
-    for node in qdq_nodes(model):
-        if node.domain not in STANDARD_DOMAINS:
-            raise failure(
-                "export_onnx",
-                f"node {node.name}",
-                expected="a standard operator",
-                got=f"{node.domain}::{node.op_type}",
-                do="report this as a bug",
-            )
-        if node.op_type in (QUANTIZE, DEQUANTIZE) and len(node.input) != 3:
-            raise failure(
-                "export_onnx",
-                f"node {node.name}",
-                expected="a zero point",
-                got="none",
-                do="report this as a bug",
-            )
-
-
-def check_types(model: onnx.ModelProto, *, activations: int, weights: int) -> None:
-    """Raise PTQError unless every activation and every weight has the integer type that a runtime's kernels want.
-
-    activations, weights: data types of onnx.TensorProto.
+    Return the nodes in QDQ form.
     """
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    name_of = TensorProto.DataType.Name
-    for node in qdq_nodes(model):
-        if node.op_type not in (QUANTIZE, DEQUANTIZE):
-            continue
+    nodes = list(in_qdq_form(model).graph)
+    for node in nodes:
+        if node.domain not in STANDARD_DOMAINS:
+            raise _broken(node, "a standard operator", f"{node.domain}::{node.op_type}")
+        if node.op_type in PAIR and len(node.inputs) != 3:
+            raise _broken(node, "a zero point", "none")
+    return nodes
+
+
+def check_types(model: ir.Model, *, activations: ir.DataType, weights: ir.DataType) -> None:
+    """Raise PTQError unless `check_generic` passes, and activations and weights have the integer types of a runtime."""
+    for node in check_generic(model):
         # A QuantizeLinear of a constant (a table that is multiplied like an activation) is an activation's.
-        wanted = weights if node.op_type == DEQUANTIZE and node.input[0] in types else activations
-        if types[node.input[2]] != wanted:
-            raise failure(
-                "export_onnx",
-                f"node {node.name}",
-                expected=f"{name_of(wanted)} codes",
-                got=name_of(types[node.input[2]]),
-                do="report this as a bug",
-            )
+        wanted = weights if node.op_type == DEQUANTIZE and is_constant(node.inputs[0]) else activations
+        if node.op_type in PAIR and (kind := kind_of(node.inputs[2])) != wanted:
+            raise _broken(node, f"{wanted.name} codes", "none" if kind is None else kind.name)
+
+
+def _broken(node: ir.Node, expected: str, got: str) -> PTQError:
+    return failure("export_onnx", f"node {node.name}", expected=expected, got=got, do="report this as a bug")
+
+
+TARGET = Target("generic", (pack_weights,), check_generic)

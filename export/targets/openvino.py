@@ -17,23 +17,27 @@ import warnings
 from collections import Counter
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
+from ptq4vit_fx import names
 from ptq4vit_fx.errors import PTQWarning, failure
-from ptq4vit_fx.export.containers import DEQUANTIZE, INT8, QUANTIZE, UINT8, without_zero_points
-from ptq4vit_fx.export.onnx_graph import PRODUCTS, OnnxGraph
+from ptq4vit_fx.export import nodes
+from ptq4vit_fx.export.containers import INT8, UINT8, without_zero_points
+from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, PRODUCTS, QUANTIZE
 from ptq4vit_fx.export.targets.generic import check_generic
 from ptq4vit_fx.plan import QuantPlan
 
 
-def rewrite_openvino(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto:
-    """Return a copy without zero points (int8 for signed grids, uint8 for the rest) and without shared pairs.
+@rewrite(nothing="every activation has zero point 0, or multiplies a weight")
+def zero_points_to_zero(model: ir.Model, plan: QuantPlan) -> int:
+    """Make codes int8 (signed grids) or uint8 (the rest) with zero point 0, in place.
 
     Codes on both sides of zero that fit neither type (behind GELU) keep their zero point if they multiply a weight.
+    Raises PTQError if they are in a product of two activations.
     """
-    without, kept = without_zero_points(model, plan, (INT8, UINT8))
-    stuck = [name for name in kept if not plan.op(name.partition(":")[0]).rhs_is_weight]
+    count, kept = without_zero_points(model, plan, (INT8, UINT8))
+    stuck = [name for name in kept if not plan.op(names.product_of(name)).rhs_is_weight]
     if stuck:
         raise failure(
             "export_onnx",
@@ -42,115 +46,110 @@ def rewrite_openvino(model: onnx.ModelProto, plan: QuantPlan) -> onnx.ModelProto
             got=f"codes that need another, in a product of two activations, the first of {len(stuck)}",
             do='use recipes.ptq4vit(twins="exact"), or a target of ONNX Runtime',
         )
-    return separate_pairs(bound_in_front_of_division(without))
+    return count
 
 
-def bound_in_front_of_division(model: onnx.ModelProto) -> onnx.ModelProto:
+@rewrite(nothing="no Clip stands behind a division by constants")
+def bound_in_front_of_division(model: ir.Model) -> int:
     """Turn Div by scales per head -> Clip into Min and Max per head -> Div; in place, and exact.
 
     The Clip's bounds are codes times the quantizer's scale; such a value times a head's scale divides back to it.
     """
-    graph = OnnxGraph(model)
-    for clip in graph.nodes:
-        divide = graph.maker(clip, 0) if clip.op_type == "Clip" else None
-        if divide is None or divide.op_type != "Div" or divide.input[1] not in graph.constants:
+    count = 0
+    for clip in model.graph:
+        divide = nodes.maker(clip, 0, "Div") if clip.op_type == "Clip" else None
+        if divide is not None and nodes.is_constant(divide.inputs[1]):
+            _bound(model, divide, clip)
+            count += 1
+    return count
+
+
+def _bound(model: ir.Model, divide: ir.Node, clip: ir.Node) -> None:
+    roles: tuple[tuple[str, names.Role], ...] = (("Max", "max"), ("Min", "min"))
+    for (function, role), limit in zip(roles, clip.inputs[1:], strict=False):
+        if limit is None:
             continue
-        scales, source = graph.value(divide.input[1]), divide.input[0]
-        position = list(model.graph.node).index(divide)
-        for function, name in zip(("Max", "Min"), clip.input[1:], strict=False):
-            if not name:
-                continue
-            bound = f"{clip.output[0]}.{function.lower()}"
-            values = (graph.value(name) * scales).astype(np.float32)
-            model.graph.initializer.append(numpy_helper.from_array(values, f"{bound}.bound"))
-            made = helper.make_node(function, [source, f"{bound}.bound"], [bound], name=f"{clip.name}_{function}")
-            model.graph.node.insert(position, made)
-            source, position = bound, position + 1
-        node = next(node for node in model.graph.node if node.name == divide.name)
-        node.input[0], node.output[0] = source, clip.output[0]
-        model.graph.node.remove(clip)
-    return model
+        result = names.tensor(nodes.name_of(clip.outputs[0]), role)
+        values = (nodes.array(limit) * nodes.array(divide.inputs[1])).astype(np.float32)
+        bound = nodes.add_constant(model, names.tensor(result, "bound"), values)
+        node = nodes.new_node(function, [divide.inputs[0], bound], result, names.variant(nodes.name_of(clip), function))
+        divide.prepend(node)
+        divide.replace_input_with(0, node.outputs[0])
+    nodes.take_over(divide, clip.outputs[0])
+    model.graph.remove(clip, safe=True)
 
 
-def separate_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
+@rewrite(nothing="every DequantizeLinear has one reader and a QuantizeLinear of its own")
+def separate_pairs(model: ir.Model) -> int:
     """Give every reader its own DequantizeLinear, and each of those its own QuantizeLinear; in place."""
-    nodes: list[onnx.NodeProto] = []
-    copies: Counter[str] = Counter()
-    graph = OnnxGraph(model)
-    renamed: dict[tuple[str, int], str] = {}  # (name of the reader, input) -> tensor
-    for node in graph.nodes:
-        if node.op_type == QUANTIZE:
-            continue  # written in front of its DequantizeLinear
-        if node.op_type != DEQUANTIZE:
-            for index in range(len(node.input)):
-                node.input[index] = renamed.get((node.name, index), node.input[index])
-            nodes.append(node)
-            continue
-        places = [(user.name, i) for user in graph.users(node) for i, x in enumerate(user.input) if x == node.output[0]]
-        for number, place in enumerate(places):
-            pair = _pair(graph, node, number, copies)
-            renamed[place] = pair[-1].output[0]
-            nodes += pair
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
+    separated: Counter[ir.Node] = Counter()  # QuantizeLinear -> how many read it or a copy
+    count = 0
+    for dequantize in [node for node in model.graph if node.op_type == DEQUANTIZE]:
+        source = nodes.maker(dequantize, 0, QUANTIZE)
+        for number, (reader, index) in enumerate(dequantize.outputs[0].uses()):
+            pair = [_numbered(dequantize, number)]
+            if source is not None:
+                pair.insert(0, _numbered(source, separated[source]))
+                separated[source] += 1
+                pair[1].replace_input_with(0, pair[0].outputs[0])
+            new = [node for node in pair if node.graph is None]
+            dequantize.prepend(new)
+            reader.replace_input_with(index, pair[-1].outputs[0])
+            count += bool(new)
+    return count
 
 
-def _pair(graph: OnnxGraph, dequantize: onnx.NodeProto, number: int, copies: Counter[str]) -> list[onnx.NodeProto]:
-    """Return copy `number` of a DequantizeLinear, behind a QuantizeLinear of its own unless it reads a constant."""
-    copy = _numbered(dequantize, number)
-    source = graph.maker(dequantize, 0)
-    if source is None or source.op_type != QUANTIZE:
-        return [copy]
-    quantize = _numbered(source, copies[source.name])
-    copies[source.name] += 1
-    copy.input[0] = quantize.output[0]
-    return [quantize, copy]
-
-
-def _numbered(node: onnx.NodeProto, number: int) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    if number:
-        copy.name, copy.output[0] = f"{node.name}_{number}", f"{node.output[0]}_{number}"
+def _numbered(node: ir.Node, number: int) -> ir.Node:
+    """Return a node itself for number 0, else a copy."""
+    if not number:
+        return node
+    output, name = names.variant(nodes.name_of(node.outputs[0]), number), names.variant(nodes.name_of(node), number)
+    copy = nodes.new_node(node.op_type, node.inputs, output, name, **node.attributes)
+    copy.outputs[0].type, copy.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     return copy
 
 
-def check_openvino(model: onnx.ModelProto) -> None:
+def check_openvino(model: ir.Model) -> None:
     """Raise PTQError, naming the node, if a rule is broken; warn of products that OpenVINO will compute in float."""
     check_generic(model)
-    graph = OnnxGraph(model)
-    for node in graph.nodes:
-        if node.op_type not in (QUANTIZE, DEQUANTIZE):
+    for node in model.graph:
+        if node.op_type not in PAIR:
             continue
-        readers = graph.users(node)
-        places = sum(list(user.input).count(node.output[0]) for user in readers)
-        zero_points = graph.value(node.input[2])
+        places, zero_points = len(node.outputs[0].uses()), nodes.array(node.inputs[2])
         wanted, got = "one reader", f"{places}"
-        if graph.constants[node.input[2]].data_type not in (TensorProto.INT8, TensorProto.UINT8):
+        if nodes.kind_of(node.inputs[2]) not in (INT8.kind, UINT8.kind):
             wanted, got = "8-bit codes (256 levels)", str(zero_points.dtype)
-        elif np.any(zero_points) and not _multiplies_weight(graph, node):
+        elif np.any(zero_points) and not _multiplies_weight(node):
             wanted, got = "zero point 0", f"{zero_points.reshape(-1)[0]}"
         if (wanted, got) != ("one reader", "1"):
             raise failure("export_onnx", f"node {node.name}", expected=wanted, got=got, do="report this as a bug")
-    for node in graph.nodes:
-        if node.op_type in PRODUCTS and (site := _unsigned_right(graph, node)):
+    for node in model.graph:
+        if node.op_type in PRODUCTS and _is_unsigned_on_the_right(node):
             reason = "its second operand has unsigned codes above 127, and OpenVINO multiplies int8 on that side only"
-            warnings.warn(f"{site} will run in float in OpenVINO: {reason}", PTQWarning, stacklevel=2)
+            warnings.warn(f"{node.name} will run in float in OpenVINO: {reason}", PTQWarning, stacklevel=2)
 
 
-def _multiplies_weight(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+def _multiplies_weight(node: ir.Node) -> bool:
     """Return whether these codes are the first operand of products with constant codes."""
-    readers = graph.users(node)
+    readers = nodes.users(node)
     if readers and all(reader.op_type == DEQUANTIZE for reader in readers):
-        return all(_multiplies_weight(graph, reader) for reader in readers)
-    rights = [graph.maker(reader, 1) for reader in readers if reader.op_type in PRODUCTS]
-    constant = [right is not None and right is not node and right.input[0] in graph.constants for right in rights]
+        return all(_multiplies_weight(reader) for reader in readers)
+    rights = [nodes.maker(reader, 1) for reader in readers if reader.op_type in PRODUCTS]
+    constant = [right is not None and right is not node and nodes.is_constant(right.inputs[0]) for right in rights]
     return len(constant) == len(readers) and all(constant)
 
 
-def _unsigned_right(graph: OnnxGraph, product: onnx.NodeProto) -> str | None:
-    right = graph.maker(product, 1)
-    if right is None or right.op_type != DEQUANTIZE:
-        return None
-    return product.name if graph.constants[right.input[2]].data_type == TensorProto.UINT8 else None
+def _is_unsigned_on_the_right(product: ir.Node) -> bool:
+    right = nodes.maker(product, 1, DEQUANTIZE)
+    return right is not None and nodes.kind_of(right.inputs[2]) == ir.DataType.UINT8
+
+
+TARGET = Target(
+    "openvino",
+    (
+        zero_points_to_zero,  # first: it puts the Clips there that the next step looks for
+        bound_in_front_of_division,  # before pairs are many: one bound for all copies
+        separate_pairs,
+    ),
+    check_openvino,
+)
