@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -160,7 +162,7 @@ def test_a_report_lists_every_step_with_a_count_or_a_reason(tmp_path, converted,
 
 
 def test_a_target_is_steps_and_a_check(tmp_path, monkeypatch, converted, small_images):
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setitem(TARGETS, "mine", Target("mine", (add_to_subtract,), seen.append))
     path = tmp_path / "model.onnx"
     report = ptq.export_onnx(converted, path, small_images[:1], target="mine")
