@@ -38,9 +38,14 @@ def load_file(path: str | os.PathLike[str]) -> ir.Model:
     """
     try:
         model = ir.load(path)
+        folder = Path(path).resolve().parent
         for tensor in tensors_of(model):
-            end = tensor.nbytes + ((tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else 0)
-            if isinstance(tensor, ir.ExternalTensor) and os.path.getsize(tensor.path) < end:
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            if not Path(tensor.path).resolve().is_relative_to(folder):
+                raise PermissionError(f"the weights {tensor.name} lie outside of the file's folder, at {tensor.path}")
+            end = tensor.nbytes + (tensor.offset or 0)
+            if os.path.getsize(tensor.path) < end:
                 raise EOFError(f"{tensor.path} ends in front of byte {end}, where {tensor.name} does")
     except Exception as error:
         raise failure(

@@ -407,3 +407,17 @@ def test_a_foreign_file_has_no_scales_to_read(tmp_path):
     onnx.save(reducing(), tmp_path / "other.onnx")
     with pytest.raises(ptq.PTQError, match="expected a quantization plan"):
         read_scales(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("location", ["../secret.data", "{folder}/secret.data", "link.data"])
+def test_weights_outside_of_the_files_folder_are_not_read(tmp_path, location):
+    (tmp_path / "secret.data").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "link.data").symlink_to(tmp_path / "secret.data")
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location.format(folder=tmp_path))
+    graph = onnx.helper.make_graph([], "g", [], [], [weight])
+    path = tmp_path / "inside" / "model.onnx"
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(ptq.PTQError, match=r"read ONNX file: .*the weights w lie outside of the file's folder"):
+        load_file(path)
