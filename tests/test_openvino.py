@@ -190,6 +190,18 @@ def test_shared_pairs_are_separated_and_others_left_alone():
     assert [node.op_type for node in shared.graph].count("QuantizeLinear") == 2
 
 
+def test_two_dequantizations_of_one_quantizer_are_separated():
+    model = quantized_product(shared=False)
+    quantize, dequantize, product = model.graph
+    again = ir.node("DequantizeLinear", dequantize.inputs, outputs=[ir.val("dq2")], name="y:rhs/DequantizeLinear")
+    dequantize.append(again)
+    product.replace_input_with(1, again.outputs[0])
+    assert separate_pairs(model).count == 1
+    check_openvino(model)
+    onnx.checker.check_model(message_of(model), full_check=True)
+    assert len(quantize.outputs[0].uses()) == 1
+
+
 def test_a_zero_point_is_refused():
     with pytest.raises(ptq.PTQError, match="expected zero point 0, got 3"):
         check_openvino(quantized_product(shared=False, zero_point=3))
