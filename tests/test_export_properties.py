@@ -183,7 +183,7 @@ def check_quantizers(converted, model, values):
 
 
 def _branch_limits(converted, site, branch):
-    """The codes of a twin's branch, from the formulas in DESIGN: threshold reached from below by the fine branch."""
+    """The codes of a twin's branch, from its formulas: threshold reached from below by the fine branch."""
     twin, params = converted.plan.quantizers[site], converted.calibration.params[site]
     if twin.wide:
         top = 2**twin.bits - 1
