@@ -34,12 +34,12 @@ STAND_INS = {
 SHORT = {"SIM": "python examples/simulate.py --fixtures FOLDER", "ACC": "python examples/accuracy.py --fixtures FOLDER"}
 
 
-def run_source(source: str, name: str) -> dict[str, Any]:
-    """Run Python with its stand-ins; return its names."""
+def run_source(source: str, name: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run Python with its stand-ins; return its names, with those that it found."""
     for written, small in STAND_INS.items():
         source = source.replace(written, small)
     assert not re.search(r", pretrained=True|\b224, 224", source), f"{name}: add a stand-in for what is large"
-    names: dict[str, Any] = {"__name__": "__main__"}
+    names: dict[str, Any] = {"__name__": "__main__", **(before or {})}
     exec(compile(source, name, "exec", dont_inherit=True), names)
     return names
 
@@ -54,12 +54,20 @@ def python_blocks() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.filterwarnings("ignore::ptq4vit_fx.errors.PTQWarning")
 def test_python_in_the_documents_runs(tmp_path, monkeypatch, capsys):
-    """In the order of the documents, in one folder: README writes the file that docs/targets.md reads."""
+    """In the order of the documents, in one folder: README writes the file that docs/targets.md reads.
+
+    The blocks of a document go on from each other, as a reader does.
+    """
     monkeypatch.chdir(tmp_path)
-    names = {name: run_source(source, name) for name, source in python_blocks()}
-    assert [name.partition(":")[0] for name in names] == ["README.md", "targets.md"]
+    names: dict[str, dict[str, Any]] = {}
+    for place, source in python_blocks():
+        document = place.partition(":")[0]
+        names[document] = run_source(source, place, names.get(document))
+    assert list(names) == ["README.md", "targets.md"]
     quantized, read = names.values()
-    assert "to the last bit" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "to the last bit" in printed
+    assert "fold_head_scales" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "scales.safetensors"}
     params = quantized["converted"].calibration.params
     assert read["scales"]["blocks.0.attn.proj:rhs.scale"].shape == params["blocks.0.attn.proj:rhs"].scale.shape
