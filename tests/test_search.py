@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.search.landscape import Choice
 from ptq4vit_fx.search.products import to_product
 from ptq4vit_fx.search.search_op import alternate, search_op
 
@@ -49,7 +52,7 @@ def test_matmul_search_is_brute_force(seed, softmax):
     op = QuantOp("matmul", "matmul", lhs_source="softmax" if softmax else None)
     product = to_product(op, torch.from_numpy(lhs), torch.from_numpy(rhs), None, torch.from_numpy(gradient**2))
     quantizer = TwinUniform(BITS, "softmax") if softmax else Uniform(BITS)
-    result = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
+    result: Any = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
 
     x, y, g = (t.astype(np.float64) for t in (lhs, rhs, gradient))
     target = x @ y
@@ -77,7 +80,7 @@ def test_separate_scales_for_the_rows_of_q_k_and_v(seed):
     gradient = random.normal(0, 1, (40, 12)).astype(np.float32)
     op = QuantOp("qkv", "linear", rhs_is_weight=True)
     product = to_product(op, torch.from_numpy(x), torch.from_numpy(weight), None, torch.from_numpy(gradient**2))
-    result = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity="group", groups=3), SETTINGS)
+    result: Any = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity="group", groups=3), SETTINGS)
     initial = uniform(x.astype(np.float64), np.abs(x).max() / 2 ** (BITS - 1))
     for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
         part, g = weight[rows].astype(np.float64), gradient[:, rows].astype(np.float64)
@@ -107,7 +110,7 @@ def test_linear_search_is_brute_force(seed, gelu):
     op = QuantOp("fc", "linear", lhs_source="gelu" if gelu else None, rhs_is_weight=True)
     product = to_product(op, *(torch.from_numpy(t) for t in (x, weight, bias, gradient**2)))
     quantizer = TwinUniform(BITS, "gelu") if gelu else Uniform(BITS)
-    result = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
+    result: Any = search_op(op, product, quantizer, Uniform(BITS), SETTINGS)
 
     x, w, g = (t.astype(np.float64) for t in (x, weight, gradient))
     target, half = x @ w.T, 2 ** (BITS - 1)
@@ -136,7 +139,7 @@ def test_convolution_search_is_brute_force(seed, granularity):
     gradient = random.normal(0, 1, (3, 4, 4, 3)).astype(np.float32)
     op = QuantOp("conv", "conv2d", rhs_is_weight=True, stride=(2, 2), padding=(1, 0))
     product = to_product(op, torch.from_numpy(image), torch.from_numpy(kernel), None, torch.from_numpy(gradient**2))
-    result = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity=granularity), SETTINGS)
+    result: Any = search_op(op, product, Uniform(BITS), Uniform(BITS, granularity=granularity), SETTINGS)
 
     def convolve(x, k):
         x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (0, 0)))
@@ -193,7 +196,7 @@ def test_rhs_and_lhs_alternate_from_the_start_that_is_given():
         def decide(self, choice):
             raise AssertionError("the alternation decides nothing")
 
-    start = {"lhs": torch.tensor(70), "rhs": torch.tensor(80)}
+    start: Choice = {"lhs": torch.tensor(70), "rhs": torch.tensor(80)}
     end = alternate(Counting(), start, 2)
     assert asked == [("rhs", 70, 80), ("lhs", 70, 1), ("rhs", 2, 1), ("lhs", 2, 3)]
     assert {operand: int(index) for operand, index in end.items()} == {"lhs": 4, "rhs": 3}

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
-from ptq4vit_fx.passes.graph.contract import graph_pass, history
+from ptq4vit_fx.passes.graph.contract import attach, graph_pass, history
 from ptq4vit_fx.passes.graph.marks import planned_product
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, is_tensor, record_shapes, shape_of
@@ -68,7 +68,7 @@ def test_every_pass_over_a_family(family):
     for step in preparation(mapping).steps:
         step.run(graph)
         check(graph, image, step.name)
-    ptq.api.attach(graph, calibration=None)
+    attach(graph, calibration=None)
     ptq.calibrate(graph, image, progress=False)
     for step in CONVERSION.steps:
         step.run(graph)

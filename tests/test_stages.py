@@ -109,7 +109,7 @@ def graph_at(stage: Stage, last: str | None, prepared: GraphModule) -> GraphModu
 
 
 @pytest.mark.parametrize("stage", Stage, ids=lambda stage: stage.value)
-def test_a_broken_graph_is_refused_by_name(stage, prepared):
+def test_a_broken_graph_is_refused_by_name(stage: Stage, prepared):
     last, damage, message = BROKEN[stage]
     graph = graph_at(stage, last, prepared)
     assert stage_of(graph) is stage
