@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -n auto --dist loadfile
 COVERAGE := --cov --cov-report=
 # What runs before each commit: the whole pipeline on one small model, and the mathematics on tensors alone.
-QUICK := pipeline quantizers search screening operators qconfig passes canonical_forms rooms
+QUICK := pipeline quantizers search screening operators qconfig passes canonical_forms golden_graphs stages steps rooms
 # The oldest releases that installation accepts.
 OLDEST := torch==2.9.1 torchvision==0.24.1 timm==1.0.20
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ def calibrated_model(model, *, weights="channel", bits=8):
     """Calibrate with scales per head that differ by up to a factor of 50, so that a wrong head or column shows."""
     prepared = ptq.prepare_fx(model.eval(), ptq.recipes.ptq4vit(bits, bits, weights), X)
     calibration = ptq.calibrate(prepared, X, progress=False)
-    params = dict(calibration.params)
+    params: dict[str, Any] = dict(calibration.params)
     for number, (name, quantizer) in enumerate(calibration.plan.quantizers.items()):
         if getattr(quantizer, "granularity", "") == "head":
             factors = torch.tensor([1.0, 7.0, 50.0]).roll(number) / 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,17 @@ from hypothesis import strategies as st
 
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.metrics import HESSIAN, L1, get_metric
+from ptq4vit_fx.names import OPERANDS, Operand
 from ptq4vit_fx.plan import QuantOp
-from ptq4vit_fx.search.candidates import make_candidates, uniform_choice
+from ptq4vit_fx.quantizers import Quantizer
+from ptq4vit_fx.search.candidates import Candidates, make_candidates, uniform_choice
 from ptq4vit_fx.search.distances import (
     ActivationEvaluation,
     OutputEvaluation,
     WeightEvaluation,
     make_evaluation,
 )
-from ptq4vit_fx.search.landscape import Landscape
+from ptq4vit_fx.search.landscape import Choice, Landscape
 from ptq4vit_fx.search.products import to_product
 from ptq4vit_fx.search.sampling import _draw, sample_rows
 from ptq4vit_fx.search.screening import screen
@@ -54,15 +57,16 @@ def attention(seed, images=24, tokens=65):
 @pytest.mark.parametrize("twin", [False, True])
 def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
     product = linear(0)
-    quantizers = {
+    quantizers: dict[Operand, Quantizer] = {
         "lhs": TwinUniform(4, "gelu") if twin else Uniform(4),
         "rhs": Uniform(4, granularity=granularity),
     }
-    candidates = {o: make_candidates(q, LINEAR, product, o, SearchSettings()) for o, q in quantizers.items()}
-    choice = {"lhs": uniform_choice(candidates["lhs"], 60), "rhs": uniform_choice(candidates["rhs"], 70)}
+    candidates = {o: make_candidates(quantizers[o], LINEAR, product, o, SearchSettings()) for o in OPERANDS}
+    choice: Choice = {"lhs": uniform_choice(candidates["lhs"], 60), "rhs": uniform_choice(candidates["rhs"], 70)}
     landscape = Landscape(product, HESSIAN, candidates)
     assert sum(part.lhs.shape[2] for part, _ in landscape.parts) == 3000
-    for operand, kind in (("rhs", WeightEvaluation), ("lhs", ActivationEvaluation)):
+    kinds: dict[Operand, type] = {"rhs": WeightEvaluation, "lhs": ActivationEvaluation}
+    for operand, kind in kinds.items():
         closed = make_evaluation(landscape, operand, choice)
         assert type(closed) is kind
         direct = OutputEvaluation(landscape, operand, choice)
@@ -77,14 +81,16 @@ def test_closed_forms_are_the_distance_of_the_outputs(granularity, twin):
 @pytest.mark.parametrize("operand", ["lhs", "rhs"])
 @pytest.mark.parametrize("case", ["q @ k", "softmax @ v", "linear"])
 def test_stacked_choices_are_evaluated_like_single_ones(case, operand, metric):
+    quantizers: dict[Operand, Quantizer]
     if case == "linear":
-        product, op, lhs, rhs = linear(2, rows=60), LINEAR, Uniform(6), Uniform(6, granularity="channel")
+        product, op = linear(2, rows=60), LINEAR
+        quantizers = {"lhs": Uniform(6), "rhs": Uniform(6, granularity="channel")}
     else:
         product, op = attention(2, images=3, tokens=9), QuantOp("qk", "matmul")
-        lhs, rhs = Uniform(6, granularity="head"), Uniform(6, granularity="head")
+        quantizers = {"lhs": Uniform(6, granularity="head"), "rhs": Uniform(6, granularity="head")}
         if case == "softmax @ v":
-            product, lhs = replace(product, lhs=product.lhs.softmax(-1)), TwinUniform(6, "softmax")
-    candidates = {o: make_candidates(q, op, product, o, SearchSettings()) for o, q in (("lhs", lhs), ("rhs", rhs))}
+            product, quantizers["lhs"] = replace(product, lhs=product.lhs.softmax(-1)), TwinUniform(6, "softmax")
+    candidates = {o: make_candidates(quantizers[o], op, product, o, SearchSettings()) for o in OPERANDS}
     choice = {key: uniform_choice(value, min(60, value.count - 1)) for key, value in candidates.items()}
     evaluation = OutputEvaluation(Landscape(product, get_metric(metric), candidates), operand, choice)
     searched = candidates[operand]
@@ -115,16 +121,16 @@ def test_chunks_change_nothing(monkeypatch, make, screen_rows):
     op = LINEAR if make is linear else QuantOp("qk", "matmul")
     quantizers = (Uniform(6), Uniform(6, granularity="channel" if make is linear else "head"))
     settings = SearchSettings(n=20, screen_rows=screen_rows)
-    whole = search_op(op, make(3), *quantizers, settings)
+    whole: Any = search_op(op, make(3), *quantizers, settings)
     monkeypatch.setattr("ptq4vit_fx.search.products.CPU_ELEMENTS", 1)
-    chunked = search_op(op, make(3), *quantizers, settings)
+    chunked: Any = search_op(op, make(3), *quantizers, settings)
     assert chunked.distance_after == pytest.approx(whole.distance_after, rel=1e-5)
     assert torch.equal(chunked.rhs.scale, whole.rhs.scale)
 
 
 def test_narrowed_evaluation_is_that_of_its_columns():
     product = linear(1)
-    candidates = {
+    candidates: dict[Operand, Candidates] = {
         "lhs": make_candidates(Uniform(6), LINEAR, product, "lhs", SearchSettings()),
         "rhs": make_candidates(Uniform(6, granularity="channel"), LINEAR, product, "rhs", SearchSettings()),
     }
@@ -133,8 +139,10 @@ def test_narrowed_evaluation_is_that_of_its_columns():
     columns = torch.tensor([3, 4, 17, 39])
     indices = torch.randint(100, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     part = whole.narrow(columns)
+    assert part is not None
     torch.testing.assert_close(part(indices[..., columns]), whole(indices)[..., columns], rtol=1e-5, atol=0)
     nested = part.narrow(torch.tensor([1, 3]))
+    assert nested is not None
     torch.testing.assert_close(nested(indices[..., columns[[1, 3]]]), whole(indices)[..., [4, 39]], rtol=1e-5, atol=0)
 
 
@@ -188,7 +196,7 @@ def test_screening_finds_the_minimum_of_a_rough_landscape(seed):
         def narrow(self, columns):
             return None
 
-    table, expected = screen(Rough(), None)
+    table, expected = screen(Rough(), None)  # type: ignore[arg-type]
     known = table.isfinite()
     assert torch.equal(expected[known], table[known])
     assert expected.isfinite().all()
@@ -196,7 +204,7 @@ def test_screening_finds_the_minimum_of_a_rough_landscape(seed):
     assert known.double().mean() < 0.95
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "linear, channel": (linear, Uniform(8), Uniform(8, granularity="channel"), {}),
     "linear, tensor": (linear, Uniform(8), Uniform(8), {}),
     "heavy rows": (linear, Uniform(8), Uniform(8, granularity="channel"), {"heavy": True}),
