@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -88,22 +90,35 @@ def two_blocks() -> nn.Module:
 
 
 def text_of(graph_module: GraphModule) -> str:
-    """Return a graph as text, a node a line: name, shape, call."""
-    return "".join(f"{line(node)}\n" for node in graph_module.graph.nodes)
+    """Return a graph as text, a node a line: name, shape, call.
+
+    Nodes of one name are numbered in their order: torch.fx counts those that were erased too, in one version and not
+    in another.
+    """
+    names: dict[Node, str] = {}
+    seen: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        name = re.sub(r"(_\d+)+$", "", node.name)
+        names[node] = f"{name}_{seen[name]}" if seen[name] else name
+        seen[name] += 1
+    return "".join(f"{line(node, names)}\n" for node in graph_module.graph.nodes)
 
 
-def line(node: Node) -> str:
+def line(node: Node, names: dict[Node, str]) -> str:
     shape = (" x ".join(map(str, shape_of(node))) or "scalar") if is_tensor(node) else ""
     if node.op in ("placeholder", "get_attr"):
         call = f"{node.op} {node.target}"
     else:
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        arguments = [*map(_text, node.args), *(f"{key}={_text(value)}" for key, value in node.kwargs.items())]
+        arguments = [_text(value, names) for value in node.args]
+        arguments += [f"{key}={_text(value, names)}" for key, value in node.kwargs.items()]
         call = f"{target}({', '.join(arguments)})"
-    return f"{node.name:32} {shape:14} {call}".rstrip()
+    return f"{names[node]:32} {shape:14} {call}".rstrip()
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, names: dict[Node, str]) -> str:
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_text, value))})"
+        return f"({', '.join(_text(part, names) for part in value)})"
+    if isinstance(value, Node):
+        return names[value]
     return f"{value:.6g}" if isinstance(value, float) else str(value)
