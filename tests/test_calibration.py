@@ -251,7 +251,7 @@ def test_constant_images_all_zero_weights_and_tiny_shapes(small_images):
     silent = vit()
     nn.init.zeros_(silent.blocks[0].mlp.fc1.weight)
     nn.init.zeros_(silent.blocks[0].attn.proj.weight)
-    assert works(silent, small_images) < 0.01
+    assert works(silent, small_images) < 0.02
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient of the loss is zero")

@@ -34,7 +34,7 @@ SEARCHED_LESS, LAST_BITS = 6, 1e-6
 #: No family is below this, whatever is recorded, but those of random convolutions, which amplify the last bit.
 INT8 = 0.999
 INT8_OF = {"mobilevit": 0.98, "fastvit": 0.98, "efficientvit_mit": 0.97} | dict.fromkeys(
-    ("levit", "tiny_vit", "caformer", "repvit", "efficientvit_msra", "twins_pcpvt"), 0.99
+    ("levit", "tiny_vit", "caformer", "repvit", "efficientvit_msra", "twins_pcpvt", "torchvision_vit"), 0.99
 )
 
 #: Products that stay float, by family; no other family has any.

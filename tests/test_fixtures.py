@@ -28,7 +28,7 @@ class Case:
 
 
 #: A few images for `make test`, and for the sweep what two cores do in a few minutes.
-FEW = Case("deit_tiny_p8_64", 8, 200, 25)
+FEW = Case("deit_tiny_p8_64", 8, 200, 13)
 MANY = (Case("deit_tiny_p8_64", 32, 1000, 500), Case("swin_micro_64", 32, 1000, 500), Case("vit_s14", 32, 100, 40))
 
 
