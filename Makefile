@@ -31,12 +31,10 @@ quick: setup
 test: setup
 	$(BIN)/python $(PYTEST) -m 'not sweep'
 
-# The same once more with its coverage, which takes half as long again, and what it leaves out: every family, every
-# target at every opset, trained models on many images.
+# Everything, with its coverage: also every family, every target at every opset, trained models on many images.
 test-all: setup
-	$(BIN)/python $(PYTEST) -m 'not sweep' --cov --cov-report=
+	$(BIN)/python $(PYTEST) --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --fail-under=90
-	$(BIN)/python $(PYTEST) -m sweep
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python $(PYTEST) -m 'not sweep'
