@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import example_tensors
-from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
 from ptq4vit_fx.export.model_files import tensors_of, write_model
@@ -124,13 +124,7 @@ def _check_stage(converted: GraphModule) -> None:
 def check_target(target: str, opset: int, batch: int | None) -> Target:
     """Return the target of that name; raises PTQError if `export_onnx` would refuse one of its arguments."""
     if target not in TARGETS:
-        raise failure(
-            "export_onnx",
-            "target",
-            expected=f"one of {', '.join(TARGETS)}",
-            got=repr(target),
-            do=f"did you mean {near_names(target, TARGETS, 1)}?",
-        )
+        raise unknown_name("export_onnx", "target", target, TARGETS)
     if not LOWEST_OPSET <= opset <= newest_opset():
         expected = f"{LOWEST_OPSET} to {newest_opset()}"
         raise failure("export_onnx", "opset", expected=expected, got=str(opset), do="use 20, the default")

@@ -30,6 +30,28 @@ def translate(
     inputs: one example per input, the batch first. batch: the fixed number of images, or None for a dynamic dimension.
     names: of the inputs and the outputs. Raises PTQError with the exporter's reason.
     """
+    device = next((b.device for b in converted.buffers()), inputs[0].device)
+    # Dynamic: an example of 2, because export treats 1 as a constant.
+    batches = tuple(x.detach()[:1].expand(batch or 2, *x.shape[1:]).contiguous().to(device) for x in inputs)
+    shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
+    do = "check that the model's forward does not depend on the batch size"
+    with _quiet():
+        try:
+            captured = torch.export.export(converted, batches, dynamic_shapes=shapes, strict=False)
+            program = _translate(captured, *names, opset, *_translations(opset))
+        except Exception as error:
+            raise failure(
+                "export_onnx",
+                "torch.onnx.export",
+                expected=f"a graph that it can translate with a {'fixed' if batch else 'dynamic'} batch",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                do=do if batch else f"{do}, or pass batch=",
+            ) from error
+    return program.model
+
+
+def _translations(opset: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Return how operators are written that the exporter does not know, and those that its decompositions alone do."""
     operators: Any = getattr(onnxscript, f"opset{min(opset, 20)}")
 
     def quantize(x, scale, zero_point, axis: int):  # type: ignore[no-untyped-def]
@@ -50,30 +72,8 @@ def translate(
             raise NotImplementedError("only the average of whole maps: the exporter's decompositions know the others")
         return operators.GlobalAveragePool(x)
 
-    device = next((b.device for b in converted.buffers()), inputs[0].device)
-    # Dynamic: an example of 2, because export treats 1 as a constant.
-    batches = tuple(x.detach()[:1].expand(batch or 2, *x.shape[1:]).contiguous().to(device) for x in inputs)
-    shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
-    do = "check that the model's forward does not depend on the batch size"
-    with _quiet():
-        try:
-            captured = torch.export.export(converted, batches, dynamic_shapes=shapes, strict=False)
-            program = _translate(
-                captured,
-                *names,
-                opset,
-                {QUANTIZE: quantize, DEQUANTIZE: dequantize, THRESHOLD: threshold},
-                {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool},
-            )
-        except Exception as error:
-            raise failure(
-                "export_onnx",
-                "torch.onnx.export",
-                expected=f"a graph that it can translate with a {'fixed' if batch else 'dynamic'} batch",
-                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                do=do if batch else f"{do}, or pass batch=",
-            ) from error
-    return program.model
+    own = {QUANTIZE: quantize, DEQUANTIZE: dequantize, THRESHOLD: threshold}
+    return own, {BATCH_NORM: batch_norm, AVERAGE_POOL: average_pool}
 
 
 def _translate(

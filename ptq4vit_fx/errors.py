@@ -19,6 +19,13 @@ def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -
     return PTQError(f"{operation}: {subject}: expected {expected}, got {got}; {do}")
 
 
+def unknown_name(operation: str, subject: str, name: str, known: Iterable[str], *, besides: str = "") -> PTQError:
+    """Build the error of a name that is none of the known ones; besides: what else would have been accepted."""
+    names = list(known)
+    expected, do = f"one of {', '.join(names)}{besides}", f"did you mean {near_names(name, names, 1)}?"
+    return failure(operation, subject, expected=expected, got=repr(name), do=do)
+
+
 def near_names(name: str, known: Iterable[str], count: int = 5) -> str:
     """Return the known names that look most like `name`, comma-separated, or a few of them if none does."""
     names = list(known)

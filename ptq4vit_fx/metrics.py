@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,5 @@ METRICS = {metric.name: metric for metric in (HESSIAN, MSE, L1, COSINE, PEARSON)
 def get_metric(name: str) -> Metric:
     """Return the metric called `name`; raises PTQError that lists the names."""
     if name not in METRICS:
-        raise failure(
-            "search settings",
-            "metric",
-            expected=f"one of {', '.join(METRICS)}",
-            got=repr(name),
-            do=f"did you mean {near_names(name, METRICS, 1)}?",
-        )
+        raise unknown_name("search settings", "metric", name, METRICS)
     return METRICS[name]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.errors import failure, unknown_name
 
 #: From the model's output to a scalar, or to several: each is differentiated, and the squared gradients are averaged.
 Loss = Callable[[Any], Tensor | Sequence[Tensor]]
@@ -32,13 +32,8 @@ def get_loss(loss: str | Loss, seed: int) -> Loss:
         return pseudo_label
     if loss == "fisher":
         return fisher(seed)
-    raise failure(
-        "calibrate",
-        "loss",
-        expected=f"one of {', '.join(LOSSES)}, or a function from the model's output to a scalar",
-        got=repr(loss),
-        do=f"did you mean {near_names(loss, LOSSES, 1)}?",
-    )
+    besides = ", or a function from the model's output to a scalar"
+    raise unknown_name("calibrate", "loss", loss, LOSSES, besides=besides)
 
 
 def pseudo_label(output: Any) -> Tensor:
