@@ -33,18 +33,15 @@ class Writer:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Insert a call of a function."""
-        with self.place.graph.inserting_before(self.place):
-            return self._scoped(self.place.graph.call_function(function, args, kwargs))
+        return self._insert(self.place.graph.call_function, function, args, kwargs)
 
     def module(self, path: str, *args: Any) -> Node:
         """Insert a call of a module of the graph."""
-        with self.place.graph.inserting_before(self.place):
-            return self._scoped(self.place.graph.call_module(path, args))
+        return self._insert(self.place.graph.call_module, path, args)
 
     def attribute(self, path: str) -> Node:
         """Insert a read of a parameter or buffer."""
-        with self.place.graph.inserting_before(self.place):
-            return self._scoped(self.place.graph.get_attr(path))
+        return self._insert(self.place.graph.get_attr, path)
 
     def hold(self, tensors: dict[str, Tensor]) -> list[Node]:
         """Register tensors in a module named after the writer's scope; return the reads of them."""
@@ -56,8 +53,9 @@ class Writer:
         """Return a writer at the same place whose nodes get another innermost scope."""
         return Writer(self.place, like=self._like, scope=scope)
 
-    def _scoped(self, node: Node) -> Node:
-        return put_in_scope(node, self._like, self._scope)
+    def _insert(self, make: Callable[..., Node], *call: Any) -> Node:
+        with self.place.graph.inserting_before(self.place):
+            return put_in_scope(make(*call), self._like, self._scope)
 
 
 def replace(node: Node, by: Any, *, product: Node | None = None) -> None:

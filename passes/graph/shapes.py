@@ -101,15 +101,14 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
     graph_module.meta[EXAMPLE_BATCH] = len(example_inputs[0])
 
 
-def propagate_shapes(graph_module: GraphModule, pass_name: str) -> list[Node]:
-    """Compute the results of nodes that were inserted, or whose operands have other shapes now; return these nodes.
+def propagate_shapes(graph_module: GraphModule, pass_name: str) -> None:
+    """Compute the results of nodes that were inserted, or whose operands have other shapes now.
 
     A graph that was never run has none. Raises PTQError, naming the pass, on a call that does not fit its operands.
     """
     if not has_shapes(graph_module):
-        return []
+        return
     known = graph_module.meta.setdefault(KNOWN, {})
-    computed = []
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
@@ -123,8 +122,6 @@ def propagate_shapes(graph_module: GraphModule, pass_name: str) -> list[Node]:
             known[key] = _computed(graph_module, node, pass_name)
         node.meta[RESULT], node.meta[MULTIPLIES] = known[key]
         node.meta[CALL] = call
-        computed.append(node)
-    return computed
 
 
 def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[Any, int]:
