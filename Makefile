@@ -7,7 +7,7 @@ QUICK := pipeline quantizers search screening operators qconfig passes canonical
 # The oldest releases that installation accepts.
 OLDEST := torch==2.9.1 torchvision==0.24.1 timm==1.0.20
 
-.PHONY: setup demo quick test test-all test-oldest coverage lint clean
+.PHONY: setup demo quick test test-all test-oldest coverage what-works lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -41,6 +41,9 @@ test-oldest: .venv-oldest/.installed
 
 coverage: setup
 	$(BIN)/ptq4vit coverage --out docs
+
+what-works: setup
+	cd tests && ../$(BIN)/python -m brought
 
 lint: setup
 	$(BIN)/ruff check .
