@@ -23,7 +23,7 @@ from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
 from ptq4vit_fx.export.model_files import tensors_of, write_model
 from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
-from ptq4vit_fx.export.opsets import LOWEST_OPSET, drop_saturate, newest_opset, to_opset, translated_opset
+from ptq4vit_fx.export.opsets import LOWEST_OPSET, drop_saturate, newest_opset, to_file_format, to_opset, translated_opset
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
@@ -42,6 +42,7 @@ STEPS = (
     own_parameters,  # before types and scales change: equal constants are one, and a change would meet them all
     drop_saturate,  # before the opset: 17 has no such attribute
     to_opset,  # before the target, whose steps spell what they add for the opset that the file has
+    to_file_format,  # behind the opset, whose format it is
 )
 
 
