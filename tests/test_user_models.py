@@ -159,7 +159,7 @@ def test_names_of_parts_that_do_not_exist_are_errors_with_near_names():
 
 def test_skip_leaves_products_float():
     model = HandWritten().eval()
-    with pytest.warns(ptq.PTQWarning, match="head stays float: left float by module name 'head'"):
+    with pytest.warns(ptq.PTQWarning, match=r"head \(left float by module name 'head'\)"):
         plan = plan_of(ptq.prepare_fx(model, QUICK, IMAGES[:1], skip=["attention", "head"]))
     assert [op.name for op in plan.ops] == ["patches", "up", "down"]
     assert len(plan.float_ops) == 8
