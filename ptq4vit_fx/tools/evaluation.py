@@ -20,6 +20,7 @@ from torch import Tensor
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.tools.models import ImageFolder, data_config, list_images, read_images
 
 
@@ -44,6 +45,7 @@ def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, co
     sub-folders is not the number of classes (unless the sub-folders are named by class number).
     """
     session = open_session(file)
+    output = _logits_of(session, file)
     folder = list_images(data, labelled=True)
     transform = timm.data.create_transform(**_preprocessing(session, file, model))
     labels, skipped = np.asarray(folder.labels), list[str]()
@@ -55,7 +57,7 @@ def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, co
         # A file of a fixed batch takes no other: repeat the last image, drop its results.
         missing = fixed - len(pixels) if isinstance(fixed, int) else 0
         full = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
-        logits = session.run(None, {session.get_inputs()[0].name: full})[0][: len(numbers)]
+        logits = session.run([output], {session.get_inputs()[0].name: full})[0][: len(numbers)]
         _check_classes(folder, logits.shape[1], data)
         correct += int((logits.argmax(1) == labels[numbers]).sum())
         images += len(numbers)
@@ -84,6 +86,16 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
                 do="pass --model with the timm model that it was made from",
             )
     return config | {"input_size": tuple(session.get_inputs()[0].shape[1:])}
+
+
+def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> str:
+    """Return the output that classes are read from."""
+    found = {entry.name: np.empty([0] * len(entry.shape)) for entry in session.get_outputs()}
+    name = logits_in(found)
+    if name is None:
+        do = "export it with output_names= of that output alone"
+        raise failure("eval", str(file), expected="an output `logits`", got=", ".join(found), do=do)
+    return name
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
