@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ptq4vit_fx.batches import Inputs, batches_for
+from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
+from ptq4vit_fx.inputs.tensors import Inputs
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -165,15 +165,14 @@ class VerifyReport:
 
 
 def verify_onnx(
-    path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any], *, layers: int = 8
+    path: str | os.PathLike[str], converted: GraphModule, data: Any, *, layers: int = 8, images: int | None = None
 ) -> VerifyReport:
     """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
 
-    data: as for `calibrate`: image batches, labels ignored. layers: number of images, the first ones, on which the
-    integer codes of every site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images
-    do not fit.
+    data, images: as for `calibrate`. layers: number of images, the first ones, on which the integer codes of every
+    site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images do not fit.
     """
-    batches = batches_for(converted, data, "verify_onnx")
+    batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)
     actual = _run(path, session, batches)
