@@ -27,7 +27,10 @@ TRACEABLE = (timm.layers.BatchNormAct2d,)
 
 
 def trace(
-    model: nn.Module, example_inputs: Sequence[Tensor] | None = None, leaf_modules: Sequence[str] = ()
+    model: nn.Module,
+    example_inputs: Sequence[Tensor] | None = None,
+    leaf_modules: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> GraphModule:
     """Return a traced copy of `model` in evaluation mode; the model itself is never touched.
 
@@ -35,10 +38,11 @@ def trace(
     batch, without an example): other arguments keep their defaults. Its output is `plain_outputs` of the model's. Two
     tracers are tried: torch.fx's, which keeps the model's own functions; and, given an example,
     torch.export's, where the first one fails or stops in front of a module that holds products. leaf_modules: paths
-    of modules that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
+    of modules that are meant to stay closed. names: of the parameters that the inputs are given as, by keyword.
+    Raises PTQError (module path, source line, what to do) if both fail.
     """
     inputs = 1 if example_inputs is None else len(example_inputs)
-    root = _tensors_in_and_out(copy.deepcopy(model).eval().requires_grad_(False), inputs)
+    root = _tensors_in_and_out(copy.deepcopy(model).eval().requires_grad_(False), inputs, names)
     tracer = _ViTTracer(leaf_modules)
     try:
         graph_module = GraphModule(root, tracer.trace(root), class_name=type(model).__name__)
@@ -85,15 +89,17 @@ def _export_or(first: PTQError, root: nn.Module, example_inputs: Sequence[Tensor
         raise PTQError(f"{first} (torch.export does not get through either: {second})") from error
 
 
-def _tensors_in_and_out(model: nn.Module, inputs: int) -> nn.Module:
+def _tensors_in_and_out(model: nn.Module, inputs: int, keywords: Sequence[str] | None) -> nn.Module:
     """Give the instance a forward of `inputs` tensors, keeping it the root, so that paths stay short."""
     original = type(model)
     parameters = list(inspect.signature(original.forward).parameters)[1:]
     named = [name for name in parameters if name.isidentifier()][:inputs]
     names = named if len(named) == inputs and "args" not in named else [f"input_{i}" for i in range(inputs)]
+    names = names if keywords is None else list(keywords)
 
     def call(self: nn.Module, *tensors: Tensor) -> Any:
-        return plain_outputs(original.forward(self, *tensors))
+        by_name = {} if keywords is None else dict(zip(keywords, tensors, strict=True))
+        return plain_outputs(original.forward(self, **by_name) if by_name else original.forward(self, *tensors))
 
     # torch.fx names the placeholders after the parameters, which a lambda with that signature has
     forward = eval(f"lambda self, {', '.join(names)}: call(self, {', '.join(names)})", {"call": call})
