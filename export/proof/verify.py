@@ -22,6 +22,7 @@ from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_laye
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
+from ptq4vit_fx.torch_state import independent_of_caller
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -164,6 +165,7 @@ class VerifyReport:
         return "more than these functions differs: other float operators, or products that stay float (see below)"
 
 
+@independent_of_caller()
 def verify_onnx(
     path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any], *, layers: int = 8
 ) -> VerifyReport:

@@ -21,6 +21,7 @@ from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.tools.models import ImageFolder, data_config, list_images, read_images
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Evaluation:
         return "\n".join([*lines, f"{score} of {self.images} images, {len(self.skipped)} skipped"])
 
 
+@independent_of_caller()
 def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, console: Console) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 

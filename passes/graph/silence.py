@@ -1,0 +1,25 @@
+"""Nothing but our own sentence: the logs and warnings of torch while it traces are about its insides."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep torch's loggers and every warning quiet, and leave them as they were."""
+    known = [name for name in logging.root.manager.loggerDict if name == "torch" or name.startswith("torch.")]
+    loggers = [logging.getLogger(name) for name in {"torch", *known}]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
