@@ -6,10 +6,12 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
 from brought import brought
 from brought.pipeline import pictures, pipeline, sum_of_squares, vit
-from torch import Tensor, nn
-from torch.nn.utils import parametrize, parametrizations, prune
+from ptq4vit_fx.passes.graph.contract import plan_of
 
 
 @brought("state", "a plain model of timm", quick=True)
@@ -21,7 +23,7 @@ def plain() -> None:
 def hooked_layer() -> None:
     model = vit()
     model.blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, output: output * 3)
-    plan = pipeline(model, pictures()).plan
+    plan = plan_of(pipeline(model, pictures()))
     assert [op.name for op in plan.ops if "0.attn.qkv" in op.name] == ["blocks.0.attn.qkv"]
 
 
@@ -156,7 +158,7 @@ def old_weight_norm() -> None:
     model = vit()
     torch.nn.utils.weight_norm(model.head)
     model(pictures())
-    assert "head" in {op.name for op in pipeline(model, pictures()).plan.ops}
+    assert "head" in {op.name for op in plan_of(pipeline(model, pictures())).ops}
 
 
 @brought("state", "old spectral_norm, and masks of pruning")
@@ -179,7 +181,7 @@ def parametrized_weights() -> None:
     parametrizations.spectral_norm(model.blocks[0].mlp.fc1)
     parametrizations.orthogonal(model.blocks[0].mlp.fc2)
     parametrize.register_parametrization(model.blocks[1].attn.proj, "weight", Symmetric())
-    assert len(pipeline(model.eval(), pictures()).plan.ops) == 14
+    assert len(plan_of(pipeline(model.eval(), pictures())).ops) == 14
     assert parametrize.is_parametrized(model.blocks[1].attn.proj), "the user's model was changed"
 
 
