@@ -13,8 +13,8 @@ import onnxscript
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -126,7 +126,7 @@ def _quiet():  # type: ignore[no-untyped-def]
     """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
         levels = [logger.level for logger in loggers]
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""How a model is called: what its inputs are named, which are given by keyword, and what is kept of its output."""
+"""How a model is called: what its inputs are named, which are given by keyword, and which form its output gets."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.passes.graph.outputs import plain_outputs
 
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -23,9 +24,9 @@ class ModelCall:
     positional: int
 
     def __call__(self, model: nn.Module, *tensors: Tensor) -> Any:
-        """Return what the model itself gives, with its hooks and its replaced forward, and of that what is kept."""
+        """Return `plain_outputs` of what the model itself gives, with its hooks and its replaced forward."""
         by_name = dict(zip(self.names[self.positional :], tensors[self.positional :], strict=True))
-        return _kept(model(*tensors[: self.positional], **by_name))
+        return plain_outputs(model(*tensors[: self.positional], **by_name))
 
 
 def call_of(model: nn.Module, count: int, names: Sequence[str] | None = None, *, complete: bool = True) -> ModelCall:
@@ -68,9 +69,3 @@ def _parameters(model: nn.Module) -> list[Parameter]:
         return list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):  # of a builtin: it takes what it is given
         return [Parameter("inputs", Parameter.VAR_POSITIONAL)]
-
-
-def _kept(output: Any) -> Any:
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    return dict(output) if isinstance(output, Mapping) else output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,8 @@ def fisher(seed: int = 0, draws: int = FISHER_DRAWS) -> Loss:
 
 
 def _logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         raise failure(
             "calibrate",

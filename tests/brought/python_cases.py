@@ -105,9 +105,11 @@ def assertions() -> None:
         def forward(self, x: Tensor) -> Any:
             assert torch.is_tensor(x)
             assert isinstance(x, Tensor), f"expected a tensor, got {type(x)}"
-            assert x.ndim == 4 and x.shape[1] == 3, f"expected RGB images, got {x.shape}"
+            assert x.ndim == 4
+            assert x.shape[1] == 3, f"expected RGB images, got {x.shape}"
             assert x.shape[-1] == x.shape[-2] == 32, f"Input size {x.shape[-2:]} is not 32"
-            assert x.dtype is torch.float32 and x.device == self.token.device
+            assert x.dtype is torch.float32
+            assert x.device == self.token.device
             return super().forward(x)
 
     pipeline(Model().eval(), pictures())
@@ -210,7 +212,7 @@ def arithmetic_of_sizes() -> None:
             shape = list(x.shape)
             shape[1] = max(1, min(x.shape[1], 1))
             token = self.token.expand(torch.Size(shape))
-            return torch.cat([token, x.reshape(x.shape[:2] + (-1,))], 1) + self.positions
+            return torch.cat([token, x.reshape(*x.shape[:2], -1)], 1) + self.positions
 
     pipeline(Model().eval(), pictures())
 
@@ -227,9 +229,13 @@ def defaults() -> None:
 
 @brought("tracing", "a keyword-only image")
 def keyword_only() -> None:
-    class Model(Written):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Written()
+
         def forward(self, *, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
-            return super().forward(pixel_values)
+            return self.inner(pixel_values)
 
     model = Model().eval()
     pipeline(model, pictures(), reference=lambda x: model(pixel_values=x))
@@ -251,6 +257,7 @@ def passed_through() -> None:
 @brought("tracing", "caches of what depends on shapes, on the module and on its class")
 def caches() -> None:
     class Model(Written):
+        grid: Tensor
         shared: dict[Any, Any] = {}  # noqa: RUF012 - as people write it
 
         def embed(self, x: Tensor) -> Tensor:
