@@ -141,7 +141,7 @@ def crop(image: Image.Image, size: tuple[int, int], fill: tuple[int, ...]) -> Im
 
 
 def read_batches(paths: list[Path], config: dict[str, Any], size: int) -> Iterator[tuple[list[Path], Array]]:
-    """Yield paths and pixels, (images, channels, height, width); unreadable images are left out and named last."""
+    """Yield paths and pixels, (images, channels, height, width); unreadable images are left out and listed."""
     read: list[Path] = []
     skipped: list[str] = []
     pixels: list[Array] = []

@@ -25,6 +25,8 @@ CALIBRATION_KEY = "ptq4vit_fx.calibration"
 PROVENANCE_KEY = "ptq4vit_fx.provenance"
 #: The deployment target.
 TARGET_KEY = "ptq4vit_fx.target"
+#: JSON: name of an output -> the name that it has in the converted model.
+OUTPUTS_KEY = "ptq4vit_fx.outputs"
 #: The calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
 SCALES_KEY = "ptq4vit_fx.scales"
 
@@ -34,6 +36,11 @@ def write_metadata(model: ir.Model, values: Mapping[str, str]) -> None:
     model.metadata_props.clear()
     model.metadata_props.update(values)
     model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
+
+
+def own_outputs(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return output -> its name in the converted model; {} of a file that does not say it."""
+    return dict(json.loads(metadata.get(OUTPUTS_KEY, "{}")))
 
 
 def encode_scales(scales: NDArray[Any]) -> str:

@@ -15,15 +15,29 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import example_for
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
+from ptq4vit_fx.export.interface import (
+    Interface,
+    compute_outputs,
+    interface_of,
+    name_interface,
+    return_results,
+    working_names,
+)
 from ptq4vit_fx.export.model_files import tensors_of, write_model
 from ptq4vit_fx.export.naming import name_nodes, own_head_scales, own_parameters
-from ptq4vit_fx.export.opsets import LOWEST_OPSET, drop_saturate, newest_opset, to_opset, translated_opset
+from ptq4vit_fx.export.opsets import (
+    LOWEST_OPSET,
+    drop_saturate,
+    newest_opset,
+    to_file_format,
+    to_opset,
+    translated_opset,
+)
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
@@ -37,11 +51,14 @@ from ptq4vit_fx.quantizers import UniformParams
 
 #: What every file gets before the steps of its target, in this order.
 STEPS = (
-    name_nodes,  # first: all that follows finds sites by the names of nodes
+    compute_outputs,  # in front of the names: it adds nodes
+    name_interface,  # in front of what looks for other tensors by name
+    name_nodes,  # first of the steps that know sites: all that follows finds them by the names of nodes
     own_head_scales,  # while a division still stands in front of its quantizer, whose site it is named after
     own_parameters,  # before types and scales change: equal constants are one, and a change would meet them all
     drop_saturate,  # before the opset: 17 has no such attribute
     to_opset,  # before the target, whose steps spell what they add for the opset that the file has
+    to_file_format,  # behind the opset, whose format it is
 )
 
 
@@ -84,8 +101,10 @@ def export_onnx(
 
     example_inputs: as for `prepare_fx`, of the size that the model was prepared for, any batch size.
     target: a name in `ptq4vit_fx.export.targets.TARGETS` (docs/targets.md). opset: 17 to the newest that onnx knows.
-    batch: a fixed number of images; the default is a dynamic batch. input_names, output_names: by default the input is
-    `image`, or has the parameter's name if there are several, and the output is `logits`, or output_0, output_1 ...
+    batch: a fixed number of images; the default is a dynamic batch. input_names: by default `image`, or the parameters'
+    names if there are several. output_names: the model's own names of the outputs that the file is to have, in any
+    order, or a new name for each; by default it has all of them: `logits` if there is one, the keys of a mapping (keys
+    of keys as `aux.boxes`), output_0, output_1 ... of a tuple. Numbers are left out, with a warning.
 
     Every node is named after the module that it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan,
     the recipe and search settings, the library version and the calibration's fingerprint are in the file's metadata.
@@ -95,14 +114,15 @@ def export_onnx(
     """
     _check_stage(converted)
     rules = check_target(target, opset, batch)
-    names = _names(converted, input_names, output_names)
+    interface = interface_of(converted, input_names, output_names)
     inputs = example_for(converted, example_inputs, "export_onnx")
     check_writable(path, "export_onnx")  # before the work, not after
-    model = translate(write_qdq(copy.deepcopy(converted)), inputs, translated_opset(opset), batch, names)
+    qdq = return_results(write_qdq(copy.deepcopy(converted)), list(interface.outputs))
+    model = translate(qdq, inputs, translated_opset(opset), batch, working_names(interface))
     plan = plan_of(converted)
-    rewrites = run_steps(model, (*STEPS, *rules.steps), plan=plan, opset=opset)
+    rewrites = run_steps(model, (*STEPS, *rules.steps), plan=plan, opset=opset, interface=interface)
     rules.check(model)
-    _add_metadata(model, converted, target)
+    _add_metadata(model, converted, target, interface)
     size = write_model(model, path, "export_onnx")
     counts = dict(Counter(node.op_type for node in model.graph))
     float_bytes = sum(4 * tensor.size for tensor in tensors_of(model))
@@ -134,29 +154,7 @@ def check_target(target: str, opset: int, batch: int | None) -> Target:
     return TARGETS[target]
 
 
-def _names(
-    converted: GraphModule, inputs: Sequence[str] | None, outputs: Sequence[str] | None
-) -> tuple[list[str], list[str]]:
-    """Return the names of the file's inputs and outputs: the chosen ones, or image and logits, or one for each."""
-    parameters = [node.name for node in converted.graph.nodes if node.op == "placeholder"]
-    results = tree_leaves(next(node.args[0] for node in converted.graph.nodes if node.op == "output"))
-    chosen = []
-    for argument, given, usual in (
-        ("input_names", inputs, parameters if len(parameters) > 1 else ["image"]),
-        ("output_names", outputs, [f"output_{i}" for i in range(len(results))] if len(results) > 1 else ["logits"]),
-    ):
-        names = usual if given is None else list(given)
-        if len(names) != len(usual) or not all(names):
-            expected = f"{len(usual)} names, as {', '.join(usual)}"
-            raise failure("export_onnx", argument, expected=expected, got=repr(given), do="name each of them")
-        chosen.append(names)
-    if len(set(chosen[0] + chosen[1])) < len(chosen[0] + chosen[1]):
-        got = ", ".join(chosen[0] + chosen[1])
-        raise failure("export_onnx", "names", expected="names that differ", got=got, do="rename one of them")
-    return chosen[0], chosen[1]
-
-
-def _add_metadata(model: ir.Model, converted: GraphModule, target: str) -> None:
+def _add_metadata(model: ir.Model, converted: GraphModule, target: str, interface: Interface) -> None:
     calibration, plan = calibration_of(converted), plan_of(converted)
     assert calibration is not None  # convert_fx refuses a model without
     values = {
@@ -166,6 +164,7 @@ def _add_metadata(model: ir.Model, converted: GraphModule, target: str) -> None:
         metadata.CALIBRATION_KEY: calibration.fingerprint(),
         metadata.PROVENANCE_KEY: json.dumps(calibration.provenance),
         metadata.TARGET_KEY: target,
+        metadata.OUTPUTS_KEY: json.dumps({name: own for own, name in interface.outputs.items()}),
         metadata.SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
     }
     metadata.write_metadata(model, values)

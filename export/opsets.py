@@ -44,6 +44,18 @@ def drop_saturate(model: ir.Model) -> int:
     return len(dropped) - dropped.count(None)
 
 
+@rewrite(nothing="the exporter writes the format that this opset came with")
+def to_file_format(model: ir.Model, opset: int) -> int:
+    """Give the file, in place, the oldest version of ONNX's own format that has this opset.
+
+    A runtime refuses a newer format than its own, even where it knows every operator
+    (https://onnxruntime.ai/docs/reference/compatibility.html#onnx-opset-support). int4 came with opset 21's.
+    """
+    before = model.ir_version
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    return int(model.ir_version != before)
+
+
 @rewrite(nothing="the exporter writes this opset itself")
 def to_opset(model: ir.Model, opset: int) -> int:
     """Bring a model of `translated_opset(opset)` to `opset`, in place.
@@ -69,7 +81,7 @@ def to_opset(model: ir.Model, opset: int) -> int:
                 got=str(error).strip().splitlines()[-1],
                 do=f"use opset {TRANSLATED.stop - 1} or older",
             ) from error
-        model.ir_version, model.graph = converted.ir_version, ir.from_proto(converted).graph
+        model.graph = ir.from_proto(converted).graph
     assert opset_of(model) == opset
     return len(model.graph)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
-from ptq4vit_fx.errors import PTQWarning, failure, near_names
+from ptq4vit_fx.errors import PTQWarning, failure, near_names, some_names
 from ptq4vit_fx.names import OPERANDS, Operand, identifier, is_inside, join, leaf_of, owner_of, site
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
@@ -27,6 +27,9 @@ from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
 
+#: So many reasons why products stay float are told in the warning.
+MOST_REASONS = 3
+
 
 @graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
 def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequence[str] = ()) -> int:
@@ -35,7 +38,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
     closed: paths of modules whose products stay float, whether the tracer went into them or not.
 
     Raises PTQError if a rule of the mapping matches nothing (it lists near names) or if no product is left to
-    quantize. Warns, by name and with the reason, of every product that stays float.
+    quantize. Warns once, with names and reasons, of the products that stay float.
     """
     products = _name_products(graph_module)
     _check_rules(mapping, [(op.name, op.kind) for _, op in products])
@@ -67,10 +70,24 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             got=f"none ({'; '.join(f'{f.name}: {f.reason}' for f in float_ops[:3]) or 'no product in the graph'})",
             do="set a global QConfig, for example recipes.ptq4vit()",
         )
-    for float_op in float_ops:
-        warnings.warn(f"{float_op.name} stays float: {float_op.reason}", PTQWarning, stacklevel=4)
+    _warn_of(float_ops)
     attach(graph_module, plan=QuantPlan(tuple(ops), quantizers, searches, tuple(float_ops), mapping.recipe))
     return len(ops)
+
+
+def _warn_of(float_ops: list[FloatOp]) -> None:
+    """Warn once of all products that stay float, with a few names for each reason; the plan has all of them."""
+    names: dict[str, list[str]] = {}
+    for float_op in float_ops:
+        names.setdefault(float_op.reason, []).append(float_op.name)
+    if len(float_ops) == 1:
+        warnings.warn(f"{float_ops[0].name} stays float: {float_ops[0].reason}", PTQWarning, stacklevel=5)
+    elif float_ops:
+        groups = [f"{some_names(same)} ({reason})" for reason, same in names.items()]
+        said = some_names(groups, MOST_REASONS, "; ")
+        warnings.warn(
+            f"{len(float_ops)} products stay float, listed in plan.float_ops: {said}", PTQWarning, stacklevel=5
+        )
 
 
 def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:

@@ -7,7 +7,7 @@ import copy
 import inspect
 import linecache
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm.layers
@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Tracer
 
 from ptq4vit_fx.errors import PTQError, failure, near_names
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
+from ptq4vit_fx.passes.graph.outputs import plain_outputs
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
@@ -34,13 +35,14 @@ def trace(
     """Return a traced copy of `model` in evaluation mode; the model itself is never touched.
 
     The graph has one placeholder per example input, named after the first parameters of `forward`, (one, the image
-    batch, without an example): other arguments keep their defaults. An output with `logits` (Hugging Face's)
-    becomes these. Two tracers are tried: torch.fx's, which keeps the model's own functions; and, given an example,
+    batch, without an example): other arguments keep their defaults. Its output is `plain_outputs` of the model's. Two
+    tracers are tried: torch.fx's, which keeps the model's own functions; and, given an example,
     torch.export's, where the first one fails or stops in front of a module that holds products. leaf_modules: paths
-    of modules that are meant to stay closed. names: of the parameters that the inputs are given as, by keyword. Raises PTQError (module path, source line, what to do) if both fail.
+    of modules that are meant to stay closed. names: of the parameters that the inputs are given as, by keyword.
+    Raises PTQError (module path, source line, what to do) if both fail.
     """
     inputs = 1 if example_inputs is None else len(example_inputs)
-    root = _tensors_in_logits_out(copy.deepcopy(model).eval().requires_grad_(False), inputs, names)
+    root = _tensors_in_and_out(copy.deepcopy(model).eval().requires_grad_(False), inputs, names)
     tracer = _ViTTracer(leaf_modules)
     try:
         graph_module = GraphModule(root, tracer.trace(root), class_name=type(model).__name__)
@@ -87,7 +89,7 @@ def _export_or(first: PTQError, root: nn.Module, example_inputs: Sequence[Tensor
         raise PTQError(f"{first} (torch.export does not get through either: {second})") from error
 
 
-def _tensors_in_logits_out(model: nn.Module, inputs: int, keywords: Sequence[str] | None) -> nn.Module:
+def _tensors_in_and_out(model: nn.Module, inputs: int, keywords: Sequence[str] | None) -> nn.Module:
     """Give the instance a forward of `inputs` tensors, keeping it the root, so that paths stay short."""
     original = type(model)
     parameters = list(inspect.signature(original.forward).parameters)[1:]
@@ -97,10 +99,7 @@ def _tensors_in_logits_out(model: nn.Module, inputs: int, keywords: Sequence[str
 
     def call(self: nn.Module, *tensors: Tensor) -> Any:
         by_name = {} if keywords is None else dict(zip(keywords, tensors, strict=True))
-        output = original.forward(self, **by_name) if by_name else original.forward(self, *tensors)
-        if isinstance(output, Mapping) and "logits" in output:
-            return output["logits"]
-        return dict(output) if isinstance(output, Mapping) else output
+        return plain_outputs(original.forward(self, **by_name) if by_name else original.forward(self, *tensors))
 
     # torch.fx names the placeholders after the parameters, which a lambda with that signature has
     forward = eval(f"lambda self, {', '.join(names)}: call(self, {', '.join(names)})", {"call": call})

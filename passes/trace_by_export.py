@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.shapes import without_fast_attention
@@ -28,9 +29,13 @@ def trace_by_export(root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphM
     device = next((p.device for p in root.parameters()), example_inputs[0].device)
     batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in example_inputs)
     batch = torch.export.Dim("batch", min=1)
-    with without_fast_attention(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tensors that the copied model caches in its forward
+    with without_fast_attention(), warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter(
+            "always"
+        )  # and what torch says is dropped: of tensors that the copy caches in its forward
         program = torch.export.export(root, batches, dynamic_shapes=tuple({0: batch} for _ in batches), strict=False)
+    for text in dict.fromkeys(str(item.message) for item in said if issubclass(item.category, PTQWarning)):
+        warnings.warn(text, PTQWarning, stacklevel=2)
     _hold_constants(root, program)
     return GraphModule(root, _plain_graph(program), class_name=type(root).__name__)
 

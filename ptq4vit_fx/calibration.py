@@ -19,6 +19,7 @@ from ptq4vit_fx.files import atomic_path
 from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
+from ptq4vit_fx.remarks import Remark, remarks
 
 FORMAT = "ptq4vit_fx calibration 1"
 
@@ -29,7 +30,9 @@ class SearchResult:
 
     distance_before is at the initial scales; a metric with gradients gives sum((dL/dout)^2 (out^ - out)^2) over the
     calibration images, which compares products with each other. snr: signal-to-noise ratio in dB, 10 log10(sum x^2 /
-    sum (x^ - x)^2), of "lhs", "rhs" and "out"; infinite where quantization changes nothing.
+    sum (x^ - x)^2), of "lhs", "rhs" and "out"; infinite where quantization changes nothing. share: distance_after over
+    the distance of an output of zeros. without_gradient: whether the metric wanted one and no gradient of the loss
+    reached the product, so that plain squared error decided.
     """
 
     lhs: QParams
@@ -37,6 +40,8 @@ class SearchResult:
     distance_before: float
     distance_after: float
     snr: dict[str, float]
+    share: float = 0.0
+    without_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,18 @@ class Calibration:
     """Parameters per site, the plan that they belong to, what they do, and where they come from.
 
     distances: op name -> (at the initial scales, at the chosen scales), in the search's metric. snr: site, or op name
-    for its output -> signal-to-noise ratio in dB. seconds: op name -> seconds of its search. provenance: JSON-ready
-    facts: images, seed, fingerprints of images and weights, seconds, versions. A checkpoint is a calibration
-    that lacks some sites.
+    for its output -> signal-to-noise ratio in dB. shares: op name -> distance over that of an output of zeros.
+    without_gradient: the products that squared error decided although the metric wanted gradients. seconds: op name ->
+    seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights, seconds,
+    versions. A checkpoint is a calibration that lacks some sites.
     """
 
     plan: QuantPlan
     params: dict[Site, QParams]
     distances: dict[str, tuple[float, float]] = field(default_factory=dict)
     snr: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    without_gradient: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -64,6 +72,8 @@ class Calibration:
             params=self.params | {sites["lhs"]: result.lhs, sites["rhs"]: result.rhs},
             distances=self.distances | {op_name: (result.distance_before, result.distance_after)},
             snr=self.snr | {sites[operand]: result.snr[operand] for operand in OPERANDS} | {op_name: result.snr["out"]},
+            shares=self.shares | {op_name: result.share},
+            without_gradient=self.without_gradient + ((op_name,) if result.without_gradient else ()),
             seconds=self.seconds | {op_name: round(seconds, 4)},
         )
 
@@ -87,7 +97,7 @@ class Calibration:
         named = ((stored(key, role), x) for key, params in self.params.items() for role, x in params.tensors().items())
         tensors = {name: tensor.cpu() for name, tensor in named}
         axes = {key: params.axis for key, params in self.params.items()}
-        names = ("distances", "snr", "seconds", "provenance")
+        names = ("distances", "snr", "shares", "without_gradient", "seconds", "provenance")
         record = {"axes": axes} | {name: getattr(self, name) for name in names}
         metadata = {"format": FORMAT, "plan": self.plan.to_json(), "record": json.dumps(record)}
         with atomic_path(path, "save calibration") as temporary:
@@ -123,6 +133,8 @@ class Calibration:
             params=_params(plan, tensors, record["axes"]),
             distances={key: (value[0], value[1]) for key, value in record["distances"].items()},
             snr=record["snr"],
+            shares=record.get("shares", {}),  # files of before have none
+            without_gradient=tuple(record.get("without_gradient", ())),
             seconds=record["seconds"],
             provenance=record["provenance"],
         )
@@ -137,7 +149,10 @@ class Calibration:
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
-        """Return a text table per site: scales, threshold, distances of the product, signal-to-noise ratio in dB."""
+        """Return a text table per site: scales, threshold, distances of the product, signal-to-noise ratio in dB.
+
+        What is weak or was chosen without gradients follows below it, with every name.
+        """
         lines = [f"{'site':44}{'scale':>24}{'threshold':>11}{'distance before':>17}{'after':>11}{'SNR':>8}"]
         for row in self.records():
             threshold = "" if row["threshold"] is None else f"{row['threshold']:.4g}"
@@ -145,7 +160,12 @@ class Calibration:
             lines.append(
                 f"{row['site']:44}{row['scale']:>24}{threshold:>11}{before:17.4g}{after:11.4g}{row['snr']:8.1f}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"\n{remark.in_full()}" for remark in self.remarks())])
+
+    def remarks(self) -> tuple[Remark, ...]:
+        """Return what deserves a word; `calibrate` warns of it."""
+        without = tuple(op.name for op in self.plan.ops if op.name in self.without_gradient)  # not in order of arrival
+        return remarks(self.snr, self.shares, without)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the rows of `report`, JSON-ready, a dictionary per site."""

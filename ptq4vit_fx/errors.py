@@ -31,3 +31,10 @@ def near_names(name: str, known: Iterable[str], count: int = 5) -> str:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.4) or names[:count]
     return ", ".join(close) if close else "(none)"
+
+
+def some_names(names: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """Return the first few names, and how many more there are."""
+    listed = list(names)
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return separator.join(listed[:most]) + rest

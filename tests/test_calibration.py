@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from threading import Lock
 
 import numpy as np
@@ -254,12 +255,50 @@ def test_constant_images_all_zero_weights_and_tiny_shapes(small_images):
     assert works(silent, small_images) < 0.02
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient of the loss is zero")
-def test_a_model_of_zeros_stays_zero(small_images):
+def test_a_model_of_zeros_stays_zero_and_its_lost_gradients_are_one_warning(small_images):
     model = vit()
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    assert works(model, small_images) == 0.0
+    with pytest.warns(ptq.PTQWarning) as warned:
+        assert works(model, small_images) == 0.0
+    (said,) = (str(w.message) for w in warned if "gradient" in str(w.message))
+    products = len(prepared_for(model, small_images).plan.ops) - 1  # the head's output has one
+    names = r"patch_embed.proj, blocks.0.attn.qkv, blocks.0.attn.matmul_qk"
+    assert re.match(
+        rf"products that no gradient of the loss reaches: {products} \({names} and {products - 3} more\);", said
+    )
+
+
+def test_weak_operands_and_products_are_named_once_and_listed_in_the_report(small_vit, small_images):
+    prepared = ptq.prepare_fx(small_vit, ptq.recipes.ptq4vit(2, 2), small_images[:1])
+    with pytest.warns(ptq.PTQWarning) as warned:
+        calibration = calibrate(prepared, small_images)
+    said = [str(w.message) for w in warned]
+    weak = {name for name, value in calibration.snr.items() if ":" in name and value < 10}
+    lossy = {name for name, share in calibration.shares.items() if share > 0.1}
+    assert len(weak) > 3
+    assert len(lossy) > 3
+    assert [text.split(" (")[0] for text in said] == [
+        f"operands below 10 dB: {len(weak)}",
+        f"products with a distance above 10% of their output's energy: {len(lossy)}",
+    ]
+    report = calibration.report()
+    assert all(f"    {name} " in report for name in weak | lossy)
+    assert calibration.remarks()[0].names[0].split()[0] == min(weak, key=lambda name: calibration.snr[name])
+
+
+def test_a_calibration_of_eight_bits_has_nothing_to_say(small_converted):
+    assert small_converted.calibration.remarks() == ()
+
+
+def test_near_uniform_attention_keeps_its_values():
+    torch.manual_seed(0)
+    model = vit(img_size=64, patch_size=4, embed_dim=48, depth=1, num_heads=3, num_classes=7)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    prepared = ptq.prepare_fx(model, ptq.recipes.ptq4vit(), images[:1])
+    calibration = calibrate(prepared, images)
+    assert calibration.snr["blocks.0.attn.matmul_av:lhs"] > 40
+    assert calibration.snr["blocks.0.attn.matmul_av:rhs"] > 35
 
 
 def test_infinite_activations_are_named(small_images):

@@ -31,8 +31,13 @@ def test_later_kinds_refine_earlier_ones_whatever_the_order_of_calls():
 
 def test_the_longest_name_wins_and_none_leaves_a_product_float(small_vit, small_images):
     mapping = ptq.recipes.ptq4vit().set_module_name("blocks.0", None).set_module_name("blocks.0.mlp", A)
-    with pytest.warns(ptq.PTQWarning, match=r"blocks.0.attn.qkv stays float: left float by module name 'blocks.0'"):
+    said = (
+        r"^4 products stay float, listed in plan.float_ops: blocks.0.attn.qkv, blocks.0.attn.matmul_qk, "
+        r"blocks.0.attn.matmul_av and 1 more \(left float by module name 'blocks.0'\)$"
+    )
+    with pytest.warns(ptq.PTQWarning, match=said) as warned:
         plan = ptq.prepare_fx(small_vit, mapping, small_images[:1]).plan
+    assert len(warned) == 1
     names = [op.name for op in plan.ops]
     assert "blocks.0.mlp.fc1" in names
     assert not [name for name in names if name.startswith("blocks.0.attn")]

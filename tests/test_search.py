@@ -196,8 +196,74 @@ def test_rhs_and_lhs_alternate_from_the_start_that_is_given():
         def decide(self, choice):
             raise AssertionError("the alternation decides nothing")
 
+        def anew(self):
+            raise AssertionError("one start is one strategy")
+
     start: Choice = {"lhs": torch.tensor(70), "rhs": torch.tensor(80)}
     end = alternate(Counting(), start, 2)
     assert asked == [("rhs", 70, 80), ("lhs", 70, 1), ("rhs", 2, 1), ("lhs", 2, 3)]
     assert {operand: int(index) for operand, index in end.items()} == {"lhs": 4, "rhs": 3}
     assert int(start["lhs"]) == 70
+
+
+def nearly_even_attention(tokens=257, images=2, heads=3):
+    """Return softmax rows of values around 1 / tokens, below half a step of the coarse grid, and a v with means."""
+    generator = torch.Generator().manual_seed(0)
+    lhs = torch.randn(images, heads, tokens, tokens, generator=generator).mul(0.3).softmax(-1)
+    rhs = torch.randn(images, heads, tokens, 16, generator=generator)
+    return lhs, rhs + torch.randn(1, heads, 1, 16, generator=generator)
+
+
+@pytest.mark.parametrize("screen_rows", [512, None])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_softmax_without_large_values_is_not_given_up(bits, screen_rows):
+    lhs, rhs = nearly_even_attention()
+    op = QuantOp("matmul", "matmul", lhs_source="softmax")
+    quantizers = TwinUniform(bits, "softmax"), Uniform(bits, granularity="head")
+    result: Any = search_op(op, to_product(op, lhs, rhs), *quantizers, SearchSettings("mse", screen_rows=screen_rows))
+    own = [
+        float((quantizers[0].fake_quantize(lhs, quantizers[0].softmax_params(torch.tensor(shift))) - lhs).norm())
+        for shift in range(11)
+    ]
+    assert result.lhs.shift == int(np.argmin(own))
+    assert min(result.snr.values()) > {4: 10, 8: 30}[bits]
+
+
+def test_where_the_product_says_nothing_an_operand_keeps_its_values():
+    """v is zero in one head and no gradient reaches the rows of the softmax there: any scale has the same distance."""
+    lhs, rhs = nearly_even_attention(tokens=40)
+    lhs = lhs * 8
+    rhs[:, 1] = 0
+    op = QuantOp("matmul", "matmul")
+    product = to_product(op, lhs, rhs)
+    settings = SearchSettings("mse", screen_rows=None)
+    quantizer = Uniform(8, granularity="head")
+    result: Any = search_op(op, product, quantizer, quantizer, settings)
+    noise = (quantizer.fake_quantize(lhs, result.lhs) - lhs).square().sum((0, 2, 3))
+    assert (10 * torch.log10(lhs.square().sum((0, 2, 3)) / noise) > 35).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_operand_could_have_a_tenth_of_its_error_at_an_equal_distance(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lhs, rhs = torch.randn(2, 2, 12, 10, generator=generator), torch.randn(2, 2, 10, 6, generator=generator)
+    weight = torch.rand(2, 2, 12, 6, generator=generator)
+    weight[:, seed % 2] *= 0.0  # a head that no gradient reaches
+    op = QuantOp("matmul", "matmul")
+    product = to_product(op, lhs, rhs, None, weight)
+    settings = SearchSettings(n=40, screen_rows=None)
+    quantizer = Uniform(4, granularity="head")
+    result: Any = search_op(op, product, quantizer, quantizer, settings)
+    fixed = {"lhs": quantizer.fake_quantize(lhs, result.lhs), "rhs": quantizer.fake_quantize(rhs, result.rhs)}
+    largest = {"lhs": lhs.abs().amax((0, 2, 3)) / 8, "rhs": rhs.abs().amax((0, 2, 3)) / 8}
+    for operand, x, other in (("lhs", lhs, fixed["rhs"]), ("rhs", rhs, fixed["lhs"])):
+
+        def judge(quantized, x=x, other=other, operand=operand):
+            out = quantized @ other if operand == "lhs" else other @ quantized
+            return (weight * (out - lhs @ rhs) ** 2).sum((0, 2, 3)), (quantized - x).square().sum((0, 2, 3))
+
+        distance, own = judge(fixed[operand])
+        for factor in settings.factors:
+            scale = (factor * largest[operand]).view(-1, 1, 1)
+            tried_distance, tried_own = judge(scale * (x / scale).round().clamp(-8, 7))
+            assert not ((tried_distance <= distance) & (tried_own < 0.1 * own)).any()

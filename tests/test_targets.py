@@ -34,6 +34,8 @@ AS_WRITTEN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 ACTIVATIONS = {"onnxruntime": "UINT8", "onnxruntime-avx2": "UINT8", "onnxruntime-arm": "INT8", "generic": "UINT8"}
 #: ONNX Runtime 1.32 has no QuantizeLinear of opset 28; onnx 1.23's checker has.
 NEWEST_IN_RUNTIME = 27
+#: Opset -> the IR version that came with it (https://github.com/onnx/onnx/blob/main/docs/Versioning.md#released-versions).
+FILE_FORMATS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 
 def tiny_vit(act_layer=torch.nn.GELU):
@@ -194,6 +196,7 @@ def test_every_opset_computes_the_same_to_the_last_bit(tmp_path, converted, smal
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
+    assert model.ir_version == FILE_FORMATS.get(opset, model.ir_version)
     assert any(node.op_type == "Gelu" for node in model.graph.node) == (opset >= 20)
     if opset > NEWEST_IN_RUNTIME:  # the same nodes under the newest name that the runtime knows
         model.opset_import[0].version = NEWEST_IN_RUNTIME

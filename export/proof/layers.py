@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.nodes import Array
+from ptq4vit_fx.export.proof.outputs import feed, filled
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
@@ -112,7 +113,8 @@ def compare_layers(
 
     PyTorch takes LayerNorm, softmax and GELU from the runtime. Its codes are compared as they appear, so that only ONNX
     Runtime's are held. The first image runs alone and tells how much memory one takes, the others in their batches: a
-    file with a dynamic batch must do both. A file of a fixed batch runs whole batches. plain: `open_session(path)`.
+    file with a dynamic batch must do both. A file of a fixed batch runs whole batches, the last one filled up. plain:
+    `open_session(path)`.
     """
     model = exact_here(load_file(path))
     stored = stored_sites(model)
@@ -128,9 +130,10 @@ def compare_layers(
         batch = tuple(x[:at_once] for x in whole)
         if len(whole[0]) > at_once:
             waiting.insert(0, tuple(x[at_once:] for x in whole))
-        feed = {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), batch, strict=True)}
-        logits = plain.run(None, feed)
-        outputs = session.run(None, feed)
+        batch = filled(batch, at_once if at_once == fixed else 0)
+        fed = feed(session, batch)
+        logits = plain.run(None, fed)
+        outputs = session.run(None, fed)
         disturbed |= any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(logits, outputs, strict=False))
         if at_once != fixed:
             at_once = max(1, CODES_AT_ONCE * len(batch[0]) // max(1, sum(array.nbytes for array in outputs)))

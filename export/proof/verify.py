@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from onnxruntime import InferenceSession
-from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.batches import batches_for
-from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
+from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_model
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
-from ptq4vit_fx.inputs.tensors import Inputs
-
-Logits = np.ndarray[Any, np.dtype[np.float32]]
+from ptq4vit_fx.passes.graph.outputs import logits_in
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,17 @@ class Comparison:
         )
 
 
-def compare(simulated: Logits, actual: Logits) -> Comparison:
-    """Compare two sets of logits, (images, classes) float32 each."""
+@np.errstate(invalid="ignore")  # infinity on one side alone
+def compare(simulated: Array, actual: Array) -> Comparison:
+    """Compare two sets of logits, (images, classes) float32 each; or of other outputs (images, ...) of any type."""
     tiny = np.finfo(np.float32).tiny
-    difference, scale = np.abs(actual - simulated).max(1), np.abs(simulated).max(1)
+    simulated, actual = _comparable(simulated, actual)
+    difference, scale = np.abs(actual - simulated).max(1, initial=0), np.abs(simulated).max(1, initial=0)
     norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(simulated, axis=1)
-    top, mine = actual.argmax(1), simulated.argmax(1)
+    cosine = (actual * simulated).sum(1) / np.maximum(norms, tiny)
+    top, mine = (x.argmax(1) if x.shape[1] else np.zeros(len(x), np.int64) for x in (actual, simulated))
     rows = np.arange(len(top))
-    margin = simulated[rows, mine] - simulated[rows, top]
+    margin = simulated[rows, mine] - simulated[rows, top] if simulated.shape[1] else difference
     return Comparison(
         images=len(top),
         max_absolute_difference=float(difference.max()),
@@ -83,11 +82,42 @@ def compare(simulated: Logits, actual: Logits) -> Comparison:
         max_relative_difference=float((difference / np.maximum(scale, tiny)).max()),
         agreement=float((top == mine).mean()),
         bit_equal=float((difference == 0).mean()),
-        cosine=float(((actual * simulated).sum(1) / np.maximum(norms, tiny)).min()),
+        cosine=float(np.where((norms == 0) & (difference == 0), 1.0, cosine).min()),
         disagreements=tuple(
             Disagreement(int(i), int(mine[i]), int(top[i]), float(margin[i]), float(difference[i]))
             for i in np.flatnonzero(top != mine)
         ),
+    )
+
+
+def _comparable(simulated: Array, actual: Array) -> tuple[Array, Array]:
+    """Return both as floats (images, values), 0 where both have the same infinity or NaN: a mask is no difference."""
+    floats = np.float32 if actual.dtype.kind in "fb" else np.float64
+    mine, theirs = (x.reshape(len(x), -1).astype(floats) for x in (simulated, actual))
+    same = ~np.isfinite(mine) & ((mine == theirs) | (np.isnan(mine) & np.isnan(theirs)))
+    return np.where(same, floats(0), mine), np.where(same, floats(0), theirs)
+
+
+def compare_outputs(simulated: Mapping[str, Array], actual: Mapping[str, Array]) -> Comparison:
+    """Compare every output of a file with the simulation's: the worst of all, and the classes of the logits.
+
+    Of integers (classes, masks) only the equality counts. Without logits among several outputs, the position of the
+    largest value of all outputs is what agrees or not.
+    """
+    names = [name for name in actual if actual[name].dtype.kind == "f"] or list(actual)
+    each = {name: compare(simulated[name], actual[name]) for name in names}
+    found = logits_in({name: actual[name] for name in names})
+    decisive = each.get(found or "") or compare(
+        *(np.concatenate([side[n].reshape(len(side[n]), -1) for n in names], axis=1) for side in (simulated, actual))
+    )
+    equal = [(mine == theirs).all(1) for mine, theirs in (_comparable(simulated[n], actual[n]) for n in actual)]
+    return replace(
+        decisive,
+        max_absolute_difference=max(found.max_absolute_difference for found in each.values()),
+        median_difference=max(found.median_difference for found in each.values()),
+        max_relative_difference=max(found.max_relative_difference for found in each.values()),
+        bit_equal=float(np.all(equal, axis=0).mean()),
+        cosine=min(found.cosine for found in each.values()),
     )
 
 
@@ -99,7 +129,8 @@ class VerifyReport:
     LayerNorm, softmax and GELU computed by ONNX Runtime's kernels (`RuntimeFunctions`): what is left then is a real
     difference between the file and the simulation. saturating: this CPU's default u8 x s8 kernels are inexact (no
     VNNI); both comparisons are then of an exact session, and `default_agreement` tells what a plain session does.
-    code_comparison: the integer codes of every site on the first images; None if not asked for.
+    code_comparison: the integer codes of every site on the first images; None if not asked for. outputs: every output
+    of the file by itself, under the model's own name, against the model as it runs in PyTorch.
     """
 
     simulation: Comparison
@@ -108,6 +139,7 @@ class VerifyReport:
     saturating: bool
     default_agreement: float
     code_comparison: Layers | None
+    outputs: Mapping[str, Comparison] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -130,6 +162,12 @@ class VerifyReport:
             f"  LayerNorm, softmax and GELU from PyTorch:     {self.simulation}",
             f"  {self._explanation()}",
         ]
+        if len(self.outputs) > 1:
+            lines += [
+                f"  output {name}: bit-equal {found.bit_equal:.2%}, largest difference "
+                f"{found.max_absolute_difference:.3g}, smallest cosine {found.cosine:.6f}"
+                for name, found in self.outputs.items()
+            ]
         if self.code_comparison is not None:
             lines += [f"  {line}" for line in str(self.code_comparison).splitlines()]
         lines += [
@@ -175,50 +213,18 @@ def verify_onnx(
     batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)
-    actual = _run(path, session, batches)
-    default = _run(path, open_session(path, exact=False), batches) if saturating else actual
-    simulated = _simulate(converted, batches)
+    device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
+    simulated = outputs_of_model(converted, batches, device)
+    alike = outputs_of_model(RuntimeFunctions(copy.deepcopy(converted).cpu()).run, batches, torch.device("cpu"))
+    actual = outputs_of_file(str(path), session, batches, list(simulated))
+    plain = open_session(path, exact=False) if saturating else None
+    default = actual if plain is None else outputs_of_file(str(path), plain, batches, list(simulated))
     return VerifyReport(
-        simulation=compare(simulated, actual),
-        same_functions=compare(_simulate_with_runtime_functions(converted, batches), actual),
+        simulation=compare_outputs(simulated, actual),
+        same_functions=compare_outputs(alike, actual),
         graph=runtime_graph(load_file(path)),
         saturating=saturating,
-        default_agreement=float((default.argmax(1) == simulated.argmax(1)).mean()),
+        default_agreement=compare_outputs(simulated, default).agreement,
         code_comparison=compare_layers(converted, path, session, batches, layers) if layers > 0 else None,
+        outputs={name: compare(simulated[name], array) for name, array in actual.items()},
     )
-
-
-def _simulate(converted: GraphModule, batches: list[Inputs]) -> Logits:
-    device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
-    with torch.inference_mode():
-        return np.concatenate([_rows(converted(*(x.to(device) for x in batch))) for batch in batches])
-
-
-def _simulate_with_runtime_functions(converted: GraphModule, batches: list[Inputs]) -> Logits:
-    simulation = RuntimeFunctions(copy.deepcopy(converted).cpu())
-    with torch.inference_mode():
-        return np.concatenate([_rows(simulation.run(*(x.cpu() for x in batch))) for batch in batches])
-
-
-def _rows(output: Any) -> Logits:
-    """Return all tensors of an output, or arrays of the runtime, side by side: (images, values) float32."""
-    arrays = [x.float().cpu().numpy() if isinstance(x, Tensor) else x for x in tree_leaves(output)]
-    return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
-
-
-def _run(path: str | os.PathLike[str], session: InferenceSession, batches: list[Inputs]) -> Logits:
-    names = [entry.name for entry in session.get_inputs()]
-
-    def feed(batch: Inputs) -> dict[str, Any]:
-        return {name: x.cpu().numpy() for name, x in zip(names, batch, strict=True)}
-
-    try:
-        return np.concatenate([_rows(session.run(None, feed(batch))) for batch in batches])
-    except Exception as error:
-        raise failure(
-            "verify_onnx",
-            str(path),
-            expected=f"images of shape {session.get_inputs()[0].shape}",
-            got=f"{tuple(batches[0][0].shape)} ({error})".splitlines()[0],
-            do="pass images of the size that was exported",
-        ) from error

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import PTQWarning, failure, some_names
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.containers import INT8, UINT8, without_zero_points
 from ptq4vit_fx.export.contract import Target, rewrite
@@ -123,10 +123,10 @@ def check_openvino(model: ir.Model) -> None:
             wanted, got = "zero point 0", f"{zero_points.reshape(-1)[0]}"
         if (wanted, got) != ("one reader", "1"):
             raise failure("export_onnx", f"node {node.name}", expected=wanted, got=got, do="report this as a bug")
-    for node in model.graph:
-        if node.op_type in PRODUCTS and _is_unsigned_on_the_right(node):
-            reason = "its second operand has unsigned codes above 127, and OpenVINO multiplies int8 on that side only"
-            warnings.warn(f"{node.name} will run in float in OpenVINO: {reason}", PTQWarning, stacklevel=2)
+    unsigned = [str(node.name) for node in model.graph if node.op_type in PRODUCTS and _is_unsigned_on_the_right(node)]
+    if unsigned:
+        reason = "the second operand has unsigned codes above 127, and OpenVINO multiplies int8 on that side only"
+        warnings.warn(f"{some_names(unsigned)} will run in float in OpenVINO: {reason}", PTQWarning, stacklevel=2)
 
 
 def _multiplies_weight(node: ir.Node) -> bool:

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.errors import PTQWarning
+from ptq4vit_fx.errors import PTQWarning, some_names
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.plan import QuantOp
 
@@ -82,19 +82,21 @@ class MemoryBudget:
     def groups(self, ops: Sequence[QuantOp], images: int, searches: int = 1) -> list[list[QuantOp]]:
         """Split the ops, in order, into groups whose capture and searches fit into the limit; at least one op each."""
         groups: list[list[QuantOp]] = []
-        held = 0.0
+        held, too_large = 0.0, {}
         largest = max((self.captured.get(op.name, 0) for op in ops), default=0) * images
         for op in ops:
             need = self.captured.get(op.name, 0) * images
             searching = SEARCH_FACTOR * (need if searches == 1 else searches * largest)
             room = self.limit - max(searching, BACKWARD_SHARE * self.limit)
             if need > room:
-                self._warn(op.name, round((1 + SEARCH_FACTOR) * need))
+                too_large[op.name] = round((1 + SEARCH_FACTOR) * need)
             if not groups or held + need > room:
                 groups.append([])
                 held = 0.0
             groups[-1].append(op)
             held += need
+        if too_large:
+            self._warn(some_names(too_large), max(too_large.values()))
         return groups
 
     def _warn(self, what: str, need: int) -> None:

@@ -75,12 +75,24 @@ class Landscape:
             for name, exact, quantized in (("lhs", part.lhs, lhs), ("rhs", part.rhs, rhs), ("out", target, estimate)):
                 energies[name][0] += float(torch.linalg.vector_norm(exact)) ** 2
                 energies[name][1] += float(torch.linalg.vector_norm(quantized - exact)) ** 2
-            weight = part.element_weight
-            statistics = self.metric.statistics(target, estimate)
-            terms = torch.stack([(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics])
+            terms = self._sums(part, target, estimate)
             sums = terms if sums is None else sums + terms
         assert sums is not None
         return float(self.metric.finish(sums)), {name: _decibel(*energy) for name, energy in energies.items()}
+
+    def zero_distance(self) -> float:
+        """Return the distance of an output of zeros: what a distance is compared with to see how much is lost."""
+        sums: Tensor | None = None
+        for part, target in self.parts:
+            terms = self._sums(part, target, torch.zeros_like(target))
+            sums = terms if sums is None else sums + terms
+        assert sums is not None
+        return float(self.metric.finish(sums))
+
+    def _sums(self, part: Product, target: Tensor, estimate: Tensor) -> Tensor:
+        """Return the metric's sums over all scales, float64 (statistics,); the estimate is overwritten."""
+        weight, statistics = part.element_weight, self.metric.statistics(target, estimate)
+        return torch.stack([(s if weight is None else s * weight).sum(dtype=torch.float64) for s in statistics])
 
     def row_mass(self) -> Tensor:
         """Return how much of the squared distance lies on each row, (batch, heads, rows), summed over pilot candidates.

@@ -6,11 +6,9 @@ operand stays quantized with its last choice. Pure tensor code; nothing here kno
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from ptq4vit_fx.calibration import SearchResult
-from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
@@ -18,6 +16,7 @@ from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import Quantizer
 from ptq4vit_fx.search.candidates import make_candidates
 from ptq4vit_fx.search.landscape import Choice, Landscape
+from ptq4vit_fx.search.own_errors import own_best, settle
 from ptq4vit_fx.search.products import Product
 from ptq4vit_fx.search.strategies import SEARCH_ORDER, Exhaustive, Screened, Strategy
 
@@ -30,22 +29,41 @@ def search_op(
     product: float operands, with element weights (dL/dout)^2 if the metric wants them. Without
     settings.screen_rows every candidate is evaluated on all rows in every round. With it, candidates are screened, on
     all rows where a closed form makes that cheap and else on a seeded sample of rows, and the best few are decided on
-    all rows at the end. The result is never worse, on all rows, than the starting point.
+    all rows at the end. Of several starts (`_starts`) the best end wins; on all rows it is never worse than the initial
+    scales, but for the hundredth that `settle` may give away.
     """
-    product, metric, unit = _with_usable_weights(op, product, get_metric(settings.metric), rhs)
+    product, metric, unit = _with_usable_weights(product, get_metric(settings.metric), rhs)
     quantizers: dict[Operand, Quantizer] = {"lhs": lhs, "rhs": rhs}
     candidates = {o: make_candidates(quantizer, op, product, o, settings) for o, quantizer in quantizers.items()}
     landscape = Landscape(product, metric, candidates)
+    start, zero = landscape.start(), landscape.zero_distance()
     screened = settings.screen_rows is not None
-    strategy = Screened.of(landscape, settings, seed) if screened else Exhaustive(landscape)
-    start = landscape.start()
-    choice = strategy.decide(alternate(strategy, start, settings.rounds))
-    before, initial_snr = landscape.total(start)
-    after, snr = landscape.total(choice)
-    if after > before:
-        choice, after, snr = start, before, initial_snr
+    strategy: Strategy = Screened.of(landscape, settings, seed) if screened else Exhaustive(landscape)
+    ends = [_end(strategy.anew(), place, settings.rounds) for place in _starts(landscape)]
+    totals = [(landscape.total(choice), choice) for choice in (*ends, start)]
+    (after, snr), choice = min(totals, key=lambda item: item[0][0])
+    (before, _), _ = totals[-1]
+    settled = settle(landscape, choice)
+    if settled is not choice:
+        choice, (after, snr) = settled, landscape.total(settled)
     params = {operand: candidates[operand].params(indices) for operand, indices in choice.items()}
-    return SearchResult(params["lhs"], params["rhs"], before * unit, after * unit, snr)
+    share = after / zero if zero > 0.0 else 0.0
+    without_gradient = metric is not get_metric(settings.metric)
+    return SearchResult(params["lhs"], params["rhs"], before * unit, after * unit, snr, share, without_gradient)
+
+
+def _starts(landscape: Landscape) -> list[Choice]:
+    """Return the initial scales, and where candidates are so far apart that basins may be too, each operand's own best.
+
+    From scale to scale of one grid the distance changes little, and searches from the two starts end equally well. From
+    one threshold of a softmax twin to the next one it may fall by orders of magnitude.
+    """
+    far_apart = any(not candidates.ordered for candidates in landscape.candidates.values())
+    return [landscape.start(), own_best(landscape)] if far_apart else [landscape.start()]
+
+
+def _end(strategy: Strategy, start: Choice, rounds: int) -> Choice:
+    return strategy.decide(alternate(strategy, start, rounds))
 
 
 def alternate(strategy: Strategy, start: Choice, rounds: int) -> Choice:
@@ -57,10 +75,8 @@ def alternate(strategy: Strategy, start: Choice, rounds: int) -> Choice:
     return choice
 
 
-def _with_usable_weights(
-    op: QuantOp, product: Product, metric: Metric, rhs: Quantizer
-) -> tuple[Product, Metric, float]:
-    """Scale the weights of a gradient metric to a mean of 1; without any gradient, say so and use squared error.
+def _with_usable_weights(product: Product, metric: Metric, rhs: Quantizer) -> tuple[Product, Metric, float]:
+    """Scale the weights of a gradient metric to a mean of 1; without any gradient, take squared error.
 
     The last value is what distances were divided by.
 
@@ -72,12 +88,6 @@ def _with_usable_weights(
     weight = product.element_weight
     mean = 0.0 if weight is None else float(weight.double().mean())
     if weight is None or mean == 0.0:
-        warnings.warn(
-            f"{op.name}: the gradient of the loss is zero (the model is certain of every calibration image, or "
-            "this product does not reach the output): its scales are chosen by plain squared error",
-            PTQWarning,
-            stacklevel=3,
-        )
         return replace(product, element_weight=None), MSE, 1.0
     if rhs.granularity == "channel":
         weight = weight.mean(-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -35,6 +35,10 @@ class Strategy(Protocol):
         """Return the choice on all rows, after the alternation has ended at `choice`."""
         ...
 
+    def anew(self) -> Strategy:
+        """Return the strategy for another start: what was found out beside other choices is forgotten."""
+        ...
+
 
 @dataclass(frozen=True)
 class Exhaustive:
@@ -47,6 +51,9 @@ class Exhaustive:
 
     def decide(self, choice: Choice) -> Choice:
         return choice
+
+    def anew(self) -> Exhaustive:
+        return self
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,9 @@ class Screened:
         if sample is not landscape and not landscape.product.shares_rhs:
             tiny = landscape.sample(mass, max(TINY_MINIMUM, size // TINY_PART), generator)
         return Screened(landscape, sample, tiny, settings.confirm)
+
+    def anew(self) -> Screened:
+        return replace(self, found={})
 
     def screened_on(self, operand: Operand) -> Landscape:
         """Return the rows that screen an operand: for a weight all, where the closed form is cheaper on these."""

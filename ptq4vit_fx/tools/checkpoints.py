@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.errors import failure, some_names, unknown_name
 
 EXPECTED = "a state dict of this model"
 DEFAULT_ADVICE = "pass the checkpoint of this model, and --model-arg for its size and classes"
@@ -198,20 +198,16 @@ def _check_fit(path: Path, model: nn.Module, own: Mapping[str, Tensor], state: M
     codes = [key for key in both if own[key].is_floating_point() > state[key].is_floating_point()]
     shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in other]
     parts = {"missing": missing, "not in the model": left_over, "of another shape": shapes, "integers": codes}
-    got = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in parts.items() if keys)
+    got = "; ".join(f"{len(keys)} {what}: {some_names(keys)}" for what, keys in parts.items() if keys)
     if not got:
         return
     if not both:
-        do = f"pass a checkpoint of this architecture, whose keys are like {_first(list(own))}"
-        got = f"keys of another one: {_first(left_over)}"
+        do = f"pass a checkpoint of this architecture, whose keys are like {some_names(list(own))}"
+        got = f"keys of another one: {some_names(left_over)}"
         raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do)
     advice = {_model_argument(key, model, own, state) for key in (*missing, *left_over, *other, *codes)}
     do = DEFAULT_ADVICE if "" in advice else f"pass {' '.join(sorted(advice))}"
     raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do)
-
-
-def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def _model_argument(key: str, model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

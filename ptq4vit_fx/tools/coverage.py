@@ -28,6 +28,7 @@ from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS
 from ptq4vit_fx.passes.graph.activations import activation_of
 from ptq4vit_fx.passes.graph.contract import history, plan_of
 from ptq4vit_fx.passes.graph.marks import planned_product
+from ptq4vit_fx.passes.graph.outputs import LOGITS, plain_outputs, tensor_outputs
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, without_fast_attention
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.qconfig import QConfigMapping
@@ -87,7 +88,7 @@ def observe(model: nn.Module, images: Tensor) -> Expected:
     for hook in hooks:
         hook.remove()
     return Expected(
-        output if isinstance(output, Tensor) else output["logits"],
+        _outputs(output)[LOGITS],
         frozenset(ran),
         sum(calls.counts[operator] * products for operator, products in ATTENTION_OPERATORS.items()),
     )
@@ -148,8 +149,15 @@ def _is_traced(traced: GraphModule, model: nn.Module, images: Tensor) -> bool:
     """
     model.requires_grad_(False)
     with torch.no_grad(), without_fast_attention():
-        outputs = [(model(batch), traced(batch)) for batch in (images[:1], images)]
-    return all(torch.equal(mine if isinstance(mine, Tensor) else mine["logits"], graph) for mine, graph in outputs)
+        pairs = [(_outputs(model(batch)), _outputs(traced(batch))) for batch in (images[:1], images)]
+    return all(
+        mine.keys() == graph.keys() and all(torch.equal(mine[name], graph[name]) for name in mine)
+        for mine, graph in pairs
+    )
+
+
+def _outputs(output: Any) -> dict[str, Tensor]:
+    return tensor_outputs(plain_outputs(output))
 
 
 def _quantized_share(prepared: GraphModule) -> float:
@@ -173,7 +181,7 @@ def _deploy(converted: GraphModule, images: Tensor, expected: Expected) -> dict[
         export_onnx(converted, path, images[:1])
         report = verify_onnx(path, converted, images, layers=0)
     with torch.no_grad():
-        similarity = torch.cosine_similarity(converted(images), expected.logits)
+        similarity = torch.cosine_similarity(_outputs(converted(images))[LOGITS], expected.logits)
     return {"int8": float(similarity.min()), "cosine": report.simulation.cosine}
 
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import PTQWarning, failure, some_names
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (
     ImageFolder,
@@ -55,7 +56,7 @@ def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, co
     named by class number). Warns (PTQWarning) of sub-folders without images.
     """
     session = open_session(file)
-    channels, output = _image_channels(session, file), _logits_of(session)
+    channels, output = _image_channels(session, file), _logits_of(session, file)
     folder = list_images(data, labelled=True)
     transform = timm.data.create_transform(**_preprocessing(session, file, model))
     _warn_of_empty(folder, data)
@@ -68,8 +69,7 @@ def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, co
         # A file of a fixed batch takes no other: repeat the last image, drop its results.
         missing = fixed - len(pixels) if isinstance(fixed, int) else 0
         full = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
-        (logits,) = session.run([output], {session.get_inputs()[0].name: full})
-        logits = logits[: len(numbers)]
+        logits = session.run([output], {session.get_inputs()[0].name: full})[0][: len(numbers)]
         _check_classes(folder, logits.shape[1], data)
         correct += int((logits.argmax(1) == labels[numbers]).sum())
         images += len(numbers)
@@ -98,6 +98,16 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
                 do="pass --model with the timm model that it was made from",
             )
     return at_size(config, tuple(session.get_inputs()[0].shape[1:]))
+
+
+def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> str:
+    """Return the output that classes are read from."""
+    found = {entry.name: np.empty([0] * len(entry.shape)) for entry in session.get_outputs()}
+    name = logits_in(found)
+    if name is None:
+        do = "export it with output_names= of that output alone"
+        raise failure("eval", str(file), expected="an output `logits`", got=", ".join(found), do=do)
+    return name
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
@@ -134,7 +144,7 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
             "eval",
             str(data),
             expected="sub-folders that are all named by class number, or none",
-            got=f"{', '.join(others[:3])} beside {', '.join(numbers[:3])}",
+            got=f"{some_names(others)} beside {some_names(numbers)}",
             do="move what is no class out of the folder",
         )
 
@@ -144,10 +154,9 @@ def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
     numbered = are_numbers(folder.classes)
     empty = [n for i, n in enumerate(folder.classes) if (int(n) if numbered else i) not in filled]
     if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
         warnings.warn(
             f"eval: {data}: {len(empty)} of {len(folder.classes)} sub-folders hold no image, and count as classes: "
-            f"{', '.join(empty[:3])}{more}",
+            f"{some_names(empty)}",
             PTQWarning,
             stacklevel=3,
         )
@@ -161,9 +170,3 @@ def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
         do = "measure other models in Python"
         raise failure("eval", str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
     return int(shapes[0][1])
-
-
-def _logits_of(session: onnxruntime.InferenceSession) -> str:
-    """Return the name of the output that classifies: `logits`, or else the first."""
-    names: list[str] = [entry.name for entry in session.get_outputs()]
-    return "logits" if "logits" in names else names[0]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.errors import failure, near_names, some_names
 from ptq4vit_fx.tools.checkpoints import load_weights
 from ptq4vit_fx.tools.image_files import IMAGE_SUFFIXES, MODES, image_paths, opened, subfolders
 
@@ -150,10 +150,9 @@ def read_images(
         yield number, tensor
 
 
-def said_of_skipped(skipped: Sequence[str], shown: int = 3) -> str:
+def said_of_skipped(skipped: Sequence[str]) -> str:
     """Return one line for files that were skipped: how many, and the first few with their reasons."""
-    more = f"; and {len(skipped) - shown} more" if len(skipped) > shown else ""
-    return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {'; '.join(skipped[:shown])}{more}"
+    return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {some_names(skipped, separator='; ')}"
 
 
 def load_images(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def cosine(output: Any, expected: Any) -> float:
 
 def side_by_side(output: Any) -> Tensor:
     """Return the float tensors of an output that have a batch, side by side: (images, values)."""
-    output = dict(output) if hasattr(output, "to_tuple") else output
+    if dataclasses.is_dataclass(output):  # transformers' outputs too, of which the keys leave out what is None
+        output = dict(output) if isinstance(output, Mapping) else vars(output)
     tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
     images = max(len(x) for x in tensors if x.ndim)
     return torch.cat([x.float().reshape(images, -1) for x in tensors if x.ndim and len(x) == images], dim=1)
