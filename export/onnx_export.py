@@ -48,6 +48,7 @@ from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
+from ptq4vit_fx.torch_state import independent_of_caller
 
 #: What every file gets before the steps of its target, in this order.
 STEPS = (
@@ -86,6 +87,7 @@ class ExportReport:
         )
 
 
+@independent_of_caller()
 def export_onnx(
     converted: GraphModule,
     path: str | os.PathLike[str],

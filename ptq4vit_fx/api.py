@@ -18,15 +18,19 @@ from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.behaviour import check_behaviour
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace import module_paths, trace
 from ptq4vit_fx.pipeline import CONVERSION, preparation
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.recipes import ptq4vit
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
+@independent_of_caller()
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping,
@@ -45,8 +49,8 @@ def prepare_fx(
     QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if it holds NaN, or if a name or a
     rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
     """
+    model = float_model(model)
     example = example_of(model, example_inputs)
-    _check_weights(model)
     closed = module_paths(model, leaf_modules)
     try:
         traced = trace(model, example.tensors, closed, example.names)
@@ -66,9 +70,11 @@ def prepare_traced(
     if not has_shapes(graph_module):
         record_shapes(graph_module, inputs)
     preparation(qconfig_mapping, closed).run(graph_module)
+    check_behaviour(graph_module)
     return attach(graph_module, calibration=None)
 
 
+@independent_of_caller()
 def calibrate(
     prepared: GraphModule,
     data: Any,
@@ -111,6 +117,7 @@ def calibrate(
     return calibration
 
 
+@independent_of_caller()
 def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
     """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
     _require(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
@@ -137,6 +144,7 @@ def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphMo
     return attach(prepared, calibration=calibration)
 
 
+@independent_of_caller()
 def convert_fx(prepared: GraphModule) -> GraphModule:
     """Freeze the scales: integer weights, quantize and dequantize nodes, two branches behind every twin.
 
@@ -156,6 +164,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     return CONVERSION.run(copy.deepcopy(prepared))
 
 
+@independent_of_caller()
 def quantize(
     model: nn.Module,
     data: Any,
@@ -176,18 +185,6 @@ def quantize(
     prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)
     calibrate(prepared, data, **calibrate_kwargs)
     return convert_fx(prepared)
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise failure(
-                "prepare_fx",
-                f"parameter {name}",
-                expected="finite values",
-                got="NaN or infinity",
-                do="load a checkpoint that trained to the end",
-            )
 
 
 def _require(graph_module: Any, operation: str, stages: set[Stage], do: str) -> None:

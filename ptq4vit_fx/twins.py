@@ -22,6 +22,7 @@ from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
+from ptq4vit_fx.torch_state import independent_of_caller
 
 #: How much `auto` may add to the distance of the whole model: a tenth of a loss that is small to begin with.
 DEFAULT_TOLERANCE = 0.1
@@ -82,6 +83,7 @@ class TwinReport:
         )
 
 
+@independent_of_caller()
 def choose_twins(
     prepared: GraphModule,
     data: Any,

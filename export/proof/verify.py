@@ -20,6 +20,7 @@ from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
 from ptq4vit_fx.passes.graph.outputs import logits_in
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class VerifyReport:
         return "more than these functions differs: other float operators, or products that stay float (see below)"
 
 
+@independent_of_caller()
 def verify_onnx(
     path: str | os.PathLike[str], converted: GraphModule, data: Any, *, layers: int = 8, images: int | None = None
 ) -> VerifyReport:

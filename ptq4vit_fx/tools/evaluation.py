@@ -32,6 +32,7 @@ from ptq4vit_fx.tools.models import (
     read_images,
     said_of_skipped,
 )
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Evaluation:
         return "\n".join([*lines, f"{score} of {self.images} images, {len(self.skipped)} skipped"])
 
 
+@independent_of_caller()
 def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, console: Console) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 
