@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Padded(Multihead):
 
 @brought("model", "nn.MultiheadAttention with a key_padding_mask as an input")
 def key_padding_mask() -> None:
-    padding = torch.arange(TOKENS) >= torch.tensor([16, 9, 12, 16, 1, 5])[:, None]
+    padding = torch.arange(TOKENS) >= torch.tensor([16, 9, 12, 16, 1, 0])[:, None]
     pipeline(Padded().eval(), (pictures(), padding))
 
 
@@ -118,3 +119,63 @@ class ByHand(Tokens):
 @brought("model", "F.multi_head_attention_forward by hand")
 def by_hand() -> None:
     pipeline(ByHand().eval(), pictures())
+
+
+class Fused(Tokens):
+    """F.scaled_dot_product_attention of three heads, with a mask that `mask` makes of tokens and further inputs."""
+
+    def __init__(self, mask: Callable[..., Tensor] | None = None, kv_heads: int = HEADS, **options: Any) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM // HEADS * kv_heads)
+        self.v = nn.Linear(DIM, DIM // HEADS * kv_heads)
+        self.mask, self.options = mask, options
+
+    def attend(self, x: Tensor, *more: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, DIM // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mask = None if self.mask is None else self.mask(x, *more)
+        y: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
+        return y.transpose(1, 2).flatten(2)
+
+
+VALID = torch.arange(TOKENS) < torch.tensor([16, 9, 12, 16, 1, 0])[:, None]
+
+
+@brought("model", "padded batches: rows that are masked whole, a boolean mask", quick=True)
+def masked_rows() -> None:
+    model = Fused(lambda x, valid: valid[:, None, :, None] & valid[:, None, None, :])
+    pipeline(model.eval(), (pictures(), VALID))
+
+
+@brought("model", "padded batches: rows that are masked whole, a mask of -inf")
+def masked_rows_by_infinity() -> None:
+    def mask(x: Tensor, valid: Tensor) -> Tensor:
+        return torch.zeros(valid.shape[0], 1, 1, TOKENS).masked_fill(~valid[:, None, None, :], float("-inf"))
+
+    pipeline(Fused(mask).eval(), (pictures(), VALID))
+
+
+@brought("model", "padded batches: a mask of -1e9, and of the smallest float")
+def masked_rows_by_a_large_number() -> None:
+    for low in (-1e9, torch.finfo(torch.float32).min):
+        model = Fused(lambda x, valid, low=low: (~valid[:, None, None, :]).float() * low)
+        pipeline(model.eval(), (pictures(), VALID))
+
+
+@brought("model", "a mask that depends on the tokens themselves")
+def data_dependent_mask() -> None:
+    pipeline(Fused(lambda x: (x.mean(-1) > -0.1)[:, None, None, :]).eval(), pictures(), int8_cosine=0.9)
+
+
+@brought("model", "causal attention")
+def causal() -> None:
+    pipeline(Fused(is_causal=True).eval(), pictures())
+
+
+@brought("model", "grouped queries: several heads share keys and values")
+def grouped_queries() -> None:
+    pipeline(Fused(kv_heads=1, enable_gqa=True).eval(), pictures())
+
+
+@brought("model", "dropout inside of the fused attention in evaluation mode", refused="in evaluation mode")
+def dropout() -> None:
+    pipeline(Fused(dropout_p=0.2).eval(), pictures())
