@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 PROVENANCE, TARGET = "ptq4vit_fx.provenance", "ptq4vit_fx.target"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+HIDDEN = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+MODES = {1: "L", 3: "RGB"}
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -46,8 +49,8 @@ def open_model(path: Path, threads: int) -> tuple[onnxruntime.InferenceSession, 
     if preprocessing is None:
         raise stop(f"{path}: expected a file that records its preprocessing: write it with `ptq4vit quantize`")
     shape = session.get_inputs()[0].shape
-    if len(session.get_inputs()) != 1 or len(shape) != 4 or shape[1] != 3:
-        raise stop(f"{path}: expected one input of shape (batch, 3, height, width), got {shape}")
+    if len(session.get_inputs()) != 1 or len(shape) != 4 or shape[1] not in MODES:
+        raise stop(f"{path}: expected one input of shape (batch, 1 or 3, height, width), got {shape}")
     if metadata.get(TARGET) == "onnxruntime" and lacks_vnni():
         print(
             "warning: this CPU has no VNNI, ONNX Runtime's u8 x s8 products saturate on it and classes may differ: "
@@ -64,8 +67,36 @@ def lacks_vnni() -> bool:
     return "avx2" in text and not any(name in text for name in ("avx_vnni", "avx512_vnni", "amx_int8"))
 
 
+def find_images(folder: Path) -> list[Path]:
+    """Return the images of a folder in order, links followed, without what is hidden."""
+    seen, found = set[str](), list[Path]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        visited = os.path.realpath(parent) in seen
+        seen.add(os.path.realpath(parent))
+        folders[:] = [] if visited else sorted(n for n in folders if not n.startswith(".") and n not in HIDDEN)
+        found += [] if visited else [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+
+
+def decode(path: Path, channels: int) -> Image.Image:
+    """Return an image upright, with 8 bits in 1 or 3 channels; raises whatever Pillow raises on a broken file."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):  # more bits, which convert() would clip at 255
+            values = np.asarray(image)
+            low, high = float(values.min()), float(values.max())
+            if not (low >= 0 and high <= (255 if image.mode == "F" else 65535)):
+                raise ValueError(f"values from {low:g} to {high:g}: what is black and white is not known")
+            if image.mode == "F":
+                values = np.round(values * 255) if high <= 1 else np.round(values)
+            elif image.mode != "I" or high > 255:
+                values = values // 256
+            image = Image.fromarray(values.astype(np.uint8))
+        return image.convert(MODES[channels])
+
+
 def preprocess(image: Image.Image, config: dict[str, Any]) -> Array:
-    """Resize, crop and normalize as timm evaluates; return (3, height, width) float32."""
+    """Resize, crop and normalize as timm evaluates; return (channels, height, width) float32."""
     _, height, width = config["input_size"]
     scaled = [math.floor(side / (config["crop_pct"] or 0.875)) for side in (height, width)]
     mode = config.get("crop_mode") or "center"
@@ -74,7 +105,7 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> Array:
     if size != image.size:
         image = image.resize(size, Image.Resampling[config["interpolation"].upper()])
     image = crop(image, (width, height), fill)
-    values = np.asarray(image, np.float32) / np.float32(255)
+    values = np.asarray(image, np.float32).reshape(height, width, -1) / np.float32(255)
     mean, std = (np.array(config[key], np.float32) for key in ("mean", "std"))
     pixels: Array = ((values - mean) / std).transpose(2, 0, 1)
     return pixels
@@ -104,27 +135,30 @@ def crop(image: Image.Image, size: tuple[int, int], fill: tuple[int, ...]) -> Im
         round((have - want) / 2) if have >= want else -((want - have) // 2)
         for have, want in zip(image.size, size, strict=True)
     ]
-    canvas = Image.new("RGB", size, fill)
+    canvas = Image.new(image.mode, size, fill if image.mode == "RGB" else fill[0])
     canvas.paste(image, (-starts[0], -starts[1]))
     return canvas
 
 
 def read_batches(paths: list[Path], config: dict[str, Any], size: int) -> Iterator[tuple[list[Path], Array]]:
-    """Yield paths and pixels, (images, 3, height, width); unreadable images are named on stderr and left out."""
+    """Yield paths and pixels, (images, channels, height, width); unreadable images are left out and listed."""
     read: list[Path] = []
+    skipped: list[str] = []
     pixels: list[Array] = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                pixels.append(preprocess(image.convert("RGB"), config))
+            pixels.append(preprocess(decode(path, config["input_size"][0]), config))
             read.append(path)
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
+        except Exception as error:  # noqa: BLE001 - a broken file raises anything
+            skipped.append(f"{path}: {error}")
         if len(read) == size:
             yield read, np.stack(pixels)
             read, pixels = [], []
     if read:
         yield read, np.stack(pixels)
+    if skipped:
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        print(f"skipped {len(skipped)}: {'; '.join(skipped[:3])}{more}", file=sys.stderr)
 
 
 def run(session: onnxruntime.InferenceSession, pixels: Array) -> Array:
@@ -160,7 +194,7 @@ def classify(arguments: argparse.Namespace) -> None:
     session, config = open_model(arguments.model, arguments.threads)
     if not arguments.images.is_dir():
         raise stop(f"{arguments.images}: expected a folder of images, got no such folder")
-    paths = sorted(p for p in arguments.images.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = find_images(arguments.images)
     if not paths:
         raise stop(f"{arguments.images}: expected one image or more, got none")
     width = max(len(str(path.relative_to(arguments.images))) for path in paths)

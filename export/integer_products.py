@@ -11,6 +11,7 @@ makes of one step. The values are the same, bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -199,6 +200,7 @@ class _Writer:
         self._steps: dict[str, ir.Value] = {}
         self._columns_of: dict[tuple[Any, ...], ir.Value] = {}
         self._products_of: Counter[ir.Value] = Counter()
+        self._taken = {nodes.name_of(node) for node in model.graph}  # a module may multiply behind its own product
 
     def write(self, product: _Product) -> None:
         """Write a product, and let the node behind it read the result; a number tells those of one operand apart."""
@@ -252,7 +254,9 @@ class _Writer:
         return self._columns_of[key]
 
     def _add(self, kind: str, inputs: list[ir.Value], output: str, name: str, **attributes: Any) -> ir.Value:
-        node = nodes.new_node(kind, list(inputs), output, name, **attributes)
+        free = next(n for n in (name, *(f"{name}_{i}" for i in itertools.count(1))) if n not in self._taken)
+        self._taken.add(free)
+        node = nodes.new_node(kind, list(inputs), output, free, **attributes)
         self._place.prepend(node)
         return node.outputs[0]
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import example_tensors
+from ptq4vit_fx.batches import example_for
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
@@ -48,6 +48,7 @@ from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
+from ptq4vit_fx.torch_state import independent_of_caller
 
 #: What every file gets before the steps of its target, in this order.
 STEPS = (
@@ -86,10 +87,11 @@ class ExportReport:
         )
 
 
+@independent_of_caller()
 def export_onnx(
     converted: GraphModule,
     path: str | os.PathLike[str],
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Any,
     *,
     target: str = "onnxruntime",
     opset: int = 20,
@@ -99,7 +101,7 @@ def export_onnx(
 ) -> ExportReport:
     """Write a converted model to an ONNX file with int8 weights; return what was written.
 
-    example_inputs: an image batch of the size that the model accepts, any batch size; a tuple for several inputs.
+    example_inputs: as for `prepare_fx`, of the size that the model was prepared for, any batch size.
     target: a name in `ptq4vit_fx.export.targets.TARGETS` (docs/targets.md). opset: 17 to the newest that onnx knows.
     batch: a fixed number of images; the default is a dynamic batch. input_names: by default `image`, or the parameters'
     names if there are several. output_names: the model's own names of the outputs that the file is to have, in any
@@ -115,7 +117,7 @@ def export_onnx(
     _check_stage(converted)
     rules = check_target(target, opset, batch)
     interface = interface_of(converted, input_names, output_names)
-    inputs = example_tensors(example_inputs, "export_onnx")
+    inputs = example_for(converted, example_inputs, "export_onnx")
     check_writable(path, "export_onnx")  # before the work, not after
     qdq = return_results(write_qdq(copy.deepcopy(converted)), list(interface.outputs))
     model = translate(qdq, inputs, translated_opset(opset), batch, working_names(interface))

@@ -13,8 +13,8 @@ import onnxscript
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
 
 BATCH_NORM = torch.ops.aten.batch_norm.default

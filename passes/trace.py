@@ -3,140 +3,175 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
-import linecache
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import timm.layers
 import timm.models
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
+from torch.nn.modules import module as global_hooks
 
 from ptq4vit_fx.errors import PTQError, failure, near_names
+from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, FIXED_BATCH, Behaviour, behaviour_of
+from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
-from ptq4vit_fx.passes.graph.outputs import plain_outputs
+from ptq4vit_fx.passes.graph.float_model import float_model
+from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
+from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
+from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.trace_by_export import trace_by_export
+from ptq4vit_fx.passes.graph.symbolic_sizes import symbolic_sizes
+from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, specializations, trace_by_export, warn_of_largest_batch
 
 #: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.
 TRACEABLE = (timm.layers.BatchNormAct2d,)
+#: The method of the copy that is traced: a call of the copy as its user calls the model.
+TRACED = "ptq4vit_traced"
 
 
 def trace(
-    model: nn.Module, example_inputs: Sequence[Tensor] | None = None, leaf_modules: Sequence[str] = ()
+    model: nn.Module,
+    example_inputs: Sequence[Tensor] | None = None,
+    leaf_modules: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> GraphModule:
-    """Return a traced copy of `model` in evaluation mode; the model itself is never touched.
+    """Return a traced float32 copy of `model` in evaluation mode; the model itself is never touched.
 
-    The graph has one placeholder per example input, named after the first parameters of `forward`, (one, the image
-    batch, without an example): other arguments keep their defaults. Its output is `plain_outputs` of the model's. Two
-    tracers are tried: torch.fx's, which keeps the model's own functions; and, given an example,
-    torch.export's, where the first one fails or stops in front of a module that holds products. leaf_modules: paths
-    of modules that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
+    What is traced is a call of the instance: its hooks and a replaced forward are part of it. The graph has one
+    placeholder per example input, named after the first parameters of `forward` (one, the image batch, without an
+    example): other arguments keep their defaults. names: of the parameters that the inputs are given as, by keyword.
+    Its output is `plain_outputs` of the model's. Two tracers are tried, each on a copy of its own: torch.fx's, which
+    keeps the model's own functions; and, given an example, torch.export's, where the first one fails, computes
+    something else than the model, or stops in front of a module that holds products. leaf_modules: paths of modules
+    that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
     """
-    inputs = 1 if example_inputs is None else len(example_inputs)
-    root = _tensors_in_and_out(copy.deepcopy(model).eval().requires_grad_(False), inputs)
-    tracer = _ViTTracer(leaf_modules)
-    try:
-        graph_module = GraphModule(root, tracer.trace(root), class_name=type(model).__name__)
-    except Exception as error:
-        message = _untraceable(model, tracer, error)
+    source = float_copy(float_model(model))
+    call = call_of(source, len(example_inputs or "x"), names, complete=example_inputs is not None)
+    with silence():
         if example_inputs is None:
-            raise message from error
-        return _entered(_export_or(message, root, example_inputs), "trace_by_export", example_inputs)
-    if example_inputs is not None:
-        record_shapes(graph_module, example_inputs)
-        if any(
-            hides_products(graph_module, node) and str(node.target) not in leaf_modules
-            for node in graph_module.graph.nodes
-        ):
-            # What is closed in the first graph is reported by annotate if the second tracer cannot open it.
-            with contextlib.suppress(Exception):
-                return _entered(trace_by_export(root, example_inputs), "trace_by_export", example_inputs)
-    return _entered(graph_module, "trace", None)
+            graph_module = _by_fx(another_copy(source), call, leaf_modules)
+            if isinstance(graph_module, Failed):
+                raise neither(graph_module, None) from graph_module.error
+            return _entered(graph_module, "trace")
+        behaviour = behaviour_of(another_copy(source), example_inputs, call)
+        graph_module = _first_that_behaves(source, behaviour, leaf_modules)
+    largest = graph_module.meta.get(LARGEST_BATCH)
+    if largest is not None:
+        warn_of_largest_batch(largest)
+    return graph_module
 
 
-def _entered(graph_module: GraphModule, tracer: str, not_yet_recorded: Sequence[Tensor] | None) -> GraphModule:
-    if not_yet_recorded is not None:
-        record_shapes(graph_module, not_yet_recorded)
+def _first_that_behaves(source: nn.Module, behaviour: Behaviour, leaf_modules: Sequence[str]) -> GraphModule:
+    """Return what torch.fx's tracer gives, or torch.export's where that is better: closed modules are open in it."""
+    first = _checked(_by_fx(another_copy(source), behaviour.call, leaf_modules), behaviour)
+    if isinstance(first, GraphModule) and not _hides_products(first, leaf_modules):
+        return _entered(first, "trace", behaviour)
+    second = _by_export(source, behaviour)
+    if isinstance(second, GraphModule):
+        return _entered(second, "trace_by_export", behaviour)
+    if isinstance(first, GraphModule):  # what is closed in it is reported by annotate
+        return _entered(first, "trace", behaviour)
+    raise neither(second, first) from second.error
+
+
+def _entered(graph_module: GraphModule, tracer: str, behaviour: Behaviour | None = None) -> GraphModule:
+    if behaviour is not None:
+        graph_module.meta |= {BEHAVIOUR: behaviour, FIXED_BATCH: behaviour.fixed_batch}
     enter(graph_module, Stage.TRACED, Rewrite(tracer, len(graph_module.graph.nodes)))
     return graph_module
 
 
-def _untraceable(model: nn.Module, tracer: _ViTTracer, error: Exception) -> PTQError:
-    return failure(
-        "trace",
-        f"module {tracer.failed_at or '(root)'!r} of {type(model).__name__}, {_source_line(error)}",
-        expected="a forward without control flow that depends on tensor values",
-        got=f"{type(error).__name__}: {error}".splitlines()[0],
-        do="rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep "
-        "its module closed with leaf_modules=",
-    )
-
-
-def _export_or(first: PTQError, root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
+def _checked(graph_module: GraphModule | Failed, behaviour: Behaviour) -> GraphModule | Failed:
+    """Run a graph on the example, noting shapes, and compare what it computes with what the model computes."""
+    if isinstance(graph_module, Failed):
+        return graph_module
     try:
-        return trace_by_export(root, example_inputs)
-    except Exception as error:
-        second = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise PTQError(f"{first} (torch.export does not get through either: {second})") from error
+        record_shapes(graph_module, behaviour.runs[0].inputs)
+    except PTQError as error:
+        return failed(error.__cause__ or error, behaviour.model)
+    difference = behaviour.difference(graph_module)
+    return graph_module if difference is None else Failed.differing(behaviour.model, difference)
 
 
-def _tensors_in_and_out(model: nn.Module, inputs: int) -> nn.Module:
-    """Give the instance a forward of `inputs` tensors, keeping it the root, so that paths stay short."""
-    original = type(model)
-    parameters = list(inspect.signature(original.forward).parameters)[1:]
-    named = [name for name in parameters if name.isidentifier()][:inputs]
-    names = named if len(named) == inputs and "args" not in named else [f"input_{i}" for i in range(inputs)]
+def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> GraphModule | Failed:
+    tracer = _ViTTracer(leaf_modules)
+    name = type(root).__name__
+    # torch.fx names the placeholders after the parameters of a method, which a lambda with that signature has
+    parameters = ", ".join(call.names)
+    traced = eval(f"lambda self, {parameters}: call(self, {parameters})", {"call": call})
+    root.__class__ = type(name, (type(root),), {TRACED: traced, "__module__": type(root).__module__})
+    try:
+        return GraphModule(root, tracer.trace(root), class_name=name)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is part of the sentence if the other tracer fails too
+        return failed(error, root)
 
-    def call(self: nn.Module, *tensors: Tensor) -> Any:
-        return plain_outputs(original.forward(self, *tensors))
 
-    # torch.fx names the placeholders after the parameters, which a lambda with that signature has
-    forward = eval(f"lambda self, {', '.join(names)}: call(self, {', '.join(names)})", {"call": call})
-    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
-    return model
+def _by_export(source: nn.Module, behaviour: Behaviour) -> GraphModule | Failed:
+    """Try torch.export for any batch; then with sizes kept symbols; then for batches that take the same branches."""
+    inputs, fixed = behaviour.runs[0].inputs, behaviour.fixed_batch is not None
+    tries = ((None, False), (None, True), (torch.export.Dim.DYNAMIC, True))
+    failures: list[Failed] = []
+    for batch, symbols in tries[:1] if fixed else tries:
+        root = another_copy(source)
+        sizes = symbolic_sizes(root) if symbols else contextlib.nullcontext()
+        with specializations(root) as places, sizes:
+            try:
+                graph_module = trace_by_export(root, inputs, behaviour.call, batch=batch, fixed=fixed)
+            except Exception as error:  # noqa: BLE001 - it is part of the sentence
+                failures.append(failed(error, root, places))
+                if failures[-1].cause is not BATCH:
+                    break
+                continue
+        result = _checked(graph_module, behaviour)
+        if isinstance(result, GraphModule):
+            return result
+        failures.append(result)
+    return failures[0]
+
+
+def _hides_products(graph_module: GraphModule, leaf_modules: Sequence[str]) -> bool:
+    nodes = graph_module.graph.nodes
+    return any(hides_products(graph_module, node) and str(node.target) not in leaf_modules for node in nodes)
 
 
 class _ViTTracer(Tracer):
     """A tracer that knows timm's own registries of untraceable modules and functions."""
 
+    traced_func_name = TRACED
+
     def __init__(self, leaf_modules: Sequence[str] = ()) -> None:
         super().__init__(autowrap_functions=tuple(timm.models.get_notrace_functions()), param_shapes_constant=True)
-        self._leaves = tuple(timm.models.get_notrace_modules())
+        self._closed = tuple(timm.models.get_notrace_modules())
         self._leaf_paths = frozenset(leaf_modules)
-        self.failed_at: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self._leaf_paths:
             return True
         if isinstance(m, TRACEABLE):
             return False
-        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, self._closed):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, PARALLEL) and not _is_changed(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self.failed_at is None:  # the innermost module fails first
-                self.failed_at = self.path_of_module(m)
-            raise
+        if m is self.root:  # what is traced calls it, to run its hooks
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
 
-def _source_line(error: BaseException) -> str:
-    """Return `file:line: source` of the deepest frame outside of torch."""
-    frames = [
-        (frame.f_code.co_filename, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if "/torch/" not in frame.f_code.co_filename and not frame.f_code.co_filename.endswith("trace.py")
-    ]
-    if not frames:
-        return "source line unknown"
-    filename, line = frames[-1]
-    return f"{filename}:{line}: {linecache.getline(filename, line).strip()}"
+#: Modules of torch.nn that are only a way to run another one.
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+#: Where torch keeps what runs around a module's forward, and around every module's.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _is_changed(m: nn.Module) -> bool:
+    """Return whether this instance computes something else than its class: then a node of its class would not."""
+    own = any(getattr(m, hooks) for hooks in HOOKS)
+    return own or any(getattr(global_hooks, f"_global{hooks}") for hooks in HOOKS) or "forward" in vars(m)
 
 
 def module_paths(model: nn.Module, leaf_modules: Sequence[str | type[nn.Module]]) -> tuple[str, ...]:

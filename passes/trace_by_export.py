@@ -2,42 +2,104 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.names import leaf_of, owner_of
+from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
 from ptq4vit_fx.passes.graph.shapes import without_fast_attention
+from ptq4vit_fx.passes.graph.silence import silence
 
 
-def trace_by_export(root: nn.Module, example_inputs: Sequence[Tensor]) -> GraphModule:
+class _Called(nn.Module):
+    """A root around the model, so that its own hooks and its replaced forward run as those of any other module."""
+
+    def __init__(self, root: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.root, self.call = root, call
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.call(self.root, *tensors)
+
+
+#: Where a traced GraphModule notes the largest batch that it holds for, if there is one.
+LARGEST_BATCH = "ptq4vit_largest_batch"
+#: What `_Called` puts in front of every path.
+ROOT = "root"
+
+
+def trace_by_export(
+    root: nn.Module,
+    example_inputs: Sequence[Tensor],
+    call: ModelCall | None = None,
+    *,
+    batch: Any = None,
+    fixed: bool = False,
+) -> GraphModule:
     """Return a graph of `root` over aten operators, its parameters under their own paths, its batch dynamic.
 
     example_inputs: of any batch size; two images are exported, because torch.export takes a size of 1 for a constant.
-    Raises whatever torch.export raises.
+    call: how the model is called, by default on its first parameters. batch: what torch.export is told of the batch
+    size, by default that it may be any. fixed: the batch stays that of the example. Raises what torch.export raises.
     """
+    call = call or call_of(root, len(example_inputs))
     device = next((p.device for p in root.parameters()), example_inputs[0].device)
-    batches = tuple(x.detach()[:1].expand(2, *x.shape[1:]).contiguous().to(device) for x in example_inputs)
-    batch = torch.export.Dim("batch", min=1)
-    with without_fast_attention(), warnings.catch_warnings(record=True) as said, torch.no_grad():
-        warnings.simplefilter(
-            "always"
-        )  # and what torch says is dropped: of tensors that the copy caches in its forward
-        program = torch.export.export(root, batches, dynamic_shapes=tuple({0: batch} for _ in batches), strict=False)
-    for text in dict.fromkeys(str(item.message) for item in said if issubclass(item.category, PTQWarning)):
-        warnings.warn(text, PTQWarning, stacklevel=2)
+    images = tuple(x.detach().to(device) for x in example_inputs)
+    if not fixed:
+        images = tuple(x[:1].expand(2, *x.shape[1:]).contiguous() for x in images)
+    dynamic = None if fixed else ({0: batch or torch.export.Dim("batch", min=1)},) * len(images)
+    with without_fast_attention(), silence(), torch.no_grad():
+        program = torch.export.export(_Called(root, call), images, dynamic_shapes=dynamic and (dynamic,), strict=False)
     _hold_constants(root, program)
-    return GraphModule(root, _plain_graph(program), class_name=type(root).__name__)
+    graph_module = GraphModule(root, _plain_graph(program, call.names), class_name=type(root).__name__)
+    largest = [int(r.upper) for r in program.range_constraints.values() if batch is not None and r.upper.is_Integer]
+    if largest:
+        graph_module.meta[LARGEST_BATCH] = min(largest)
+    return graph_module
+
+
+@contextlib.contextmanager
+def specializations(root: nn.Module) -> Iterator[list[str]]:
+    """Give a list that fills with the places where torch.export replaces a size by a constant."""
+    places: list[str] = []
+    original = ShapeEnv._set_replacement
+
+    def replacing(self: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
+        if target.is_number:
+            places.append(place_of(traceback.walk_stack(None), root))
+        original(self, symbol, target, message)
+
+    setattr(ShapeEnv, "_set_replacement", replacing)  # noqa: B010 - a method, to mypy
+    try:
+        yield places
+    finally:
+        setattr(ShapeEnv, "_set_replacement", original)  # noqa: B010
+
+
+def warn_of_largest_batch(largest: int) -> None:
+    """Say that a graph holds for some batch sizes only (PTQWarning)."""
+    message = f"the model computes otherwise on more than {largest} images at once: the traced graph holds up to there"
+    warnings.warn(message, PTQWarning, stacklevel=3)
+
+
+def _own(path: str) -> str:
+    """Return a path of the exported program as the model has it."""
+    return path.removeprefix(ROOT).removeprefix(".")
 
 
 def _hold_constants(root: nn.Module, program: torch.export.ExportedProgram) -> None:
@@ -45,21 +107,23 @@ def _hold_constants(root: nn.Module, program: torch.export.ExportedProgram) -> N
     for spec in program.graph_signature.input_specs:
         if spec.kind is not InputKind.CONSTANT_TENSOR:
             continue
-        value = program.constants[str(spec.target)]
-        owner, leaf = root.get_submodule(owner_of(str(spec.target))), leaf_of(str(spec.target))
+        value, path = program.constants[str(spec.target)], _own(str(spec.target))
+        owner, leaf = root.get_submodule(owner_of(path)), leaf_of(path)
         if not isinstance(getattr(owner, leaf, None), Tensor):
             owner.register_buffer(leaf, value, persistent=False)
 
 
-def _plain_graph(program: torch.export.ExportedProgram) -> Graph:
+def _plain_graph(program: torch.export.ExportedProgram, names: Sequence[str]) -> Graph:
     """Return the program's graph with get_attr nodes for its parameters, inlined regions and the model's own output."""
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    graph, made = Graph(), {}
+    graph, made, inputs = Graph(), {}, iter(names)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]
             made[node] = (
-                graph.placeholder(node.name) if spec.kind is InputKind.USER_INPUT else graph.get_attr(str(spec.target))
+                graph.placeholder(next(inputs))
+                if spec.kind is InputKind.USER_INPUT
+                else graph.get_attr(_own(str(spec.target)))
             )
         elif node.op != "output":
             _copy(graph, program.graph_module, node, made)
@@ -89,7 +153,8 @@ def _copy(graph: Graph, owner: GraphModule, node: Node, made: dict[Node, Any]) -
 def _stack(node: Node) -> dict[str, tuple[str, Any]]:
     """Return the module stack as torch.fx's tracer writes it: path -> (path, type)."""
     stack = node.meta.get("nn_module_stack", {})
-    return {path: (path, kind) for path, kind in stack.values() if path and not path.startswith("_empty")}
+    own = [(_own(path), kind) for path, kind in stack.values()]
+    return {path: (path, kind) for path, kind in own if path and not path.startswith("_empty")}
 
 
 def _inline(graph: Graph, region: GraphModule, operands: list[Any]) -> Any:

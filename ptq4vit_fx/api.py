@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs, example_tensors, input_batches
+from ptq4vit_fx.batches import first_item
 from ptq4vit_fx.calibrating.calibrator import CalibrationOptions, run_calibration
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
+from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.behaviour import check_behaviour
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace import module_paths, trace
 from ptq4vit_fx.pipeline import CONVERSION, preparation
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.recipes import ptq4vit
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
+@independent_of_caller()
 def prepare_fx(
     model: nn.Module,
     qconfig_mapping: QConfigMapping,
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Any,
     *,
     leaf_modules: Sequence[str | type[nn.Module]] = (),
     skip: Sequence[str] = (),
@@ -36,16 +42,25 @@ def prepare_fx(
     """Trace a float model, make its graph canonical, plan its quantization and insert observers.
 
     model: any traceable vision transformer; it is copied, never changed, and the copy is in evaluation mode.
-    example_inputs: an image batch (batch, channels, height, width), float32, or a tuple of as many tensors as forward
-    is given, the batch first in each. leaf_modules: types or paths of modules that stay closed and float. skip: names
+    example_inputs: an image batch (batch, channels, height, width), or any tensor or array that has the batch first; a
+    tuple of as many as forward is given; or a mapping by the names of forward's parameters, such as a processor's
+    output; labels are left out. leaf_modules: types or paths of modules that stay closed and float. skip: names
     of modules or products that stay float. Returns a GraphModule that computes the float model and has `.plan` (a
     QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if it holds NaN, or if a name or a
     rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
     """
-    inputs = example_tensors(example_inputs)
-    _check_weights(model)
+    model = float_model(model)
+    example = example_of(model, example_inputs)
     closed = module_paths(model, leaf_modules)
-    return prepare_traced(trace(model, inputs, closed), qconfig_mapping.skipping(skip), inputs, closed)
+    try:
+        traced = trace(model, example.tensors, closed, example.names)
+    except PTQError:
+        inputs_alone = without_labels(model, example)
+        if inputs_alone is None:
+            check_batch_dimension(model, example)
+            raise
+        return prepare_fx(model, qconfig_mapping, inputs_alone.tensors, leaf_modules=leaf_modules, skip=skip)
+    return prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed)
 
 
 def prepare_traced(
@@ -55,13 +70,16 @@ def prepare_traced(
     if not has_shapes(graph_module):
         record_shapes(graph_module, inputs)
     preparation(qconfig_mapping, closed).run(graph_module)
+    check_behaviour(graph_module)
     return attach(graph_module, calibration=None)
 
 
+@independent_of_caller()
 def calibrate(
     prepared: GraphModule,
-    data: Tensor | Iterable[Any],
+    data: Any,
     *,
+    images: int | None = None,
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -73,8 +91,10 @@ def calibrate(
 ) -> Calibration:
     """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
 
-    data: a tensor (images, channels, height, width), or an iterable of such batches or of (batch, anything) pairs;
-    labels are never used; for a model of n inputs, an iterable of tuples that start with n tensors. seed: of the rows
+    data: a tensor or array (images, channels, height, width), or an iterable of such batches or of (batch, anything)
+    pairs; labels are never used; for a model of n inputs, an iterable of tuples that start with n tensors; everywhere a
+    mapping by the names of the inputs, of which the rest is ignored. Half and double become float32. images: so many
+    are read at most; by default all of a tensor or list, the first 1,024 of any other iterable. seed: of the rows
     that screening samples and the labels that "fisher" draws; same seed, same scales, bit for bit. device: where
     the model runs (default: where it is; it is brought back afterwards).
     search_device: where candidates are evaluated (default: `device`): a model that does not fit on a GPU may stay on
@@ -89,12 +109,14 @@ def calibrate(
     another plan, other weights, images or arguments.
     """
     _require(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
-    options = CalibrationOptions(seed, progress, device, search_device, loss, memory_limit, checkpoint, sequential)
+    devices = (device, search_device)
+    options = CalibrationOptions(images, seed, progress, *devices, loss, memory_limit, checkpoint, sequential)
     calibration = run_calibration(prepared, data, options)
     load_calibration(prepared, calibration)
     return calibration
 
 
+@independent_of_caller()
 def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
     """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
     _require(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
@@ -121,6 +143,7 @@ def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphMo
     return attach(prepared, calibration=calibration)
 
 
+@independent_of_caller()
 def convert_fx(prepared: GraphModule) -> GraphModule:
     """Freeze the scales: integer weights, quantize and dequantize nodes, two branches behind every twin.
 
@@ -140,37 +163,27 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     return CONVERSION.run(copy.deepcopy(prepared))
 
 
+@independent_of_caller()
 def quantize(
     model: nn.Module,
-    data: Tensor | Iterable[Any],
+    data: Any,
     *,
     qconfig_mapping: QConfigMapping | None = None,
-    example_inputs: Tensor | tuple[Tensor, ...] | None = None,
+    example_inputs: Any = None,
     **calibrate_kwargs: Any,
 ) -> GraphModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
-    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`; needed by a model
-    of several inputs. The other arguments go to `calibrate`. The result has `.plan` and `.calibration`.
+    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`; needed where
+    forward is given more of an item than it must have. The other arguments go to `calibrate`. The result has `.plan`
+    and `.calibration`.
     """
     if example_inputs is None:
-        batches = input_batches(data)
-        data, example_inputs = batches, batches[0][0][:1]
+        item, data = first_item(data, "quantize")
+        example_inputs = first_example(model, item, "quantize")
     prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)
     calibrate(prepared, data, **calibrate_kwargs)
     return convert_fx(prepared)
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise failure(
-                "prepare_fx",
-                f"parameter {name}",
-                expected="finite values",
-                got="NaN or infinity",
-                do="load a checkpoint that trained to the end",
-            )
 
 
 def _require(graph_module: Any, operation: str, stages: set[Stage], do: str) -> None:

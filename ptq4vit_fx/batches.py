@@ -1,124 +1,189 @@
-"""Image batches out of whatever a user has: a tensor, a list of tensors, a DataLoader."""
+"""Image batches out of whatever a user has: a tensor, a list of tensors, a DataLoader, an endless stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import PTQError, PTQWarning, failure
+from ptq4vit_fx.inputs.items import Input, fitted, model_inputs
+from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
 
 #: Images per forward and backward when the data is one tensor.
 BATCH_SIZE = 8
 
+#: So many images are read of an iterable that is not in memory anyway; calibration needs far fewer.
+MOST_IMAGES = 1024
 
-#: The inputs of one forward: tensors whose first dimension is the batch.
-Inputs = tuple[Tensor, ...]
+#: So many items without an image in a row end the reading of an iterable.
+MOST_EMPTY = 1000
+
+#: Reading that takes longer than so many seconds is shown.
+SHOWN_AFTER = 2.0
 
 
-def example_tensors(example_inputs: Tensor | Sequence[Tensor], operation: str = "prepare_fx") -> Inputs:
-    """Return the inputs of one forward. Raises PTQError unless a single one is an image batch, several one batch."""
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    if len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4 and inputs[0].is_floating_point():
-        return inputs
-    are_tensors = all(isinstance(x, Tensor) and x.ndim for x in inputs)
-    if len(inputs) > 1 and are_tensors and len({len(x) for x in inputs}) == 1:
-        return inputs
-    described = [f"shape {tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
-    raise failure(
-        operation,
-        "example_inputs",
-        expected="a float image batch (batch, channels, height, width), or a tuple of tensors of the same batch size",
-        got="; ".join(described) or "nothing",
-        do="pass torch.randn(1, 3, 224, 224), for example",
+def batches_for(
+    graph_module: GraphModule, data: Any, operation: str, *, images: int | None = None, progress: bool = False
+) -> list[Inputs]:
+    """Return batches of the inputs of a traced model, in their order, float ones as float32.
+
+    data: a tensor or array of images, a mapping of such, or an iterable of batches, which `fitted` describes. images:
+    read that many at most; None: all of a tensor, list or tuple, MOST_IMAGES of any other iterable, with a warning
+    (PTQWarning) if there are more. progress: show how many were read once that takes time. Raises PTQError on data
+    without images, with NaN or infinity, or that is not like the example: shapes are part of a traced graph (patches,
+    windows, position embeddings), so a model that takes any image size takes one size after tracing.
+    """
+    if images is not None and images < 1:
+        do = "leave it out for all of a tensor"
+        raise failure(operation, "images", expected="1 or more", got=str(images), do=do)
+    wanted = model_inputs(graph_module)
+    items = _items(data, wanted, operation)
+    most = images if images is not None or isinstance(items, list) else MOST_IMAGES
+    read: list[Inputs] = []
+    count = 0
+    with _shown(progress) as show:
+        for batch in _batches(items, wanted, operation):
+            room = len(batch[0]) if most is None else most - count
+            cut = room < len(batch[0])
+            if cut and images is None:
+                _warn_of_more(operation, count + room)
+            if room:
+                read.append(tuple(x[:room] for x in batch))
+                count += len(read[-1][0])
+                show(count)
+            if cut or count == images:
+                break
+    if not read:
+        raise _nothing(data, operation)
+    return read
+
+
+def example_for(graph_module: GraphModule, example_inputs: Any, operation: str) -> Inputs:
+    """Return an example of a traced model's inputs; raises PTQError if it is not like that of prepare_fx."""
+    wanted = model_inputs(graph_module)
+    if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == len(wanted) == 1:
+        (example_inputs,) = example_inputs
+    batch = fitted(example_inputs, wanted, operation, "example_inputs")
+    if not len(batch[0]):
+        got, do = str(tuple(batch[0].shape)), "pass the example of prepare_fx"
+        raise failure(operation, "example_inputs", expected="one image or more", got=got, do=do)
+    return batch
+
+
+def first_item(data: Any, operation: str) -> tuple[Any, Any]:
+    """Return the first item of data, all of it if that is one tensor, array or mapping, and data that still has it."""
+    if isinstance(data, Tensor) or hasattr(data, "__array__") or by_name(data) is not None:
+        return data, data
+    if isinstance(data, (tuple, list)) and data:
+        return data[0], data
+    items = _read(iter(_items(data, (), operation)), operation)
+    for item in items:
+        return item, itertools.chain([item], items)
+    raise _nothing(data, operation)
+
+
+def _items(data: Any, wanted: Sequence[Input], operation: str) -> Iterable[Any]:
+    """Return the items of data, a list if they are in memory; what holds all images at once is split into batches."""
+    whole = by_name(data) is not None or (len(wanted) > 1 and _are_whole(data, len(wanted)))
+    if whole:
+        return list(zip(*(torch.split(x, BATCH_SIZE) for x in fitted(data, wanted, operation, "data")), strict=True))
+    if isinstance(data, Tensor) or hasattr(data, "__array__"):
+        return list(torch.split(as_input(data, operation, "data"), BATCH_SIZE))
+    if isinstance(data, (tuple, list)):
+        return list(data)
+    if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        as_input(data, operation, "data")  # says what it is
+    iterable: Iterable[Any] = data
+    return iterable
+
+
+def _are_whole(data: Any, count: int) -> bool:
+    return (
+        isinstance(data, (tuple, list))
+        and len(data) == count
+        and all(isinstance(x, (Tensor, np.ndarray)) for x in data)
     )
 
 
-def input_batches(data: Tensor | Iterable[Any], count: int = 1) -> list[Inputs]:
-    """Return the batches of a tensor, or of an iterable of tensors or of tuples that start with `count` tensors.
-
-    What follows these tensors (labels) is ignored. With count 1 they are image batches. Raises PTQError if there is
-    none, if an item is something else, or if a tensor holds NaN or infinity.
-    """
-    if isinstance(data, Tensor):
-        items: list[Any] = list(torch.split(data, BATCH_SIZE)) if data.ndim else [data]
-    else:
-        items = list(data)
-    batches = [tuple(map(_as_input, _tensors_of(item, count))) for item in items]
-    batches = [batch for batch in batches if batch[0].ndim == 0 or len(batch[0])]
-    if not batches:
-        raise failure(
-            "calibrate",
-            "data",
-            expected="one image or more",
-            got="none",
-            do="pass a tensor (images, channels, height, width) or an iterable of such batches",
-        )
-    for number, batch in enumerate(batches):
-        _check(number, batch)
-    return batches
+def _read(items: Iterator[Any], operation: str) -> Iterator[Any]:
+    """Yield items; an exception of the user's own loader becomes a PTQError that says which batch it was."""
+    for number in range(2**63):
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except PTQError:
+            raise
+        except Exception as error:
+            reason = [line for line in str(error).splitlines() if line.strip()] or [""]
+            got = f"{type(error).__name__}: {reason[-1].strip()}"
+            do = "mend the data set or its loader"
+            raise failure(operation, f"reading batch {number}", expected="a batch", got=got, do=do) from error
+        yield item
 
 
-def _as_input(x: Tensor) -> Tensor:
-    return x.detach().float() if x.is_floating_point() or x.ndim == 4 else x.detach()
+@contextlib.contextmanager
+def _shown(progress: bool) -> Iterator[Callable[[int], None]]:
+    """Give a function that shows how many images were read, once reading takes longer than SHOWN_AFTER seconds."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        status = None
+
+        def show(count: int) -> None:
+            nonlocal status
+            if progress and time.monotonic() - started > SHOWN_AFTER:
+                status = status or stack.enter_context(Console().status("read images"))
+                status.update(f"read images: {count}")
+
+        yield show
 
 
-def _check(number: int, batch: Inputs) -> None:
-    if len(batch) == 1 and batch[0].ndim != 4:
-        raise failure(
-            "calibrate",
-            f"batch {number}",
-            expected="shape (images, channels, height, width)",
-            got=str(tuple(batch[0].shape)),
-            do="add the batch dimension" if batch[0].ndim == 3 else "pass image batches",
-        )
+def _warn_of_more(operation: str, count: int) -> None:
+    warnings.warn(
+        f"{operation}: data: the first {count} images of an iterable were read, it has more; images= sets the number",
+        PTQWarning,
+        stacklevel=4,
+    )
+
+
+def _nothing(data: Any, operation: str) -> PTQError:
+    do = "pass a tensor (images, channels, height, width) or an iterable of such batches"
+    if isinstance(data, Iterator):
+        do = "an iterator can be read once: pass a list of batches or a DataLoader"
+    return failure(operation, "data", expected="one image or more", got="none", do=do)
+
+
+def _batches(items: Iterable[Any], wanted: Sequence[Input], operation: str) -> Iterator[Inputs]:
+    """Yield the items that hold images, fitted and checked; stop after MOST_EMPTY in a row that hold none."""
+    empty = 0
+    for number, item in enumerate(_read(iter(items), operation)):
+        batch = fitted(item, wanted, operation, f"batch {number}")
+        _check_finite(batch, operation, f"batch {number}")
+        empty = 0 if len(batch[0]) else empty + 1
+        if empty > MOST_EMPTY:
+            return
+        if not empty:
+            yield batch
+
+
+def _check_finite(batch: Inputs, operation: str, subject: str) -> None:
     for x in batch:
-        finite = torch.isfinite(x).flatten(1).all(1)
+        finite = torch.isfinite(x).reshape(len(x), -1).all(1) if x.numel() else torch.ones(1)
         if not finite.all():
             raise failure(
-                "calibrate",
-                f"batch {number}, image {int((~finite).nonzero()[0])}",
+                operation,
+                f"{subject}, image {int((~finite).nonzero()[0])}",
                 expected="finite pixels",
                 got="NaN or infinity",
                 do="check the preprocessing or leave that image out",
             )
-
-
-def _tensors_of(item: Any, count: int) -> Inputs:
-    tensors = tuple(item[:count]) if isinstance(item, (tuple, list)) else (item,)
-    if len(tensors) == count and all(isinstance(x, Tensor) for x in tensors):
-        return tensors
-    raise failure(
-        "calibrate",
-        "an item of data",
-        expected=f"a tuple that starts with {count} tensors"
-        if count > 1
-        else "a tensor, or a tuple that starts with one",
-        got=" and ".join(type(x).__name__ for x in tensors) or "nothing",
-        do="pass a tensor or a DataLoader of images",
-    )
-
-
-def batches_for(graph_module: GraphModule, data: Tensor | Iterable[Any], operation: str) -> list[Inputs]:
-    """Return `input_batches` of a traced model. Raises PTQError if their size is not the one that it was prepared for.
-
-    Shapes are part of a traced graph (patches, windows, position embeddings): a model that takes any image size takes
-    one size after tracing.
-    """
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    batches = input_batches(data, len(placeholders))
-    wanted = [tuple(node.meta["tensor_meta"].shape[1:]) for node in placeholders]
-    for number, batch in enumerate(batches):
-        for node, x, shape in zip(placeholders, batch, wanted, strict=True):
-            if tuple(x.shape[1:]) != shape:
-                raise failure(
-                    operation,
-                    f"batch {number}, input {node.name}",
-                    expected=f"shape (batch, {', '.join(map(str, shape))}), the size that the model was prepared for",
-                    got=str(tuple(x.shape)),
-                    do="resize the images, or call prepare_fx with an example of that size",
-                )
-    return batches

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.api import calibrate, load_calibration
+from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product
@@ -22,6 +22,7 @@ from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
+from ptq4vit_fx.torch_state import independent_of_caller
 
 #: How much `auto` may add to the distance of the whole model: a tenth of a loss that is small to begin with.
 DEFAULT_TOLERANCE = 0.1
@@ -82,12 +83,14 @@ class TwinReport:
         )
 
 
+@independent_of_caller()
 def choose_twins(
     prepared: GraphModule,
-    data: Tensor | Iterable[Any],
+    data: Any,
     *,
     uniform: Sequence[str] | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
+    images: int | None = None,
     timing: Callable[[ProductShapes], tuple[float, float]] = measure_product,
     **calibrate_kwargs: Any,
 ) -> tuple[GraphModule, TwinReport]:
@@ -97,23 +100,22 @@ def choose_twins(
     become uniform, until together they add `tolerance` times the distance of the whole model, the sum of
     sum((dL/dout)^2 (out^ - out)^2) over all products: to second order, that is the loss that quantization causes.
 
-    prepared: a calibrated model whose plan has twins; it is not changed. data: the images that it was calibrated on.
+    prepared: a calibrated model whose plan has twins; it is not changed. data, images: what it was calibrated on.
     uniform: names of products or regular expressions; these become uniform, whatever they add, and no others.
     tolerance: >= 0. timing: seconds of a product as two branches and as one; the default measures them in ONNX
     Runtime, so the choice is this machine's. The other arguments are those of `calibrate`; pass the same ones.
     Raises PTQError if the model is not calibrated, has no twin, was searched without gradients, or if a pattern matches
     nothing.
     """
-    if isinstance(data, Iterable) and not isinstance(data, Tensor):
-        data = list(data)
     plan, calibration, ops = _twin_ops(prepared)
+    batches = batches_for(prepared, data, "choose_twins", images=images)
     shapes = _product_shapes(prepared)
     alternatives = {key: value for op in ops for key, value in _uniform(op, plan, shapes[op.name]).items()}
     reduced = replace(plan, ops=ops, quantizers=_of(ops, plan.quantizers | alternatives))
     result = attach(copy.deepcopy(prepared), plan=reduced)
-    searched = calibrate(result, data, **calibrate_kwargs)
+    searched = calibrate(result, batches, **calibrate_kwargs)
     total = sum(after for _, after in calibration.distances.values())
-    images = shape_of(next(n for n in prepared.graph.nodes if n.op == "placeholder"))[0]
+    example_batch = shape_of(next(n for n in prepared.graph.nodes if n.op == "placeholder"))[0]
     timed = {key: timing(key) for key in dict.fromkeys(shapes[op.name] for op in ops)}
     choices = [
         TwinChoice(
@@ -121,7 +123,7 @@ def choose_twins(
             tuple(key for key in _sites(op) if key in alternatives),
             calibration.distances[op.name][1],
             searched.distances[op.name][1],
-            tuple(seconds / images for seconds in timed[shapes[op.name]]),
+            tuple(seconds / example_batch for seconds in timed[shapes[op.name]]),
             "twin",
         )
         for op in ops

@@ -52,6 +52,13 @@ def photos(tmp_path_factory):
         small.resize(size, Image.Resampling.BILINEAR).save(folder / f"{number % 2}" / f"{number}.png")
     Image.fromarray(random.integers(0, 255, (20, 30), np.uint8)).save(folder / "grey.png")
     (folder / "broken.png").write_text("not an image")
+    deep = np.kron(random.integers(0, 65536, (4, 5)), np.ones((6, 6))).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB").save(folder / "photo.jpg", exif=exif)
+    (folder / ".hidden").mkdir()
+    Image.fromarray(deep).save(folder / ".hidden" / "hidden.png")
     return folder
 
 
@@ -96,7 +103,7 @@ def test_it_gives_the_classes_of_eval(tmp_path, deployed, photos):
         best = int(scores.argmax())
         label = ["ant", "bee", "cat", "dog", "elk"][best]
         expected.append([str(paths[number].relative_to(photos)), str(best), f"{scores[best]:.4f}", label])
-    assert len(expected) == 7
+    assert len(expected) == 9
     assert [line.split() for line in lines] == expected
 
 
@@ -171,4 +178,4 @@ def test_progress_is_shown_after_two_seconds(script, deployed, photos, monkeypat
     monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
     arguments = argparse.Namespace(model=deployed, images=photos, labels=None, batch_size=3, threads=1)
     script.classify(arguments)
-    assert "3 of 8 images, " in capsys.readouterr().err
+    assert "3 of 10 images, " in capsys.readouterr().err

@@ -207,10 +207,11 @@ def test_rhs_and_lhs_alternate_from_the_start_that_is_given():
 
 
 def nearly_even_attention(tokens=257, images=2, heads=3):
-    """Return softmax rows of values around 1 / tokens, each far below the step of one coarse grid, and any v."""
+    """Return softmax rows of values around 1 / tokens, below half a step of the coarse grid, and a v with means."""
     generator = torch.Generator().manual_seed(0)
     lhs = torch.randn(images, heads, tokens, tokens, generator=generator).mul(0.3).softmax(-1)
-    return lhs, torch.randn(images, heads, tokens, 16, generator=generator)
+    rhs = torch.randn(images, heads, tokens, 16, generator=generator)
+    return lhs, rhs + torch.randn(1, heads, 1, 16, generator=generator)
 
 
 @pytest.mark.parametrize("screen_rows", [512, None])

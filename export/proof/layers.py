@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.nodes import Array
 from ptq4vit_fx.export.proof.outputs import feed, filled
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.dataflow import stored_path
 from ptq4vit_fx.passes.graph.marks import scope_of

@@ -13,9 +13,9 @@ from onnxruntime import InferenceSession
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torch import Tensor
 
-from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.export.metadata import own_outputs
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 
 Array = NDArray[Any]

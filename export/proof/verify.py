@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import batches_for
@@ -21,6 +20,7 @@ from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
 from ptq4vit_fx.passes.graph.outputs import logits_in
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
 @dataclass(frozen=True)
@@ -203,16 +203,16 @@ class VerifyReport:
         return "more than these functions differs: other float operators, or products that stay float (see below)"
 
 
+@independent_of_caller()
 def verify_onnx(
-    path: str | os.PathLike[str], converted: GraphModule, data: Tensor | Iterable[Any], *, layers: int = 8
+    path: str | os.PathLike[str], converted: GraphModule, data: Any, *, layers: int = 8, images: int | None = None
 ) -> VerifyReport:
     """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
 
-    data: as for `calibrate`: image batches, labels ignored. layers: number of images, the first ones, on which the
-    integer codes of every site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images
-    do not fit.
+    data, images: as for `calibrate`. layers: number of images, the first ones, on which the integer codes of every
+    site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images do not fit.
     """
-    batches = batches_for(converted, data, "verify_onnx")
+    batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))

@@ -15,16 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs, batches_for
+from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
 from ptq4vit_fx.calibrating.losses import Loss, get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
 from ptq4vit_fx.errors import PTQWarning, failure
 from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import plan_of
@@ -42,6 +42,7 @@ GPU_SEARCHES = 2
 class CalibrationOptions:
     """The arguments of `ptq4vit_fx.calibrate`, which documents them."""
 
+    images: int | None
     seed: int
     progress: bool
     device: torch.device | str | None
@@ -52,11 +53,11 @@ class CalibrationOptions:
     sequential: bool
 
 
-def run_calibration(prepared: GraphModule, data: Tensor | Iterable[Any], options: CalibrationOptions) -> Calibration:
+def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOptions) -> Calibration:
     """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
     started = time.perf_counter()
     devices = _Devices.of(prepared, options)
-    batches = batches_for(prepared, data, "calibrate")
+    batches = batches_for(prepared, data, "calibrate", images=options.images, progress=options.progress)
     run = _start(prepared, batches, options, devices)
     schedule = _schedule(run, batches)
     with _model_at_work(run), _progress(run) as show:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.calibrating.losses import Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.observer import ProductObserver
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product, to_product

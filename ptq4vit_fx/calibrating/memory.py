@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import Inputs
 from ptq4vit_fx.errors import PTQWarning, some_names
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.plan import QuantOp
 
 #: Share of the limit that is planned with. The rest is for what the allocator keeps: ViT-L/16 planned with all of 8 GiB

@@ -81,7 +81,7 @@ def quantize(
         import ptq4vit_fx
         from ptq4vit_fx.export.onnx_export import check_target
         from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
-        from ptq4vit_fx.tools.models import create_model, data_config, list_images, load_images
+        from ptq4vit_fx.tools.models import create_model, data_config, list_images, load_images, said_of_skipped
 
         mapping = _mapping(recipe, twins, w_bits, a_bits)
         # Before the download and the minutes, not after:
@@ -90,14 +90,18 @@ def quantize(
         if target == "tensorrt" and recipe == "ptq4vit":
             expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
             raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do=do)
-        list_images(data, limit=1)
+        folder = list_images(data, limit=images)
         network = create_model(model, weights, model_arg or [])
         preprocessing = data_config(network)
         skipped: list[str] = []
+        channels = preprocessing["input_size"][0]
+        if channels == 1:
+            mean, std = (preprocessing[key][0] for key in ("mean", "std"))
+            console.print(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
         with console.status("read images"):
-            pixels = load_images(data, timm.data.create_transform(**preprocessing), images, skipped)
-        for name in skipped:
-            console.print(f"skipped {name}", markup=False)
+            pixels = load_images(folder, timm.data.create_transform(**preprocessing), images, skipped, channels)
+        if skipped:
+            console.print(said_of_skipped(skipped), markup=False)
         prepared = ptq4vit_fx.prepare_fx(network, mapping, pixels[:1])
         batches = list(torch.split(pixels, batch_size))
         limit = None if memory_limit is None else round(memory_limit * 2**30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,21 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import PTQWarning, failure
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.passes.graph.outputs import logits_in
-from ptq4vit_fx.tools.models import ImageFolder, data_config, list_images, read_images
+from ptq4vit_fx.tools.image_files import MODES
+from ptq4vit_fx.tools.models import (
+    ImageFolder,
+    are_numbers,
+    at_size,
+    data_config,
+    list_images,
+    read_images,
+    said_of_skipped,
+)
+from ptq4vit_fx.torch_state import independent_of_caller
 
 
 @dataclass(frozen=True)
@@ -33,27 +44,30 @@ class Evaluation:
     skipped: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"skipped {name}" for name in self.skipped]
+        lines = [said_of_skipped(self.skipped)] if self.skipped else []
         score = f"top-1 {self.correct / self.images:.2%}" if self.images else "no readable image"
         return "\n".join([*lines, f"{score} of {self.images} images, {len(self.skipped)} skipped"])
 
 
+@independent_of_caller()
 def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, console: Console) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 
-    model: a timm model whose preprocessing to use instead. Raises PTQError if neither is known, or if the number of
-    sub-folders is not the number of classes (unless the sub-folders are named by class number).
+    model: a timm model whose preprocessing to use instead. Raises PTQError if neither is known, if the file takes
+    something else than images, or if the number of sub-folders is not the number of classes (unless the sub-folders are
+    named by class number). Warns (PTQWarning) of sub-folders without images.
     """
     session = open_session(file)
-    output = _logits_of(session, file)
+    channels, output = _image_channels(session, file), _logits_of(session, file)
     folder = list_images(data, labelled=True)
     transform = timm.data.create_transform(**_preprocessing(session, file, model))
+    _warn_of_empty(folder, data)
     labels, skipped = np.asarray(folder.labels), list[str]()
     correct = images = 0
     bar = track(folder.paths, "eval", console=console)
     fixed = session.get_inputs()[0].shape[0]
     size = fixed if isinstance(fixed, int) else batch_size
-    for numbers, pixels in _batches(read_images(bar, transform, skipped), size):
+    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
         # A file of a fixed batch takes no other: repeat the last image, drop its results.
         missing = fixed - len(pixels) if isinstance(fixed, int) else 0
         full = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
@@ -85,7 +99,7 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
                 got="no such record",
                 do="pass --model with the timm model that it was made from",
             )
-    return config | {"input_size": tuple(session.get_inputs()[0].shape[1:])}
+    return at_size(config, tuple(session.get_inputs()[0].shape[1:]))
 
 
 def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> str:
@@ -99,7 +113,8 @@ def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> str:
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
-    numbered = all(name.isdigit() for name in folder.classes)
+    _check_names(folder, classes, data)
+    numbered = are_numbers(folder.classes)
     if max(folder.labels) >= classes or (len(folder.classes) != classes and not numbered):
         raise failure(
             "eval",
@@ -108,3 +123,53 @@ def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
             got=f"{len(folder.classes)}" + (f", numbered up to {max(folder.labels)}" if numbered else ""),
             do="name the sub-folders by class number (0, 1, ...) if some classes have no images",
         )
+
+
+def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
+    """Raise PTQError if one name among numbers makes the order of the names another one than that of the numbers.
+
+    Warn if all are numbers, and their order as text, which is that of torchvision's ImageFolder, is another one.
+    """
+    names = folder.classes
+    numbers = [name for name in names if name.isdecimal()]
+    others = [name for name in names if not name.isdecimal()]
+    moved = [name for name in numbers if names.index(name) != int(name)]
+    if not others and moved and len(names) == classes:
+        warnings.warn(
+            f"eval: {data}: sub-folders are classes by their number; torchvision's ImageFolder sorts them as text, "
+            f"{names[2]} before {names[-1]}: if the model was trained that way, give the names leading zeros",
+            PTQWarning,
+            stacklevel=4,
+        )
+    if len(numbers) > len(others) > 0 and moved and all(int(name) < classes for name in numbers):
+        raise failure(
+            "eval",
+            str(data),
+            expected="sub-folders that are all named by class number, or none",
+            got=f"{', '.join(others[:3])} beside {', '.join(numbers[:3])}",
+            do="move what is no class out of the folder",
+        )
+
+
+def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
+    filled = set(folder.labels)
+    numbered = are_numbers(folder.classes)
+    empty = [n for i, n in enumerate(folder.classes) if (int(n) if numbered else i) not in filled]
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        warnings.warn(
+            f"eval: {data}: {len(empty)} of {len(folder.classes)} sub-folders hold no image, and count as classes: "
+            f"{', '.join(empty[:3])}{more}",
+            PTQWarning,
+            stacklevel=3,
+        )
+
+
+def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
+    """Return the channels of the only input, an image batch; raises PTQError if it is something else."""
+    shapes = [entry.shape for entry in session.get_inputs()]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES:
+        expected = "a file of one input, images (batch, 1 or 3 channels, height, width)"
+        do = "measure other models in Python"
+        raise failure("eval", str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
+    return int(shapes[0][1])

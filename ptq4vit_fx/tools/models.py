@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ from typing import Any
 import timm
 import timm.data
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import failure, near_names
-
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"])
+from ptq4vit_fx.tools.image_files import IMAGE_SUFFIXES, MODES, image_paths, opened, subfolders
 
 
 def create_model(name: str, weights: Path | None, arguments: list[str]) -> nn.Module:
@@ -73,11 +72,27 @@ def _load(model: nn.Module, path: Path) -> None:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data config of the model, JSON-ready, at the input size that the model was created with."""
+    """Return timm's data config of the model, JSON-ready, at the input size and channels that it was created with.
+
+    Raises PTQError if it has other channels than 1 or 3.
+    """
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        config["input_size"] = (config["input_size"][0], *size)
+    channels, *size = config["input_size"]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = channels if first is None else first.in_channels
+    if channels not in MODES:
+        do = "preprocess the images in Python and call ptq4vit_fx.quantize"
+        got = f"a model of {channels} channels"
+        raise failure("read images", type(model).__name__, expected="images of 1 or 3 channels", got=got, do=do)
+    return at_size(config, (channels, *size))
+
+
+def at_size(config: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
+    """Return a data config at an input size, (channels, height, width); one channel has the average mean and std."""
+    config = config | {"input_size": size}
+    if size[0] == 1:
+        config |= {key: (round(sum(config[key]) / len(config[key]), 6),) for key in ("mean", "std")}
     return config
 
 
@@ -86,57 +101,91 @@ class ImageFolder:
     """Paths of a folder's images, and, if it is labelled, the class of each: the number of its sub-folder."""
 
     paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
+    labels: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 def list_images(folder: Path, *, limit: int | None = None, labelled: bool = False) -> ImageFolder:
     """List up to `limit` images of a folder, nested or flat, evenly spread over it in the order of their paths.
 
-    labelled: only images in sub-folders count. The sub-folders are the classes, in the order of their names, or, if
-    all names are numbers, the numbers themselves. Raises PTQError if the folder is missing or holds no image.
+    Links are followed; hidden files and folders and what programs leave behind are passed over. labelled: only images
+    in sub-folders count. All sub-folders, empty ones too, are the classes, in the order of their names, as in
+    torchvision's ImageFolder; if all names are numbers, the numbers themselves. Raises PTQError if the folder is
+    missing or holds no image.
     """
     do = "pass a folder that holds .jpg or .png files" + (" in one sub-folder per class" if labelled else "")
     if not folder.is_dir():
-        raise failure("read images", str(folder), expected="a folder of images", got="no such folder", do=do)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        got, do = _instead_of_a_folder(folder, do)
+        raise failure("read images", str(folder), expected="a folder of images", got=got, do=do)
+    paths = image_paths(folder, per_subfolder=labelled)
     if labelled:
         paths = [p for p in paths if p.parent != folder]
     if not paths:
-        raise failure("read images", str(folder), expected="one image or more", got="an empty folder", do=do)
+        others = [path.name for path in folder.rglob("*") if path.is_file()]
+        got = f"{len(others)} other files, such as {others[0]}" if others else "an empty folder"
+        raise failure("read images", str(folder), expected="one image or more", got=got, do=do)
     if limit is not None and len(paths) > limit:
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
-    names = [p.relative_to(folder).parts[0] for p in paths] if labelled else []
-    classes = tuple(sorted(set(names)))
-    numbered = all(name.isdigit() for name in classes)
-    labels = tuple(int(name) if numbered else classes.index(name) for name in names)
-    return ImageFolder(tuple(paths), labels, classes)
+    if not labelled:
+        return ImageFolder(tuple(paths))
+    classes = subfolders(folder)
+    numbers = {name: int(name) if are_numbers(classes) else classes.index(name) for name in classes}
+    return ImageFolder(tuple(paths), tuple(numbers[p.relative_to(folder).parts[0]] for p in paths), tuple(classes))
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Return whether all sub-folders are named by a class number."""
+    return all(name.isdecimal() for name in classes)
+
+
+def _instead_of_a_folder(path: Path, do: str) -> tuple[str, str]:
+    """Return what is there where a folder is expected, and what to do about it."""
+    if not path.exists():
+        return "no such folder", do
+    if path.suffix.lower() in {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"}:
+        return "an archive", "unpack it and pass the folder"
+    if path.suffix.lower() in {".npy", ".npz", ".pt", ".pth", ".safetensors", ".h5", ".parquet"}:
+        return "a file of arrays", "pass preprocessed arrays to ptq4vit_fx.quantize(model, images) in Python"
+    return "a file", "pass the folder that holds it" if path.suffix.lower() in IMAGE_SUFFIXES else do
 
 
 def read_images(
-    paths: Iterable[Path], transform: Callable[[Image.Image], Tensor], skipped: list[str]
+    paths: Iterable[Path], transform: Callable[[Image.Image], Tensor], skipped: list[str], channels: int = 3
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (number of the path, preprocessed image); unreadable files go to `skipped`, `path: reason`, instead."""
     for number, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
-                tensor = transform(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            skipped.append(f"{path}: {error}")
+            tensor = transform(opened(path, channels))
+        except Exception as error:  # noqa: BLE001 - a broken file raises anything: SyntaxError, struct.error, a bomb's own
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            skipped.append(f"{path}: {reason[0]}")
             continue
         yield number, tensor
 
 
-def load_images(folder: Path, transform: Callable[[Image.Image], Tensor], limit: int, skipped: list[str]) -> Tensor:
+def said_of_skipped(skipped: Sequence[str], shown: int = 3) -> str:
+    """Return one line for files that were skipped: how many, and the first few with their reasons."""
+    more = f"; and {len(skipped) - shown} more" if len(skipped) > shown else ""
+    return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {'; '.join(skipped[:shown])}{more}"
+
+
+def load_images(
+    folder: Path | ImageFolder,
+    transform: Callable[[Image.Image], Tensor],
+    limit: int,
+    skipped: list[str],
+    channels: int = 3,
+) -> Tensor:
     """Return up to `limit` readable images of a folder as one tensor (images, channels, height, width).
 
     Raises PTQError if none is readable.
     """
-    images = [image for _, image in read_images(list_images(folder, limit=limit).paths, transform, skipped)]
+    listed = folder if isinstance(folder, ImageFolder) else list_images(folder, limit=limit)
+    images = [image for _, image in read_images(listed.paths[:limit], transform, skipped, channels)]
     if not images:
         raise failure(
             "read images",
-            str(folder),
+            str(listed.paths[0].parent if isinstance(folder, ImageFolder) else folder),
             expected="one readable image or more",
             got=f"none of {len(skipped)}, the first: {skipped[0]}",
             do="check the files",

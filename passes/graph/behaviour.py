@@ -1,0 +1,225 @@
+"""What a float model computes, measured before it is traced: what is quantized must compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.passes.graph.causes import place_of, rejected
+from ptq4vit_fx.passes.graph.model_call import ModelCall
+from ptq4vit_fx.passes.graph.shapes import without_fast_attention
+
+#: Where a traced GraphModule keeps the Behaviour of its model until it is prepared.
+BEHAVIOUR = "ptq4vit_behaviour"
+
+#: Where it notes the batch size of the example, if the model takes no other.
+FIXED_BATCH = "ptq4vit_fixed_batch"
+
+#: Root mean square of the difference, relative to that of the output. Another order of summation in float32 changes
+#: the families of tools/families.py by less than 1e-5; a lost layer, hook or output changes a model by far more.
+DIFFERENCE = 1e-3
+#: What decides (the best queries of a detector) multiplies the last bit: a difference of so many times what the model
+#: itself makes of a change in the last bit of its inputs is none.
+AMPLIFIED = 30.0
+LAST_BIT = 2.0**-22
+
+#: Rows of the second batch, or two for an example of as many.
+ROWS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """Inputs, and the tensors that the model gives."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A model, how it is called, and what it computes: on the example, and on another batch size if it takes one."""
+
+    model: nn.Module
+    call: ModelCall
+    runs: tuple[Run, ...]
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size of the example, if the model takes no other."""
+        return len(self.runs[0].inputs[0]) if len(self.runs) == 1 else None
+
+    def difference(self, graph_module: GraphModule) -> str | None:
+        """Return in words what a graph computes otherwise, None if it computes the same."""
+        for run in self.runs:
+            on = f"on a batch of {len(run.inputs[0])}"
+            try:
+                with measuring(self.model):
+                    outputs = tensors_of(graph_module(*run.inputs))
+            except Exception as error:  # noqa: BLE001 - whatever it raises, the model does not
+                return f"{type(error).__name__} {on}: {error}".splitlines()[0]
+            if [x.shape for x in outputs] != [x.shape for x in run.outputs]:
+                shapes = [", ".join(str(tuple(x.shape)) for x in found) for found in (outputs, run.outputs)]
+                return f"outputs of shape {shapes[0]} instead of {shapes[1]} {on}"
+            far = distance(outputs, run.outputs)
+            if not far <= DIFFERENCE and not far <= AMPLIFIED * self._made_of_the_last_bit(run):
+                return f"outputs that differ by {far:.2g} of their size {on}"
+        return None
+
+    def _made_of_the_last_bit(self, run: Run) -> float:
+        moved = tuple(x * (1 + LAST_BIT) if x.is_floating_point() else x for x in run.inputs)
+        with measuring(self.model):
+            return distance(tensors_of(self.call(self.model, *moved)), run.outputs)
+
+
+def check_behaviour(graph_module: GraphModule) -> None:
+    """Raise PTQError if a prepared graph computes something else than the model that it was traced from.
+
+    What the model computes is forgotten then. A graph that was traced without an example has nothing to be compared to.
+    """
+    behaviour: Behaviour | None = graph_module.meta.pop(BEHAVIOUR, None)
+    difference = behaviour and behaviour.difference(graph_module)
+    if behaviour is not None and difference:
+        raise failure(
+            "prepare_fx",
+            type(behaviour.model).__name__,
+            expected="a prepared graph that computes what the model computes",
+            got=difference,
+            do="keep the module in which it begins closed with leaf_modules=, and report this as a bug in a pass",
+        )
+
+
+def fixed_batch(graph_module: GraphModule) -> int | None:
+    """Return the only batch size that the model of a graph takes, None if it takes others."""
+    return graph_module.meta.get(FIXED_BATCH)
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run a model as it is traced: without gradients and fused layers; the caller's random numbers stay his."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), without_fast_attention():
+        yield
+
+
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of an output, whatever holds them."""
+    return tuple(x for x in tree_leaves(output) if isinstance(x, Tensor))
+
+
+def distance(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Return the largest difference of tensors of the same shapes: its root mean square over that of the expected one.
+
+    Infinity where a finite value became none, or where more than one in a hundred integers differ. Values that are not
+    finite in the model are not compared, and a tensor of next to nothing is compared with the largest of all.
+    """
+    sizes = [_size(x) for x in expected]
+    least = max(1e-3 * max(sizes, default=0.0), 1e-12)
+    pairs = zip(outputs, expected, sizes, strict=True)
+    return max((_difference(a, b) / max(size, least) for a, b, size in pairs), default=0.0)
+
+
+def _size(x: Tensor) -> float:
+    return _rms(x[torch.isfinite(x)]) if x.is_floating_point() else 1.0
+
+
+def _difference(output: Tensor, expected: Tensor) -> float:
+    if not expected.is_floating_point():
+        return float("inf") if (output != expected).sum() > max(1, expected.numel() // 100) else 0.0
+    finite = torch.isfinite(expected)
+    difference = output[finite].double() - expected[finite].double()
+    return _rms(difference) if torch.isfinite(difference).all() else float("inf")
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -> Behaviour:
+    """Run a model on the example, and on other rows made of it.
+
+    model: a copy that nobody else uses. Raises PTQError if it does not take the example, and if two forwards of the
+    same images differ: nothing can be compared with a model that is random.
+    """
+    device = next((p.device for p in model.parameters()), example[0].device)
+    inputs = tuple(x.detach().to(device, torch.float32 if x.is_floating_point() else x.dtype).clone() for x in example)
+    try:
+        with measuring(model):
+            first, again = _run(model, call, inputs), _run(model, call, inputs)
+    except Exception as error:
+        raise rejected(model, inputs, error) from error
+    if [x.shape for x in first.outputs] != [x.shape for x in again.outputs] or (
+        distance(again.outputs, first.outputs) > DIFFERENCE
+    ):
+        raise _random(model, call, inputs)
+    try:
+        with measuring(model):
+            second = _run(model, call, other_rows(inputs))
+    except Exception:  # noqa: BLE001 - whatever it is, it is about a batch that the example does not have
+        return Behaviour(model, call, (first,))
+    return Behaviour(model, call, (first, second))
+
+
+def _run(model: nn.Module, call: ModelCall, inputs: tuple[Tensor, ...]) -> Run:
+    return Run(inputs, tensors_of(call(model, *(x.clone() for x in inputs))))
+
+
+def other_rows(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a batch of another size whose rows differ from each other, within the range of the example's values.
+
+    Rows are rolled along the last dimension, so that images that are mixed across a batch show up; an example without
+    contrast (zeros, ones) gets some. Integers and masks are repeated as they are: only these are known to be valid.
+    """
+    rows = len(inputs[0])
+    numbers = [i % rows for i in range(ROWS if rows != ROWS else ROWS - 1)]
+    generator = torch.Generator().manual_seed(0)
+    return tuple(_other_rows(x[numbers], generator) for x in inputs)
+
+
+def _other_rows(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point() or x.ndim < 2:
+        return x
+    if x.isfinite().all() and x.std() < 1e-6 + 1e-3 * x.abs().max():
+        x = x + torch.randn(x.shape, generator=generator).to(x)
+    return torch.stack([row.roll(number, -1) * (1 - number / 8) for number, row in enumerate(x)])
+
+
+def _random(model: nn.Module, call: ModelCall, inputs: tuple[Tensor, ...]) -> PTQError:
+    with measuring(model), _RandomCalls(model) as calls:
+        call(model, *inputs)
+    fused = "_scaled_dot_product"  # tagged as random, whether it drops or not
+    found = (
+        min(calls.found, key=lambda name: name.startswith(fused))
+        if calls.found
+        else "no random operator of torch: it keeps state, or draws from numpy"
+    )
+    return failure(
+        "prepare_fx",
+        type(model).__name__,
+        expected="a model that computes the same twice in evaluation mode",
+        got=f"two outputs for one image; random is {found}",
+        do="switch that off in evaluation mode (F.dropout takes training=self.training)",
+    )
+
+
+class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operator that draws random numbers: its name, and where it is called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.found = model, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            place = place_of(traceback.walk_stack(None), self.model)
+            self.found.append(f"{func.overloadpacket.__name__} in {place}")
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,224 @@
+"""What is behind an exception of torch or of the user's model: the line of it that says so, where, and what helps."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq4vit_fx.errors import PTQError, failure
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+#: Lines of torch's messages that say nothing about the cause.
+ASIDE = re.compile(
+    r"For more information|Constraints violated|Suggested fixes|The error above|TORCH_LOGS|While executing|draft_export"
+)
+LONGEST = 300
+
+#: Directories whose frames are not the user's.
+NOT_OURS = tuple(
+    os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, os.path.join(__file__, "..", ".."))
+)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A kind of exception: what its text has, what was expected instead, and what helps."""
+
+    pattern: str
+    expected: str
+    do: str
+
+
+SIZE = Cause(
+    r"doesn't match model|must match the size|shape mismatch|invalid for input|cannot be multiplied"
+    r"|must match except in dimension|[Ss]izes of tensors must match|Kernel size can't be greater|divisible"
+    r"|out of range|size mismatch|Given normalized_shape|Input (image )?(height|width|size)",
+    "a size that the model accepts",
+    "use the model's input size, or create it with img_size=",
+)
+#: In their order: the first whose pattern is in the text.
+RUNNING = (
+    Cause(
+        r"to have \d+ channels|expected input\[.*\] to have|channel dimension|[Cc]hannels? .*(match|expected)",
+        "as many channels as the model has",
+        "pass images of that many channels, or create the model for yours (in_chans=, num_channels=)",
+    ),
+    Cause(
+        r"OutOfMemoryError|out of memory|not enough memory|MemoryError",
+        "memory for one forward",
+        "pass a smaller example, or move the model to a device with more memory",
+    ),
+    Cause(
+        r"ImportError|ModuleNotFoundError|requires the .* library",
+        "what the model imports",
+        "install that package",
+    ),
+    Cause(
+        r"same device|device mismatch|on device|Input type .*cuda",
+        "a model and tensors on one device",
+        "move the whole model with .to(device), and create tensors of the forward with device=x.device",
+    ),
+    Cause(
+        r"(expected|indices) to have .*(Long|Int)|scalar types?: Long|index.* must be .*(long|int)",
+        "integers",
+        "pass that input as torch.int64",
+    ),
+    Cause(
+        r"same dtype|expected (scalar )?type|bias type|expected m1 and m2|[Hh]alf|BFloat16|must have the same dtype"
+        r"|got .*c10::|not implemented for '(Byte|Char|Short|Int|Long|Bool)'",
+        "one floating-point type throughout: weights and images are float32 here",
+        "take casts to another type (half(), to(torch.float16)) out of the forward, and pass images as floats",
+    ),
+    Cause(
+        r"Expected \d+D .*input|got \d+D|[Dd]imension out of range|not enough values to unpack|too many values"
+        r"|number of dim|dimensions? .*(expected|required)|must be \d-?[dD]",
+        "as many dimensions as the model takes",
+        "pass a batch: (batch, channels, height, width) for images",
+    ),
+    SIZE,
+    Cause(
+        r"'forward' function|\"forward\" function",
+        "a model with a forward",
+        "define forward, or pass the module that has one",
+    ),
+    Cause(
+        r"missing \d+ required|unexpected keyword|takes \d+ positional|You (must|have to) specify|required argument",
+        "the inputs that forward needs",
+        "pass one tensor per parameter, in their order, or a mapping from their names",
+    ),
+)
+RAISES = Cause("", "a model that runs on the example", "run model(example) in evaluation mode and mend what it raises")
+
+
+def cause_of(text: str, causes: Sequence[Cause], otherwise: Cause) -> Cause:
+    """Return the first cause whose pattern is in the text."""
+    return next((cause for cause in causes if re.search(cause.pattern, text)), otherwise)
+
+
+def said(error: BaseException) -> str:
+    """Return `Type: the line that says what happened`, whole, without colours."""
+    lines = [line.strip(" -\t") for line in ANSI.sub("", str(error)).splitlines()]
+    telling = [line for line in lines if line and not ASIDE.search(line)] or [line for line in lines if line]
+    text = " ".join(telling[0].split()) if telling else ""
+    if len(text) > LONGEST:
+        text = text[:LONGEST].rsplit(" ", 1)[0] + " ..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+BATCH = Cause(
+    r"specialized it to be a constant|Constraints violated",
+    "a forward for any batch size",
+    "count images with x.shape[0], and compute on whole batches instead of image by image",
+)
+VALUES = Cause(
+    r"control flow|Proxy|data-dependent|DataDependent|symbolically traced|[.]numpy\(\)|[.]item\(\)|[.]tolist\(\)",
+    "a forward without control flow that depends on tensor values",
+    "rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep its "
+    "module closed with leaf_modules=",
+)
+#: Exceptions of tracers, in their order.
+TRACING = (
+    BATCH,
+    Cause(
+        r"[Ff]ake impl|Unsupported|meta kernel|not implemented for Meta|'Meta' (device|backend)",
+        "operators that torch.export knows the shapes of",
+        "register one with torch.library.register_fake, or keep its module closed with leaf_modules=",
+    ),
+    VALUES,
+    *RUNNING,
+)
+UNTRACEABLE = Cause(
+    "",
+    "a forward that torch.fx or torch.export traces",
+    "rewrite that line, or keep its module closed with leaf_modules=",
+)
+DIFFERS = Cause(
+    "",
+    "a graph that computes what the model computes",
+    "leave out of the forward what depends on more than its inputs (counters, caches, the type of a tensor)",
+)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a tracer gave no graph: where, what was got, the kind of cause, the exception if there was one."""
+
+    where: str
+    got: str
+    cause: Cause
+    error: BaseException | None = None
+
+    @staticmethod
+    def differing(model: nn.Module, difference: str) -> Failed:
+        """Return the failure of a graph that computes something else."""
+        return Failed(type(model).__name__, difference, DIFFERS)
+
+
+def failed(error: BaseException, model: nn.Module, places: Sequence[str] = ()) -> Failed:
+    """Return why `error` stopped a tracer; places: where a batch size became a constant, if it did."""
+    text = f"{type(error).__name__}: {ANSI.sub('', str(error))}"
+    cause = cause_of(text, TRACING, UNTRACEABLE)
+    if cause is BATCH and places:
+        return Failed(places[0], "a number of images that the line takes for a constant", BATCH, error)
+    return Failed(place_of(frames_of(error), model), said(error), cause, error)
+
+
+def neither(last: Failed, first: Failed | None) -> PTQError:
+    """Return the error of a model that no tracer gets through; what names the cause is told first."""
+    main, other = last, first
+    if first is not None and last.cause in (VALUES, UNTRACEABLE, DIFFERS) and first.cause is not DIFFERS:
+        main, other = first, last
+    error = failure("trace", main.where, expected=main.cause.expected, got=main.got, do=main.cause.do)
+    if other is None:
+        return error
+    name = "torch.export" if other is last else "torch.fx"
+    return PTQError(f"{error} ({name} does not get through either: {other.got})")
+
+
+def rejected(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> PTQError:
+    """Return the error of a model that raises on the example: what, in which module and line, and what helps."""
+    got = said(error)
+    cause = cause_of(f"{type(error).__name__}: {error}", RUNNING, RAISES)
+    shapes = ", ".join(f"{tuple(x.shape)}" for x in inputs)
+    where = place_of(frames_of(error), model)
+    return failure(
+        "prepare_fx",
+        f"example_inputs of shape {shapes}, in {where}",
+        expected=cause.expected,
+        got=got,
+        do=cause.do,
+    )
+
+
+Frames = Iterable[tuple[types.FrameType, int]]
+
+
+def frames_of(error: BaseException) -> Frames:
+    """Return the frames of an exception, the innermost first."""
+    found, entry = [], error.__traceback__
+    while entry is not None:
+        found.append((entry.tb_frame, entry.tb_lineno))
+        entry = entry.tb_next
+    return reversed(found)
+
+
+def place_of(frames: Frames, model: nn.Module) -> str:
+    """Return `module 'blocks.0.attn' (Attention), file:line: source` of the innermost frame that is the user's."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in frames:
+        owner, file = frame.f_locals.get("self"), frame.f_code.co_filename
+        if not module and id(owner) in paths:
+            module = f"module {paths[id(owner)] or '(root)'!r} ({type(owner).__name__})"
+        if not line and not file.startswith(NOT_OURS) and not file.startswith("<"):
+            line = f"{file}:{number}: {linecache.getline(file, number).strip()}"
+        if module and line:
+            break
+    return ", ".join(part for part in (module or f"module '(root)' ({type(model).__name__})", line) if part)

@@ -1,0 +1,29 @@
+"""Nothing but our own sentences: the logs and warnings of torch while it traces are about its insides."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+from ptq4vit_fx.errors import PTQWarning
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep torch's loggers and all warnings but our own quiet; what is said several times is said once, at the end."""
+    known = [name for name in logging.root.manager.loggerDict if name == "torch" or name.startswith("torch.")]
+    loggers = [logging.getLogger(name) for name in {"torch", *known}]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield
+        for text in dict.fromkeys(str(item.message) for item in said if issubclass(item.category, PTQWarning)):
+            warnings.warn(text, PTQWarning, stacklevel=4)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
