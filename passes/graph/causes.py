@@ -185,7 +185,7 @@ def neither(last: Failed, first: Failed | None) -> PTQError:
     if other is None:
         return error
     name = "torch.export" if other is last else "torch.fx"
-    return PTQError(f"{error} ({name} does not get through either: {other.got})")
+    return PTQError(f"{error} ({name} does not get through either: {other.got.split('. ')[0]})")
 
 
 def rejected(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> PTQError:
