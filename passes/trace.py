@@ -25,6 +25,7 @@ from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.symbolic_sizes import symbolic_sizes
+from ptq4vit_fx.passes.graph.untouched import untouched
 from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, specializations, trace_by_export, warn_of_largest_batch
 
 #: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.
@@ -105,7 +106,8 @@ def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> Gra
     traced = eval(f"lambda self, {parameters}: call(self, {parameters})", {"call": call})
     root.__class__ = type(name, (type(root),), {TRACED: traced, "__module__": type(root).__module__})
     try:
-        return GraphModule(root, tracer.trace(root), class_name=name)
+        with untouched(root):
+            return GraphModule(root, tracer.trace(root), class_name=name)
     except Exception as error:  # noqa: BLE001 - it is part of the sentence if the other tracer fails too
         return failed(error, root)
 
@@ -118,7 +120,7 @@ def _by_export(source: nn.Module, behaviour: Behaviour) -> GraphModule | Failed:
     for batch, symbols in tries[:1] if fixed else tries:
         root = another_copy(source)
         sizes = symbolic_sizes(root) if symbols else contextlib.nullcontext()
-        with specializations(root) as places, sizes:
+        with specializations(root) as places, sizes, untouched(root):
             try:
                 graph_module = trace_by_export(root, inputs, behaviour.call, batch=batch, fixed=fixed)
             except Exception as error:  # noqa: BLE001 - it is part of the sentence
