@@ -23,6 +23,7 @@ from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
 from ptq4vit_fx.passes.graph.shapes import without_fast_attention
+from ptq4vit_fx.passes.graph.silence import silence
 
 
 class _Called(nn.Module):
@@ -62,8 +63,7 @@ def trace_by_export(
     if not fixed:
         images = tuple(x[:1].expand(2, *x.shape[1:]).contiguous() for x in images)
     dynamic = None if fixed else ({0: batch or torch.export.Dim("batch", min=1)},) * len(images)
-    with without_fast_attention(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tensors that the copied model caches in its forward
+    with without_fast_attention(), silence(), torch.no_grad():
         program = torch.export.export(_Called(root, call), images, dynamic_shapes=dynamic and (dynamic,), strict=False)
     _hold_constants(root, program)
     graph_module = GraphModule(root, _plain_graph(program, call.names), class_name=type(root).__name__)
