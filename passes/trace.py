@@ -15,7 +15,7 @@ from torch.nn.modules import module as global_hooks
 
 from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import PTQError, failure, near_names
-from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of
+from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of, random_numbers_kept
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.float_model import float_model
@@ -52,7 +52,7 @@ def trace(
     """
     source = float_copy(float_model(model))
     call = call_of(source, len(example_inputs or "x"), names, complete=example_inputs is not None)
-    with silence():
+    with silence(), random_numbers_kept(source):
         if example_inputs is None:
             graph_module = _by_fx(another_copy(source), call, leaf_modules)
             if isinstance(graph_module, Failed):

@@ -101,9 +101,14 @@ def check_behaviour(graph_module: GraphModule) -> None:
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Run a model as it is traced: without gradients and fused layers; the caller's random numbers stay his."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), without_fast_attention():
+    with random_numbers_kept(model), torch.no_grad(), without_fast_attention():
         yield
+
+
+def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Give back the state of torch's random generators behind what a model draws, on the CPU and on its devices."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng(devices=list(devices))
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:

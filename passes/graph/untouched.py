@@ -7,6 +7,7 @@ shared with it (attributes of classes and functions, globals, functools.cache) w
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +32,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Take out of everything that the model shares with its user what tracers put there."""
     holders = list(_holders(model))
     before = [{name: _contents(value) for name, value in holder.items()} for holder, _ in holders]
-    caches = {id(f): f for holder, _ in holders for f in list(holder.values()) if hasattr(f, "cache_clear")}
+    values = [value for holder, _ in holders for value in list(holder.values())]
+    caches = {id(value): value for value in values if isinstance(value, functools._lru_cache_wrapper)}
     sizes = {key: cache.cache_info().currsize for key, cache in caches.items()}
     try:
         yield
