@@ -22,6 +22,9 @@ from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
 #: Images per forward and backward when the data is one tensor.
 BATCH_SIZE = 8
 
+#: Where a traced GraphModule notes the batch size of the example, if its model takes no other.
+FIXED_BATCH = "ptq4vit_fixed_batch"
+
 #: So many images are read of an iterable that is not in memory anyway; calibration needs far fewer.
 MOST_IMAGES = 1024
 
@@ -65,7 +68,22 @@ def batches_for(
                 break
     if not read:
         raise _nothing(data, operation)
-    return read
+    fixed = graph_module.meta.get(FIXED_BATCH)
+    return read if fixed is None else _of_size(read, fixed, operation)
+
+
+def _of_size(batches: list[Inputs], size: int, operation: str) -> list[Inputs]:
+    """Return the same rows in batches of the only size that the model takes; warns (PTQWarning) of rows left over."""
+    columns = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    rows = len(columns[0])
+    if rows < size:
+        do = "pass that many, or call prepare_fx with an example of one image"
+        raise failure(operation, "data", expected=f"the {size} images of a batch", got=str(rows), do=do)
+    if rows % size:
+        text = f"{operation}: data: the last {rows % size} images are left out: the model takes batches of {size} only"
+        warnings.warn(text, PTQWarning, stacklevel=3)
+    whole = rows - rows % size
+    return list(zip(*(torch.split(x[:whole], size) for x in columns), strict=True))
 
 
 def example_for(graph_module: GraphModule, example_inputs: Any, operation: str) -> Inputs:

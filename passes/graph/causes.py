@@ -37,9 +37,9 @@ class Cause:
 
 
 SIZE = Cause(
-    r"doesn't match model|must match the size|shape mismatch|invalid for input|cannot be multiplied"
+    r"doesn't match model|must match the size|shape mismatch|invalid for input"
     r"|must match except in dimension|[Ss]izes of tensors must match|Kernel size can't be greater|divisible"
-    r"|out of range|size mismatch|Given normalized_shape|Input (image )?(height|width|size)",
+    r"|out of range|size mismatch|Input (image )?(height|width|size)",
     "a size that the model accepts",
     "use the model's input size, or create it with img_size=",
 )
@@ -51,7 +51,7 @@ RUNNING = (
         "pass images of that many channels, or create the model for yours (in_chans=, num_channels=)",
     ),
     Cause(
-        r"OutOfMemoryError|out of memory|not enough memory|MemoryError",
+        r"OutOfMemoryError|out of memory|not enough memory|MemoryError|allocate memory",
         "memory for one forward",
         "pass a smaller example, or move the model to a device with more memory",
     ),
@@ -81,6 +81,11 @@ RUNNING = (
         r"|number of dim|dimensions? .*(expected|required)|must be \d-?[dD]",
         "as many dimensions as the model takes",
         "pass a batch: (batch, channels, height, width) for images",
+    ),
+    Cause(
+        r"cannot be multiplied|Given normalized_shape",
+        "operands whose widths fit",
+        "make that layer as wide as what it reads, or use the model's input size",
     ),
     SIZE,
     Cause(
@@ -185,7 +190,7 @@ def neither(last: Failed, first: Failed | None) -> PTQError:
     if other is None:
         return error
     name = "torch.export" if other is last else "torch.fx"
-    return PTQError(f"{error} ({name} does not get through either: {other.got})")
+    return PTQError(f"{error} ({name} does not get through either: {other.got.split('. ')[0]})")
 
 
 def rejected(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> PTQError:

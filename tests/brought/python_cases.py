@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ptq4vit_fx as ptq
 from brought import brought
-from brought.pipeline import pictures, pipeline
+from brought.pipeline import QUICK, pictures, pipeline
 
 
 class Written(nn.Module):
@@ -272,6 +274,36 @@ def caches() -> None:
     pipeline(model, pictures())
     assert [(n, type(x)) for n, x in Model.shared.items()] == [(16, Tensor)], "what the tracer saw leaked"
     model(pictures(5))
+
+
+_grids: dict[str, Tensor] = {}
+
+
+@functools.lru_cache
+def _steps(count: int) -> Tensor:
+    return torch.linspace(0, 1, count)[:, None]
+
+
+@brought("tracing", "caches that every batch size fills anew: on a class, in a global, in functools.cache")
+def shared_caches() -> None:
+    class Model(Written):
+        last: Tensor | None = None
+
+        def embed(self, x: Tensor) -> Tensor:
+            x = super().embed(x)
+            if Model.last is None or Model.last.shape[0] != x.shape[0]:
+                Model.last = x.new_ones(x.shape[0], 1, 48) * 0.5
+            if "grid" not in _grids or _grids["grid"].shape[0] != x.shape[0]:
+                _grids["grid"] = torch.linspace(-1, 1, 48).expand(x.shape[0], 1, 48)
+            return x + Model.last + _grids["grid"] + _steps(x.shape[1])
+
+    model, images = Model().eval(), pictures()
+    expected = model(images)
+    ptq.prepare_fx(model, QUICK, images[:1])
+    assert torch.equal(model(images), expected), "what the tracer saw leaked"
+    assert torch.equal(model(images[:2]), expected[:2]) or len(images) > 2
+    _steps.cache_clear()
+    pipeline(model, images)
 
 
 @brought("tracing", "a cache by batch size", refused="a forward for any batch size")
