@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
+from ptq4vit_fx.inputs.tensors import ADD_BATCH, Inputs, as_input, by_name
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def _check_shape(x: Tensor, wanted: Input, operation: str, subject: str) -> None
         return
     do = "resize the images, or call prepare_fx with an example of that size"
     if tuple(x.shape) == wanted.shape:
-        do = "add the batch dimension: x[None]"
+        do = ADD_BATCH
+    elif tuple(x.shape) == (*wanted.shape[1:], *wanted.shape[:1]):
+        do = "put the channels first and add the batch dimension: x.permute(2, 0, 1)[None]"
     elif x.ndim != len(wanted.shape) + 1:
         do = "pass the same kind of input as the example"
     elif x.ndim == 4 and tuple(x.shape[1:]) == (*wanted.shape[1:], wanted.shape[0]):
