@@ -17,7 +17,7 @@ from ptq4vit_fx.names import OPERANDS, Operand, identifier, is_inside, join, lea
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
 from ptq4vit_fx.passes.graph.contract import attach, graph_pass
-from ptq4vit_fx.passes.graph.dataflow import downstream, origin
+from ptq4vit_fx.passes.graph.dataflow import downstream, is_stored, origin, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
 from ptq4vit_fx.passes.graph.rewriter import rename
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, shape_of
@@ -109,11 +109,9 @@ def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:
 
 
 def _base_name(node: Node, kind: str) -> str:
-    weight = node.args[1]
-    if isinstance(weight, Node) and weight.op == "get_attr":
-        path = str(weight.target)
-        if leaf_of(path) in ("weight", FOLDED_WEIGHT) and owner_of(path):
-            return owner_of(path)
+    path = stored_path(node.args[1])
+    if leaf_of(path) in ("weight", FOLDED_WEIGHT) and owner_of(path):
+        return owner_of(path)
     return join(scope_of(node), _role(node, kind))
 
 
@@ -149,8 +147,7 @@ def _describe(node: Node, name: str, kind: ProductKind) -> QuantOp:
 
 
 def _is_weight(value: Any, kind: ProductKind) -> bool:
-    is_attribute = isinstance(value, Node) and value.op == "get_attr"
-    return is_attribute and (kind != "matmul" or len(shape_of(value)) == 2)
+    return is_stored(value) and (kind != "matmul" or len(shape_of(value)) == 2)
 
 
 def _attention_operands_per_weight(products: list[tuple[Node, QuantOp]]) -> dict[Node, int]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4vit_fx.names import join, leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import origin
+from ptq4vit_fx.passes.graph.dataflow import is_stored, origin, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, scope_of
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -25,8 +25,8 @@ FOLDED_LAYERS = "ptq4vit_folded_layers"
 def fold_constants(graph_module: GraphModule) -> int:
     """Replace every value that is computed from parameters alone by a buffer with that value, bit for bit.
 
-    A parameter that is only moved (an expanded class token) stays as it is, unless a product multiplies by it: weights
-    are attributes. The layers that disappear are listed in the GraphModule's meta.
+    A parameter that is only moved (an expanded class token) stays as it is, unless it is the weight or bias of a
+    product: these are attributes. The layers that disappear are listed in the GraphModule's meta.
     """
     values = _constant_values(graph_module)
     frontier = [
@@ -39,8 +39,8 @@ def fold_constants(graph_module: GraphModule) -> int:
     folded = []
     for node in reversed(list(values)):
         if not node.users and node.op != "get_attr":
-            if kind_of(node) is not None and isinstance(node.args[1], Node):
-                folded.append(owner_of(str(node.args[1].target)))
+            if kind_of(node) is not None and (weight := stored_path(node.args[1])):
+                folded.append(owner_of(weight))
             graph_module.graph.erase_node(node)
     graph_module.meta[FOLDED_LAYERS] = tuple(reversed(folded))
     return len(frontier)
@@ -60,7 +60,7 @@ def _constant_values(graph_module: GraphModule) -> dict[Node, Any]:
 def _is_worth_it(node: Node, values: dict[Node, Any]) -> bool:
     if node.op == "get_attr" or not isinstance(values[node], Tensor):
         return False
-    return _is_multiplied(node) or origin(node).op != "get_attr"
+    return _is_multiplied(node) or _is_added(node) or origin(node).op != "get_attr"
 
 
 def _is_multiplied(node: Node) -> bool:
@@ -68,10 +68,15 @@ def _is_multiplied(node: Node) -> bool:
     return any(kind_of(user) is not None and user.args[1] is node for user in node.users)
 
 
+def _is_added(node: Node) -> bool:
+    """Return whether a product has this value as its bias."""
+    return any(kind_of(user) is not None and node in user.args[2:3] for user in node.users)
+
+
 def _register(graph_module: GraphModule, node: Node, value: Tensor) -> str:
     """Hold the value in the module that computed it; return its path."""
     path, leaf = scope_of(node), f"{node.name}_folded"
-    weight = next((str(n.target) for n in _sources(node) if leaf_of(str(n.target)) == "weight"), None)
+    weight = next((path for path in map(stored_path, _sources(node)) if leaf_of(path) == "weight"), None)
     if weight is not None and _is_multiplied(node):
         path, leaf = owner_of(weight), FOLDED_WEIGHT
     owner: nn.Module = graph_module
@@ -87,6 +92,6 @@ def _register(graph_module: GraphModule, node: Node, value: Tensor) -> str:
 
 def _sources(node: Node) -> list[Node]:
     """Return the parameters that the value is computed from."""
-    if node.op == "get_attr":
+    if is_stored(node):
         return [node]
     return [source for operand in node.all_input_nodes for source in _sources(operand)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from ptq4vit_fx.names import is_head, owner_of
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import get_attribute, moves_only
+from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, moves_only, stored_path
 from ptq4vit_fx.passes.graph.marks import planned_product, planned_products
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
-from ptq4vit_fx.passes.graph.rewriter import Writer
+from ptq4vit_fx.passes.graph.rewriter import SiteTensors, Writer
 from ptq4vit_fx.passes.graph.shapes import example_of, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
 
@@ -52,7 +52,7 @@ def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
     weight = linear.args[1]
     if not isinstance(weight, Node) or weight.target is not DEQUANTIZE or len(weight.users) > 1:
         return None
-    if not _is_stored(weight.args[0]):
+    if not is_stored(weight.args[0]):
         return None
     found = Projection(linear, [], [])
     queue = [(linear, user) for user in linear.users]
@@ -62,7 +62,7 @@ def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
             continue  # reads its shape alone, as expand_as does of its other operand
         if moves_only(user) and user.args[0] is not node:
             continue
-        if _is_division(user):
+        if _is_division(graph_module, user):
             found.divisions.append(user)
             continue
         if _factor(graph_module, user) is not None:
@@ -73,20 +73,17 @@ def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
     return found if found.divisions else None
 
 
-def _is_stored(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr"
-
-
-def _is_division(node: Node) -> bool:
-    divisor = node.args[1] if node.target is torch.div else None
-    return isinstance(divisor, Node) and is_head(owner_of(str(divisor.target)))
+def _is_division(graph_module: GraphModule, node: Node) -> bool:
+    """Return whether this divides by scales per head: by tensors of this package's, not by a model's `head.scale`."""
+    holder = owner_of(stored_path(node.args[1])) if node.target is torch.div else ""
+    return is_head(holder) and isinstance(graph_module.get_submodule(holder), SiteTensors)
 
 
 def _factor(graph_module: GraphModule, node: Node) -> float | None:
     """Return the positive number that a node multiplies by, None if it does something else."""
     factor = node.args[1] if node.target in MULTIPLICATIONS and len(node.args) == 2 else None
-    if isinstance(factor, Node) and factor.op == "get_attr":
-        value = get_attribute(graph_module, str(factor.target))
+    if is_stored(factor):
+        value = get_attribute(graph_module, stored_path(factor))
         factor = float(value) if value.numel() == 1 else None
     return float(factor) if isinstance(factor, (int, float)) and factor > 0 else None
 
@@ -116,14 +113,13 @@ def _columns(graph_module: GraphModule, projection: Projection, division: Node) 
 def _fold(graph_module: GraphModule, projection: Projection) -> int:
     """Rewrite one projection; return how many divisions went."""
     linear = projection.linear
-    scale_path = str(cast("Node", cast("Node", linear.args[1]).args[1]).target)
+    scale_path = stored_path(cast("Node", linear.args[1]).args[1])
     scale = get_attribute(graph_module, scale_path)
     count = shape_of(linear)[-1]
     divisors = torch.zeros(count, dtype=torch.float64)
     for division in projection.divisions:
-        held = cast("Node", division.args[1])
         factors = [_factor(graph_module, n) or 1.0 for n in _way(division, linear) if n in projection.factors]
-        per_head = get_attribute(graph_module, str(held.target)).double().flatten() / math.prod(factors)
+        per_head = get_attribute(graph_module, stored_path(division.args[1])).double().flatten() / math.prod(factors)
         for head, numbers in enumerate(_columns(graph_module, projection, division).movedim(-3, 0)):
             mine = numbers.unique()
             taken = divisors[mine]
@@ -135,14 +131,22 @@ def _fold(graph_module: GraphModule, projection: Projection) -> int:
     zero_point = cast("Tensor", owner.zero_point)
     owner.zero_point = zero_point.expand(count).clone()  # a scale per column, also where there was one
     owner.scale = (scale.double() / divisors).float()
-    bias = linear.args[2]
-    if isinstance(bias, Node):
-        folded = (get_attribute(graph_module, str(bias.target)).detach().double() / divisors).float()
-        (held,) = Writer(linear, scope=f"{planned_product(linear)}_folded").hold({"bias": folded})
-        linear.update_arg(2, held)
+    _fold_bias(graph_module, linear, divisors)
     for node in (*projection.divisions, *projection.factors):
         node.replace_all_uses_with(cast("Node", node.args[0]))
     return len(projection.divisions)
+
+
+def _fold_bias(graph_module: GraphModule, linear: Node, divisors: Tensor) -> None:
+    """Divide the bias of a linear layer: once if it is stored, in the graph if it depends on the input."""
+    bias, write = linear.args[2], Writer(linear, scope=f"{planned_product(linear)}_folded")
+    if is_stored(bias):
+        folded = (get_attribute(graph_module, stored_path(bias)).detach().double() / divisors).float()
+        (held,) = write.hold({"bias": folded})
+        linear.update_arg(2, held)
+    elif isinstance(bias, Node):
+        (held,) = write.hold({"scale": divisors.float()})
+        linear.update_arg(2, write(torch.div, bias, held))
 
 
 def _way(node: Node, start: Node) -> list[Node]:

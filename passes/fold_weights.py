@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_path
 from ptq4vit_fx.passes.graph.marks import planned_products, scope_of
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
@@ -24,7 +24,7 @@ def fold_weights(graph_module: GraphModule) -> int:
     count = 0
     for node, _ in planned_products(graph_module.graph):
         quantized = cast("Any", node.args[1])
-        if quantized.op == "call_module" and quantized.args[0].op == "get_attr":
+        if quantized.op == "call_module" and is_stored(quantized.args[0]):
             _fold(graph_module, quantized)
             count += 1
     return count
@@ -37,7 +37,7 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
     assert isinstance(source, Node)
     params = module.params
     assert isinstance(params, UniformParams)
-    weight = get_attribute(graph_module, str(source.target)).detach()
+    weight = get_attribute(graph_module, stored_path(source)).detach()
     tensors = {
         "codes": module.quantizer.codes(weight, params).to(torch.int8),
         "scale": params.scale,
@@ -52,8 +52,8 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
 
 def _drop(graph_module: GraphModule, source: Node) -> None:
     """Remove a get_attr node and its float tensor unless something else reads it."""
-    target = str(source.target)
+    target = stored_path(source)
     if not source.users:
         graph_module.graph.erase_node(source)
-    if not any(node.op == "get_attr" and node.target == target for node in graph_module.graph.nodes):
+    if not any(stored_path(node) == target for node in graph_module.graph.nodes):
         delattr(graph_module.get_submodule(owner_of(target)), leaf_of(target))

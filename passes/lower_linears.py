@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.dataflow import get_attribute, stored_path
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
@@ -36,9 +36,8 @@ def lower_linears(graph_module: GraphModule) -> int:
 
 
 def _transpose(graph_module: GraphModule, weight: Node) -> Node:
-    stored = weight.args[0] if weight.target is DEQUANTIZE else None
-    if isinstance(stored, Node) and stored.op == "get_attr":
-        path = str(stored.target)
+    path = stored_path(weight.args[0]) if weight.target is DEQUANTIZE else ""
+    if path:
         codes = get_attribute(graph_module, path)
         setattr(graph_module.get_submodule(owner_of(path)), leaf_of(path), codes.t().contiguous())
         if shape_of(cast("Node", weight.args[1])):

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import get_attribute, moves_only, permutation
+from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, moves_only, permutation, stored_path
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.shapes import shape_of
@@ -42,7 +42,7 @@ def _is_patch_embedding(node: Node) -> bool:
     divides = len(size) == 2 and all(length % step == 0 for length, step in zip(size, kernel, strict=True))
     unpadded = padding in ((0, 0), "valid")
     plain = stride == kernel and unpadded and dilation == (1, 1) and groups == 1
-    return weight.op == "get_attr" and plain and divides
+    return is_stored(weight) and plain and divides
 
 
 def _lower(graph_module: GraphModule, node: Node) -> None:
@@ -51,8 +51,8 @@ def _lower(graph_module: GraphModule, node: Node) -> None:
     columns, channels, patch_height, patch_width = shape_of(kernel)
     height, width = shape_of(image)[2:]
     rows, cols = height // patch_height, width // patch_width
-    matrix = f"{kernel.target}_matrix"
-    value = get_attribute(graph_module, str(kernel.target)).detach().reshape(columns, -1)
+    matrix = f"{stored_path(kernel)}_matrix"
+    value = get_attribute(graph_module, stored_path(kernel)).detach().reshape(columns, -1)
     graph_module.get_submodule(owner_of(matrix)).register_buffer(leaf_of(matrix), value)
     write = Writer(quantized, like=node)
     split = write(torch.reshape, image, (-1, channels, rows, patch_height, cols, patch_width))

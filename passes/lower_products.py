@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.contract import graph_pass
+from ptq4vit_fx.passes.graph.dataflow import is_stored
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
@@ -47,8 +48,8 @@ def _float_reason(node: Node) -> str | None:
     if lhs.target is not DEQUANTIZE or rhs.target is not DEQUANTIZE:
         return "its weight is computed and transposed behind its quantizer"
     scales = [len(shape_of(cast("Node", operand.args[1]))) for operand in (lhs, rhs)]
-    codes = cast("Node", rhs.args[0])
-    per_column = scales[1] == 1 and codes.op == "get_attr" and len(shape_of(codes)) == 2 and rhs.args[3] == 1
+    codes = rhs.args[0]
+    per_column = scales[1] == 1 and is_stored(codes) and len(shape_of(codes)) == 2 and rhs.args[3] == 1
     if scales[0] or (scales[1] and not per_column):
         return "an operand has scales along an axis that is summed over"
     return None

@@ -42,9 +42,9 @@ def trace(
 
     What is traced is a call of the instance: its hooks and a replaced forward are part of it. The graph has one
     placeholder per example input, named after the first parameters of `forward` (one, the image batch, without an
-    example): other arguments keep their defaults. names: of the parameters that the inputs are given as, by keyword.
-    Its output is `plain_outputs` of the model's. Two tracers are tried, each on a copy of its own: torch.fx's, which
-    keeps the model's own functions; and, given an example, torch.export's, where the first one fails, computes
+    example): other arguments keep their defaults. Its output is `plain_outputs` of the model's. names: of the
+    parameters that the inputs are given as, by keyword. Two tracers are tried, each on a copy of its own: torch.fx's,
+    which keeps the model's own functions; and, given an example, torch.export's, where the first one fails, computes
     something else than the model, or stops in front of a module that holds products. leaf_modules: paths of modules
     that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
     """
@@ -105,7 +105,7 @@ def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> Gra
     root.__class__ = type(name, (type(root),), {TRACED: traced, "__module__": type(root).__module__})
     try:
         return GraphModule(root, tracer.trace(root), class_name=name)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is part of the sentence if the other tracer fails too
+    except Exception as error:  # noqa: BLE001 - it is part of the sentence if the other tracer fails too
         return failed(error, root)
 
 

@@ -180,6 +180,7 @@ def quantize(
     and `.calibration`.
     """
     if example_inputs is None:
+        model = float_model(model)
         item, data = first_item(data, "quantize")
         example_inputs = first_example(model, item, "quantize")
     prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)

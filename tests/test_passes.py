@@ -118,9 +118,42 @@ def test_views_behind_an_opened_attention_may_copy():
     assert [node.target for node in without.graph.nodes if node.op == "call_method"] == ["view"]
 
 
-def test_decompose_attention_refuses_what_it_cannot_open():
-    graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True))
-    with pytest.raises(ptq.PTQError, match=r"expected no is_causal, got is_causal=True; write this attention out"):
+def fused(**arguments):
+    """Return (eager, opened) outputs of one fused attention, and the functions that the opened graph calls."""
+    graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, **arguments))
+    before = graph(X)
+    record_shapes(graph, (X,))
+    decompose_attention(graph)
+    return before, graph(X), [node.target for node in graph.graph.nodes]
+
+
+def keep_no_key_of_row_2(dtype):
+    mask = (SCORES > -0.5).index_fill(0, torch.tensor(2), False)
+    return mask if dtype == torch.bool else torch.zeros(8, 8).masked_fill(~mask, float("-inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_row_without_keys_is_zero_as_in_the_fused_attention(dtype):
+    before, after, _ = fused(attn_mask=keep_no_key_of_row_2(dtype))
+    assert (before[..., 2, :] == 0).all()
+    assert (after[..., 2, :] == 0).all()
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("mask", [SCORES, SCORES > -9, SCORES.clamp_min(torch.finfo(torch.float32).min)])
+def test_a_constant_mask_that_leaves_keys_costs_nothing(mask):
+    assert torch.masked_fill not in fused(attn_mask=mask)[2]
+
+
+def test_causal_attention():
+    before, after, called = fused(is_causal=True)
+    torch.testing.assert_close(after, before)
+    assert torch.masked_fill not in called
+
+
+def test_dropout_in_evaluation_is_refused():
+    graph = traced(lambda m, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1))
+    with pytest.raises(ptq.PTQError, match=r"expected no dropout in evaluation mode, got dropout_p=0.1"):
         decompose_attention(graph)
 
 

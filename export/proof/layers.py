@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +23,7 @@ from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import leaf_of, owner_of
-from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.dataflow import stored_path
 from ptq4vit_fx.passes.graph.marks import scope_of
 from ptq4vit_fx.passes.graph.operators import QUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import SiteTensors
@@ -215,10 +215,9 @@ class _Simulation(RuntimeFunctions):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        is_weight = n.op == "get_attr" and leaf_of(str(n.target)) == "codes"
-        if is_weight or n.target is QUANTIZE:
-            holder = n if is_weight else cast("Node", n.args[1])
-            tensors = get_attribute(self.converted, owner_of(str(holder.target)))
+        holder = n.args[1] if n.target is QUANTIZE else n if leaf_of(stored_path(n)) == "codes" else None
+        tensors = None if holder is None else self.converted.get_submodule(owner_of(stored_path(holder)))
+        if isinstance(tensors, SiteTensors):  # a model may have a buffer of its own that is called codes
             self._compare(scope_of(n), result, tensors)
         return result
 

@@ -155,6 +155,8 @@ def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -
     try:
         with measuring(model):
             first, again = _run(model, call, inputs), _run(model, call, inputs)
+    except PTQError:
+        raise
     except Exception as error:
         raise rejected(model, inputs, error) from error
     if [x.shape for x in first.outputs] != [x.shape for x in again.outputs] or (

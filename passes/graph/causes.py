@@ -113,15 +113,20 @@ def said(error: BaseException) -> str:
 
 
 BATCH = Cause(
-    r"specialized it to be a constant|Constraints violated",
+    r"specialized it to be a constant|Constraints violated|unhashable type: .*SymInt",
     "a forward for any batch size",
     "count images with x.shape[0], and compute on whole batches instead of image by image",
 )
 VALUES = Cause(
-    r"control flow|Proxy|data-dependent|DataDependent|symbolically traced|[.]numpy\(\)|[.]item\(\)|[.]tolist\(\)",
+    r"control flow|Proxy|data-dependent|DataDependent|symbolically traced|[.]item\(\)|[.]tolist\(\)",
     "a forward without control flow that depends on tensor values",
-    "rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep its "
-    "module closed with leaf_modules=",
+    "rewrite that line without the dependence (torch.where takes both ways), move it into a function registered with "
+    "torch.fx.wrap, or keep its module closed with leaf_modules=",
+)
+NUMPY = Cause(
+    r"numpy|np[.]ndarray",
+    "a forward that computes with torch",
+    "compute with torch what that line computes with NumPy, or keep its module closed with leaf_modules=",
 )
 #: Exceptions of tracers, in their order.
 TRACING = (
@@ -131,6 +136,7 @@ TRACING = (
         "operators that torch.export knows the shapes of",
         "register one with torch.library.register_fake, or keep its module closed with leaf_modules=",
     ),
+    NUMPY,
     VALUES,
     *RUNNING,
 )
@@ -218,7 +224,7 @@ def place_of(frames: Frames, model: nn.Module) -> str:
         if not module and id(owner) in paths:
             module = f"module {paths[id(owner)] or '(root)'!r} ({type(owner).__name__})"
         if not line and not file.startswith(NOT_OURS) and not file.startswith("<"):
-            line = f"{file}:{number}: {linecache.getline(file, number).strip()}"
+            line = f"{file}:{number}: `{linecache.getline(file, number).strip()}`"
         if module and line:
             break
     return ", ".join(part for part in (module or f"module '(root)' ({type(model).__name__})", line) if part)

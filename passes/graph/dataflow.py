@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
@@ -99,6 +99,16 @@ def _says_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def get_attribute(graph_module: GraphModule, target: str) -> Any:
-    """Return the attribute that a get_attr node with this target reads."""
-    return operator.attrgetter(target)(graph_module)
+def is_stored(value: Any) -> TypeGuard[Node]:
+    """Return whether this is a node that reads a parameter or buffer: what else has a target computes something."""
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+def stored_path(value: Any) -> str:
+    """Return the path of the parameter or buffer that a node reads, "" for anything else."""
+    return str(value.target) if is_stored(value) else ""
+
+
+def get_attribute(graph_module: GraphModule, path: str) -> Any:
+    """Return the parameter, buffer or module at a path."""
+    return operator.attrgetter(path)(graph_module)
