@@ -66,6 +66,10 @@ def _values(item: Any, wanted: Sequence[Input], operation: str, subject: str) ->
     if isinstance(item, (tuple, list)) and item:
         if by_name(item[0]) is not None or (isinstance(item[0], (tuple, list)) and len(item[0]) == len(wanted)):
             return _values(item[0], wanted, operation, subject)
+        by_names = by_name(item[-1]) or {}
+        if any(entry.parameter in by_names for entry in wanted[len(item) - 1 :]):  # as a call has them
+            by_position = dict(zip((entry.parameter for entry in wanted), item[:-1], strict=False))
+            return _entries(by_position | dict(by_names), wanted, operation, subject)
         if len(item) >= len(wanted):
             _check_not_single(item, wanted, operation, subject)
             return item[: len(wanted)]

@@ -83,6 +83,8 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name, do = repr(value), "read and preprocess the images first; `ptq4vit quantize --data FOLDER` reads a folder"
     elif value is None:
         name = "None"
+    elif by_name(value) is not None:
+        do = "pass the tensors that are in it"
     elif hasattr(value, "__iter__") or hasattr(value, "__next__"):
         do = "pass one batch of it: next(iter(loader))"
     elif callable(value):
