@@ -254,7 +254,8 @@ class _Writer:
         return self._columns_of[key]
 
     def _add(self, kind: str, inputs: list[ir.Value], output: str, name: str, **attributes: Any) -> ir.Value:
-        free = next(n for n in (name, *(f"{name}_{i}" for i in itertools.count(1))) if n not in self._taken)
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        free = next(n for n in itertools.chain([name], numbered) if n not in self._taken)
         self._taken.add(free)
         node = nodes.new_node(kind, list(inputs), output, free, **attributes)
         self._place.prepend(node)

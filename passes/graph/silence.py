@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ def silence() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings(record=True) as said:
+        # torch.export prints the graph of a forward that depends on values
+        with warnings.catch_warnings(record=True) as said, contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("always")
             yield
         for text in dict.fromkeys(str(item.message) for item in said if issubclass(item.category, PTQWarning)):
