@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 from torch.nn.modules import module as global_hooks
 
+from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import PTQError, failure, near_names
-from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, FIXED_BATCH, Behaviour, behaviour_of
+from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of, random_numbers_kept
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.float_model import float_model
@@ -24,6 +25,7 @@ from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.symbolic_sizes import symbolic_sizes
+from ptq4vit_fx.passes.graph.untouched import untouched
 from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, specializations, trace_by_export, warn_of_largest_batch
 
 #: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.
@@ -42,15 +44,15 @@ def trace(
 
     What is traced is a call of the instance: its hooks and a replaced forward are part of it. The graph has one
     placeholder per example input, named after the first parameters of `forward` (one, the image batch, without an
-    example): other arguments keep their defaults. names: of the parameters that the inputs are given as, by keyword.
-    Its output is `plain_outputs` of the model's. Two tracers are tried, each on a copy of its own: torch.fx's, which
-    keeps the model's own functions; and, given an example, torch.export's, where the first one fails, computes
+    example): other arguments keep their defaults. Its output is `plain_outputs` of the model's. names: of the
+    parameters that the inputs are given as, by keyword. Two tracers are tried, each on a copy of its own: torch.fx's,
+    which keeps the model's own functions; and, given an example, torch.export's, where the first one fails, computes
     something else than the model, or stops in front of a module that holds products. leaf_modules: paths of modules
     that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
     """
     source = float_copy(float_model(model))
     call = call_of(source, len(example_inputs or "x"), names, complete=example_inputs is not None)
-    with silence():
+    with silence(), random_numbers_kept(source):
         if example_inputs is None:
             graph_module = _by_fx(another_copy(source), call, leaf_modules)
             if isinstance(graph_module, Failed):
@@ -104,8 +106,9 @@ def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> Gra
     traced = eval(f"lambda self, {parameters}: call(self, {parameters})", {"call": call})
     root.__class__ = type(name, (type(root),), {TRACED: traced, "__module__": type(root).__module__})
     try:
-        return GraphModule(root, tracer.trace(root), class_name=name)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is part of the sentence if the other tracer fails too
+        with untouched(root):
+            return GraphModule(root, tracer.trace(root), class_name=name)
+    except Exception as error:  # noqa: BLE001 - it is part of the sentence if the other tracer fails too
         return failed(error, root)
 
 
@@ -117,7 +120,7 @@ def _by_export(source: nn.Module, behaviour: Behaviour) -> GraphModule | Failed:
     for batch, symbols in tries[:1] if fixed else tries:
         root = another_copy(source)
         sizes = symbolic_sizes(root) if symbols else contextlib.nullcontext()
-        with specializations(root) as places, sizes:
+        with specializations(root) as places, sizes, untouched(root):
             try:
                 graph_module = trace_by_export(root, inputs, behaviour.call, batch=batch, fixed=fixed)
             except Exception as error:  # noqa: BLE001 - it is part of the sentence

@@ -22,6 +22,9 @@ from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
 #: Images per forward and backward when the data is one tensor.
 BATCH_SIZE = 8
 
+#: Where a traced GraphModule notes the batch size of the example, if its model takes no other.
+FIXED_BATCH = "ptq4vit_fixed_batch"
+
 #: So many images are read of an iterable that is not in memory anyway; calibration needs far fewer.
 MOST_IMAGES = 1024
 
@@ -43,9 +46,9 @@ def batches_for(
     without images, with NaN or infinity, or that is not like the example: shapes are part of a traced graph (patches,
     windows, position embeddings), so a model that takes any image size takes one size after tracing.
     """
-    if images is not None and images < 1:
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         do = "leave it out for all of a tensor"
-        raise failure(operation, "images", expected="1 or more", got=str(images), do=do)
+        raise failure(operation, "images", expected="an integer of 1 or more", got=repr(images), do=do)
     wanted = model_inputs(graph_module)
     items = _items(data, wanted, operation)
     most = images if images is not None or isinstance(items, list) else MOST_IMAGES
@@ -65,7 +68,22 @@ def batches_for(
                 break
     if not read:
         raise _nothing(data, operation)
-    return read
+    fixed = graph_module.meta.get(FIXED_BATCH)
+    return read if fixed is None else _of_size(read, fixed, operation)
+
+
+def _of_size(batches: list[Inputs], size: int, operation: str) -> list[Inputs]:
+    """Return the same rows in batches of the only size that the model takes; warns (PTQWarning) of rows left over."""
+    columns = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    rows = len(columns[0])
+    if rows < size:
+        do = "pass that many, or call prepare_fx with an example of one image"
+        raise failure(operation, "data", expected=f"the {size} images of a batch", got=str(rows), do=do)
+    if rows % size:
+        text = f"{operation}: data: the last {rows % size} images are left out: the model takes batches of {size} only"
+        warnings.warn(text, PTQWarning, stacklevel=3)
+    whole = rows - rows % size
+    return list(zip(*(torch.split(x[:whole], size) for x in columns), strict=True))
 
 
 def example_for(graph_module: GraphModule, example_inputs: Any, operation: str) -> Inputs:

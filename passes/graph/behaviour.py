@@ -22,9 +22,6 @@ from ptq4vit_fx.passes.graph.shapes import without_fast_attention
 #: Where a traced GraphModule keeps the Behaviour of its model until it is prepared.
 BEHAVIOUR = "ptq4vit_behaviour"
 
-#: Where it notes the batch size of the example, if the model takes no other.
-FIXED_BATCH = "ptq4vit_fixed_batch"
-
 #: Root mean square of the difference, relative to that of the output. Another order of summation in float32 changes
 #: the families of tools/families.py by less than 1e-5; a lost layer, hook or output changes a model by far more.
 DIFFERENCE = 1e-3
@@ -32,6 +29,9 @@ DIFFERENCE = 1e-3
 #: itself makes of a change in the last bit of its inputs is none.
 AMPLIFIED = 30.0
 LAST_BIT = 2.0**-22
+
+#: Operators that torch tags as random, whether they drop anything or not.
+FUSED = "_scaled_dot_product"
 
 #: Rows of the second batch, or two for an example of as many.
 ROWS = 3
@@ -98,17 +98,17 @@ def check_behaviour(graph_module: GraphModule) -> None:
         )
 
 
-def fixed_batch(graph_module: GraphModule) -> int | None:
-    """Return the only batch size that the model of a graph takes, None if it takes others."""
-    return graph_module.meta.get(FIXED_BATCH)
-
-
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Run a model as it is traced: without gradients and fused layers; the caller's random numbers stay his."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), without_fast_attention():
+    with random_numbers_kept(model), torch.no_grad(), without_fast_attention():
         yield
+
+
+def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Give back the state of torch's random generators behind what a model draws, on the CPU and on its devices."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng(devices=list(devices))
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
@@ -155,6 +155,8 @@ def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -
     try:
         with measuring(model):
             first, again = _run(model, call, inputs), _run(model, call, inputs)
+    except PTQError:
+        raise
     except Exception as error:
         raise rejected(model, inputs, error) from error
     if [x.shape for x in first.outputs] != [x.shape for x in again.outputs] or (
@@ -196,19 +198,13 @@ def _other_rows(x: Tensor, generator: torch.Generator) -> Tensor:
 def _random(model: nn.Module, call: ModelCall, inputs: tuple[Tensor, ...]) -> PTQError:
     with measuring(model), _RandomCalls(model) as calls:
         call(model, *inputs)
-    fused = "_scaled_dot_product"  # tagged as random, whether it drops or not
-    found = (
-        min(calls.found, key=lambda name: name.startswith(fused))
-        if calls.found
-        else "no random operator of torch: it keeps state, or draws from numpy"
-    )
-    return failure(
-        "prepare_fx",
-        type(model).__name__,
-        expected="a model that computes the same twice in evaluation mode",
-        got=f"two outputs for one image; random is {found}",
-        do="switch that off in evaluation mode (F.dropout takes training=self.training)",
-    )
+    got = "two outputs for the same images, without a random operator of torch"
+    do = "take out what it keeps from one forward to the next, or draws from numpy or random"
+    if calls.found:
+        got = f"two outputs for the same images: {calls.found[0]}"
+        do = "switch that off in evaluation mode (F.dropout takes training=self.training)"
+    expected = "a model that computes the same twice in evaluation mode"
+    return failure("prepare_fx", type(model).__name__, expected=expected, got=got, do=do)
 
 
 class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -219,7 +215,9 @@ class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.model, self.found = model, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        name = func.overloadpacket.__name__
+        drops = not name.startswith(FUSED) or any(isinstance(x, float) and x > 0 for x in args)
+        if torch.Tag.nondeterministic_seeded in func.tags and drops:
             place = place_of(traceback.walk_stack(None), self.model)
-            self.found.append(f"{func.overloadpacket.__name__} in {place}")
+            self.found.append(f"{name} is random in {place}")
         return func(*args, **(kwargs or {}))

@@ -37,9 +37,9 @@ class Cause:
 
 
 SIZE = Cause(
-    r"doesn't match model|must match the size|shape mismatch|invalid for input|cannot be multiplied"
+    r"doesn't match model|must match the size|shape mismatch|invalid for input"
     r"|must match except in dimension|[Ss]izes of tensors must match|Kernel size can't be greater|divisible"
-    r"|out of range|size mismatch|Given normalized_shape|Input (image )?(height|width|size)",
+    r"|out of range|size mismatch|Input (image )?(height|width|size)",
     "a size that the model accepts",
     "use the model's input size, or create it with img_size=",
 )
@@ -51,7 +51,7 @@ RUNNING = (
         "pass images of that many channels, or create the model for yours (in_chans=, num_channels=)",
     ),
     Cause(
-        r"OutOfMemoryError|out of memory|not enough memory|MemoryError",
+        r"OutOfMemoryError|out of memory|not enough memory|MemoryError|allocate memory",
         "memory for one forward",
         "pass a smaller example, or move the model to a device with more memory",
     ),
@@ -81,6 +81,11 @@ RUNNING = (
         r"|number of dim|dimensions? .*(expected|required)|must be \d-?[dD]",
         "as many dimensions as the model takes",
         "pass a batch: (batch, channels, height, width) for images",
+    ),
+    Cause(
+        r"cannot be multiplied|Given normalized_shape",
+        "operands whose widths fit",
+        "make that layer as wide as what it reads, or use the model's input size",
     ),
     SIZE,
     Cause(
@@ -113,15 +118,20 @@ def said(error: BaseException) -> str:
 
 
 BATCH = Cause(
-    r"specialized it to be a constant|Constraints violated",
+    r"specialized it to be a constant|Constraints violated|unhashable type: .*SymInt",
     "a forward for any batch size",
     "count images with x.shape[0], and compute on whole batches instead of image by image",
 )
 VALUES = Cause(
-    r"control flow|Proxy|data-dependent|DataDependent|symbolically traced|[.]numpy\(\)|[.]item\(\)|[.]tolist\(\)",
+    r"control flow|Proxy|data-dependent|DataDependent|symbolically traced|[.]item\(\)|[.]tolist\(\)",
     "a forward without control flow that depends on tensor values",
-    "rewrite that line without the dependence, move it into a function registered with torch.fx.wrap, or keep its "
-    "module closed with leaf_modules=",
+    "rewrite that line without the dependence (torch.where takes both ways), move it into a function registered with "
+    "torch.fx.wrap, or keep its module closed with leaf_modules=",
+)
+NUMPY = Cause(
+    r"numpy|np[.]ndarray",
+    "a forward that computes with torch",
+    "compute with torch what that line computes with NumPy, or keep its module closed with leaf_modules=",
 )
 #: Exceptions of tracers, in their order.
 TRACING = (
@@ -131,6 +141,7 @@ TRACING = (
         "operators that torch.export knows the shapes of",
         "register one with torch.library.register_fake, or keep its module closed with leaf_modules=",
     ),
+    NUMPY,
     VALUES,
     *RUNNING,
 )
@@ -179,7 +190,7 @@ def neither(last: Failed, first: Failed | None) -> PTQError:
     if other is None:
         return error
     name = "torch.export" if other is last else "torch.fx"
-    return PTQError(f"{error} ({name} does not get through either: {other.got})")
+    return PTQError(f"{error} ({name} does not get through either: {other.got.split('. ')[0]})")
 
 
 def rejected(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> PTQError:
@@ -218,7 +229,7 @@ def place_of(frames: Frames, model: nn.Module) -> str:
         if not module and id(owner) in paths:
             module = f"module {paths[id(owner)] or '(root)'!r} ({type(owner).__name__})"
         if not line and not file.startswith(NOT_OURS) and not file.startswith("<"):
-            line = f"{file}:{number}: {linecache.getline(file, number).strip()}"
+            line = f"{file}:{number}: `{linecache.getline(file, number).strip()}`"
         if module and line:
             break
     return ", ".join(part for part in (module or f"module '(root)' ({type(model).__name__})", line) if part)

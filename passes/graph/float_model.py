@@ -109,7 +109,7 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         got = f"a weight of layout {tensor.layout}"
     elif tensor.is_quantized or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         got = f"a weight of type {type(tensor).__name__} ({tensor.dtype})"
-    elif isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
+    elif isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor.detach()).all():
         got, do = "NaN or infinity", "load a checkpoint that trained to the end"
         raise failure("prepare_fx", f"parameter {name}", expected="finite values", got=got, do=do)
     if got:

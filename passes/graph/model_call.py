@@ -1,4 +1,4 @@
-"""How a model is called: what its inputs are named, which are given by keyword, and what is kept of its output."""
+"""How a model is called: what its inputs are named, which are given by keyword, and which form its output gets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelCall:
     positional: int
 
     def __call__(self, model: nn.Module, *tensors: Tensor) -> Any:
-        """Return what the model itself gives, with its hooks and its replaced forward, and of that `plain_outputs`."""
+        """Return `plain_outputs` of what the model itself gives, with its hooks and its replaced forward."""
         by_name = dict(zip(self.names[self.positional :], tensors[self.positional :], strict=True))
         return plain_outputs(model(*tensors[: self.positional], **by_name))
 

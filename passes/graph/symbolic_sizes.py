@@ -45,7 +45,7 @@ def symbolic_sizes(model: nn.Module) -> Iterator[None]:
     """Put these two in front of the builtins in every file that functions of the model are defined in."""
     changed = [
         (names, name)
-        for names in _namespaces(model)
+        for names in namespaces(model)
         for name in ("len", "int")
         if getattr(builtins, name) is names.get(name, getattr(builtins, name))
     ]
@@ -62,7 +62,7 @@ def symbolic_sizes(model: nn.Module) -> Iterator[None]:
                 del names[name]
 
 
-def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
+def namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """Return the globals of every class and function that the modules are made of, and of the functions in these."""
     found: dict[int, dict[str, Any]] = {}
 

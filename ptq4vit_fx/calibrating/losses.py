@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.errors import PTQError, failure, unknown_name
 
 #: From the model's output to a scalar, or to several: each is differentiated, and the squared gradients are averaged.
 Loss = Callable[[Any], Tensor | Sequence[Tensor]]
@@ -22,12 +23,15 @@ DEFAULT_LOSS = "pseudo_label"
 
 
 def get_loss(loss: str | Loss, seed: int) -> Loss:
-    """Return the loss of this name, or the callable itself; raises PTQError on another name.
+    """Return the loss of this name, or the callable itself; raises PTQError on another name and on what is neither.
 
     A named loss starts its random numbers anew, so that two captures of the same images draw the same labels.
     """
-    if not isinstance(loss, str):
+    if callable(loss):
         return loss
+    if not isinstance(loss, str):
+        expected, do = f"a function from the model's output to a scalar, or {' or '.join(LOSSES)}", "leave it out"
+        raise failure("calibrate", "loss", expected=expected, got=repr(loss), do=do)
     if loss == "pseudo_label":
         return pseudo_label
     if loss == "fisher":
@@ -39,8 +43,8 @@ def get_loss(loss: str | Loss, seed: int) -> Loss:
 def pseudo_label(output: Any) -> Tensor:
     """Return sum CE(logits, argmax logits): the float model's own prediction is the label (PTQ4ViT, section 3.3).
 
-    output: logits (batch, classes), at least two classes. In float64, because 1 - p of a certain model vanishes in
-    float32. Raises PTQError on any other output.
+    output: logits (batch, classes), at least two classes, or what holds them (see `_logits`). In float64, because
+    1 - p of a certain model vanishes in float32. Raises PTQError on any other output.
     """
     logits = _logits(output)
     return F.cross_entropy(logits, logits.argmax(-1), reduction="sum")
@@ -66,15 +70,101 @@ def fisher(seed: int = 0, draws: int = FISHER_DRAWS) -> Loss:
     return loss
 
 
+def loss_values(loss: Loss, output: Any, images: int) -> list[Tensor]:
+    """Return the scalars that a loss gives for the output of so many images; one number per image is summed.
+
+    Raises PTQError if the loss fails, or gives something else, or a value that is not finite.
+    """
+    try:
+        returned = loss(output)
+    except PTQError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        do = f"write it for the only argument that it is given, the output: {described(output)}"
+        got = f"{type(error).__name__}: {reason}"
+        raise failure("calibrate", "loss", expected="a function that gives a scalar", got=got, do=do) from error
+    values = returned if isinstance(returned, (tuple, list)) else [returned]
+    if not values:
+        raise failure("calibrate", "loss", expected="a scalar or several", got="none", do="return one tensor or more")
+    return [_scalar(value, images) for value in values]
+
+
+def check_gradient(loss: Loss, output: Any, images: int) -> None:
+    """Raise PTQError unless every value of a loss has a gradient by the output, wherever that comes from."""
+    leaves = tree_map(lambda x: x.detach().clone().requires_grad_() if _is_float(x) else x, output)
+    if not all(value.requires_grad for value in loss_values(loss, leaves, images)):
+        raise failure(
+            "calibrate",
+            "loss",
+            expected="a value with a gradient by the model's output",
+            got="one that does not depend on it, or was detached",
+            do="compute it by torch's operators, without .detach(), .item(), argmax or no_grad, from floats of the "
+            f"output: {described(output)}",
+        )
+
+
+def described(output: Any) -> str:
+    """Return what an output is, in a few words: names and shapes."""
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)}" + ("" if output.is_floating_point() else f" of {output.dtype}")
+    if isinstance(output, Mapping):
+        return f"a dict with {', '.join(f'{name!r}, {described(x)}' for name, x in output.items())}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {', '.join(map(described, output))}"
+    return type(output).__name__
+
+
+def _scalar(value: Any, images: int) -> Tensor:
+    """Return a value of a loss as a scalar; raises PTQError if it is none."""
+    expected, do = (
+        "a tensor of one number, or of one per image",
+        "return the tensor itself, without .item() or .numpy()",
+    )
+    if not isinstance(value, Tensor):
+        do = "end it with `return`" if value is None else do
+        got = f"{type(value).__name__} {value:g}" if isinstance(value, (int, float)) else type(value).__name__
+        got = "None" if value is None else got
+    elif not value.is_floating_point():
+        got, do = f"{value.dtype}", "return a float, computed from the output"
+    elif value.numel() != 1 and value.shape != (images,):
+        got, do = f"shape {tuple(value.shape)}", "return its sum, .sum()"
+    elif not torch.isfinite(value.detach()).all():
+        got, do = f"{float(value.detach().sum())}", "look at which output the loss has no finite value"
+    else:
+        return value.sum() if value.ndim else value
+    raise failure("calibrate", "what loss= returned", expected=expected, got=got, do=do)
+
+
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
+    """Return the logits of an output, (rows, classes) float64: those of a bare 2-D tensor, or what is named so.
+
+    Of a mapping the entry `logits`, or the only one whose name has that word; its rows are images, queries (batch,
+    queries, classes) or pixels (batch, classes, height, width). Of a tuple the only 2-D tensor. Raises PTQError on
+    any other output.
+    """
+    named = output._asdict() if hasattr(output, "_asdict") else output
+    found = [output]
+    if isinstance(named, Mapping):
+        found = [named["logits"]] if "logits" in named else [x for name, x in named.items() if "logits" in str(name)]
+    elif isinstance(output, (tuple, list)):
+        found = [x for x in output if isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] > 1]
+    logits = found[0] if len(found) == 1 and _is_float(found[0]) else None
+    if logits is not None and logits.ndim > 2 and isinstance(named, Mapping):
+        logits = (logits.movedim(1, -1) if logits.ndim > 3 else logits).flatten(0, -2)
+    if logits is None or logits.ndim != 2 or logits.shape[1] < 2:
+        do = "pass loss=, a function from the output to a scalar"
+        if logits is not None and logits.ndim == 2:
+            do += "; for one logit of two classes lambda x: torch.nn.functional.softplus(-x.abs()).sum()"
         raise failure(
             "calibrate",
             "the model's output",
-            expected="logits, a tensor (batch, classes) with two classes or more",
+            expected="logits, a tensor (batch, classes) with two classes or more, or an entry of that name",
             got=str(tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__),
-            do="pass loss=, a function from the output to a scalar",
+            do=do,
         )
-    return output.double()
+    return logits.double()
+
+
+def _is_float(x: Any) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.is_floating_point()

@@ -51,6 +51,9 @@ def quantize(
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[Path, typer.Option(help="ONNX file to write")],
     weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
+    weights_entry: Annotated[
+        str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
+    ] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
     recipe: Annotated[str, typer.Option(help="ptq4vit, tensorrt (for that target) or base")] = "ptq4vit",
     twins: Annotated[
@@ -91,7 +94,10 @@ def quantize(
             expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
             raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do=do)
         folder = list_images(data, limit=images)
-        network = create_model(model, weights, model_arg or [])
+        said: list[str] = []
+        network = create_model(model, weights, model_arg or [], entry=weights_entry, said=said)
+        for line in said:
+            console.print(line, markup=False)
         preprocessing = data_config(network)
         skipped: list[str] = []
         channels = preprocessing["input_size"][0]

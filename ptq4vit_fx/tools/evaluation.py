@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import PTQWarning, failure, some_names
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.passes.graph.outputs import logits_in
@@ -146,7 +146,7 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
             "eval",
             str(data),
             expected="sub-folders that are all named by class number, or none",
-            got=f"{', '.join(others[:3])} beside {', '.join(numbers[:3])}",
+            got=f"{some_names(others)} beside {some_names(numbers)}",
             do="move what is no class out of the folder",
         )
 
@@ -156,10 +156,9 @@ def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
     numbered = are_numbers(folder.classes)
     empty = [n for i, n in enumerate(folder.classes) if (int(n) if numbered else i) not in filled]
     if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
         warnings.warn(
             f"eval: {data}: {len(empty)} of {len(folder.classes)} sub-folders hold no image, and count as classes: "
-            f"{', '.join(empty[:3])}{more}",
+            f"{some_names(empty)}",
             PTQWarning,
             stacklevel=3,
         )

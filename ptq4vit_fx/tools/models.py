@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,20 @@ import timm
 import timm.data
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.errors import failure, near_names, some_names
+from ptq4vit_fx.tools.checkpoints import load_weights
 from ptq4vit_fx.tools.image_files import IMAGE_SUFFIXES, MODES, image_paths, opened, subfolders
 
 
-def create_model(name: str, weights: Path | None, arguments: list[str]) -> nn.Module:
+def create_model(
+    name: str, weights: Path | None, arguments: list[str], *, entry: str | None = None, said: list[str] | None = None
+) -> nn.Module:
     """Return a timm model in evaluation mode with weights from the hub or from a local safetensors or pth file.
 
-    arguments: `key=value` of timm.create_model, such as img_size=64. Raises PTQError on an unknown name (with near
+    arguments: `key=value` of timm.create_model, such as img_size=64. entry: of the file, the one to take (see
+    `load_weights`, whose line on what was taken is appended to `said`). Raises PTQError on an unknown name (with near
     names), a checkpoint that does not fit, and weights that cannot be downloaded.
     """
     if name not in timm.list_models() and not timm.is_model(name):
@@ -37,7 +38,9 @@ def create_model(name: str, weights: Path | None, arguments: list[str]) -> nn.Mo
         got = f"{type(error).__name__}: {error}".splitlines()[0]
         raise failure("create model", name, expected="a model with its weights", got=got, do=do) from error
     if weights is not None:
-        _load(model, weights)
+        line = load_weights(model, weights, entry)
+        if line and said is not None:
+            said.append(line)
     return model.eval()
 
 
@@ -53,22 +56,6 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parsed[key] = value
     return parsed
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    do = "pass the checkpoint of this model, and --model-arg for its size and classes"
-    try:
-        if path.suffix == ".safetensors":
-            state: dict[str, Any] = dict(load_file(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model"):
-            state = state.get(key, state) if isinstance(state.get(key), dict) else state
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        model.load_state_dict(state)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, ValueError) as error:
-        got = " ".join(str(error).split())[:300]
-        raise failure("load weights", str(path), expected="a state dict of this model", got=got, do=do) from error
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -163,10 +150,9 @@ def read_images(
         yield number, tensor
 
 
-def said_of_skipped(skipped: Sequence[str], shown: int = 3) -> str:
+def said_of_skipped(skipped: Sequence[str]) -> str:
     """Return one line for files that were skipped: how many, and the first few with their reasons."""
-    more = f"; and {len(skipped) - shown} more" if len(skipped) > shown else ""
-    return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {'; '.join(skipped[:shown])}{more}"
+    return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {some_names(skipped, separator='; ')}"
 
 
 def load_images(
