@@ -161,7 +161,9 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
             got="a model that was not calibrated",
             do="call calibrate(prepared, images) or load_calibration(prepared, calibration) first",
         )
-    return CONVERSION.run(copy.deepcopy(prepared))
+    # On the CPU: passes compute with weights and scales a little, and constants that they make are there.
+    home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    return CONVERSION.run(copy.deepcopy(prepared).cpu()).to(home)
 
 
 @independent_of_caller()
