@@ -60,7 +60,7 @@ def data_parallel() -> None:
 
 
 @brought("model", "averaged models: AveragedModel, ModelEma, ModelEmaV2, ModelEmaV3")
-def averaged() -> None:
+def averaged_models() -> None:
     for wrapper in (AveragedModel, timm.utils.ModelEma, timm.utils.ModelEmaV2, timm.utils.ModelEmaV3):
         _prepare(wrapper(vit()))
     pipeline(AveragedModel(vit()), pictures(), reference=vit())
