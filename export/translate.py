@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import warnings
 from typing import Any
 
 import onnx_ir as ir
@@ -13,9 +12,11 @@ import onnxscript
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.batches import FIXED_BATCH
+from ptq4vit_fx.export.refusals import refused
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.passes.graph.silence import silence
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 THRESHOLD = torch.ops.aten.threshold.default
@@ -31,22 +32,20 @@ def translate(
     names: of the inputs and the outputs. Raises PTQError with the exporter's reason.
     """
     device = next((b.device for b in converted.buffers()), inputs[0].device)
-    # Dynamic: an example of 2, because export treats 1 as a constant.
-    batches = tuple(x.detach()[:1].expand(batch or 2, *x.shape[1:]).contiguous().to(device) for x in inputs)
+    # Dynamic: an example of 2, because export treats 1 as a constant; but not of the one size that the model takes,
+    # with which every line of it agrees.
+    only: int | None = converted.meta.get(FIXED_BATCH)
+    size = batch or (3 if only == 2 else 2)
+    batches = tuple(x.detach()[:1].expand(size, *x.shape[1:]).contiguous().to(device) for x in inputs)
     shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
-    do = "check that the model's forward does not depend on the batch size"
-    with _quiet():
+    graphs = [converted.graph]
+    with silence(), _quiet():
         try:
             captured = torch.export.export(converted, batches, dynamic_shapes=shapes, strict=False)
+            graphs.append(captured.graph)
             program = _translate(captured, *names, opset, *_translations(opset))
-        except Exception as error:
-            raise failure(
-                "export_onnx",
-                "torch.onnx.export",
-                expected=f"a graph that it can translate with a {'fixed' if batch else 'dynamic'} batch",
-                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                do=do if batch else f"{do}, or pass batch=",
-            ) from error
+        except Exception as error:  # noqa: BLE001 - the sentence has its cause; torch's own story fills a screen
+            raise refused(error, graphs, batch, only) from None
     return program.model
 
 
@@ -123,15 +122,14 @@ def _is_complete(program: torch.onnx.ONNXProgram) -> bool:
 
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
-    """Silence the exporter's progress lines and deprecation warnings: what the user needs is in the report."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-        levels = [logger.level for logger in loggers]
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    """Silence the exporter's progress lines and what onnx's libraries log: what the user needs is in the report."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -19,6 +19,7 @@ from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
 from ptq4vit_fx.passes.graph.contract import attach, graph_pass
 from ptq4vit_fx.passes.graph.dataflow import downstream, is_stored, origin, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
+from ptq4vit_fx.passes.graph.opaque import OPAQUE
 from ptq4vit_fx.passes.graph.rewriter import rename
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -232,17 +233,20 @@ def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
 
 
 def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
-    """List what multiplied while shapes were recorded, but is no QuantOp: nothing stays float unsaid."""
+    """List what multiplied while shapes were recorded, or could have unseen, but is no QuantOp: nothing is unsaid."""
     found = []
     for node in graph_module.graph.nodes:
-        if not node.meta.get(MULTIPLIES) or kind_of(node) is not None:
+        hidden = node.meta.get(OPAQUE, "")
+        if not (node.meta.get(MULTIPLIES) or hidden) or kind_of(node) is not None:
             continue
         if node.op != "call_module":
-            name = getattr(node.target, "__name__", str(node.target))
-            found.append(FloatOp(join(scope_of(node), node.name), f"{name} is not supported"))
+            name = hidden or getattr(node.target, "__name__", str(node.target))
+            reason = "is an operator that cannot be looked into" if hidden else "is not supported"
+            found.append(FloatOp(join(scope_of(node), node.name), f"{name} {reason}"))
             continue
         module = graph_module.get_submodule(str(node.target))
         inside = [name for name, m in module.named_modules() if name and isinstance(m, nn.Linear | nn.Conv2d)]
+        inside += [f"the operator {hidden}"] if hidden else []
         reason = f"is not traced into; inside: {', '.join(inside)}" if inside else "is not supported"
         found.append(FloatOp(str(node.target), f"{type(module).__name__} {reason}"))
     return found

@@ -147,6 +147,7 @@ class _ViTTracer(Tracer):
 
     def __init__(self, leaf_modules: Sequence[str] = ()) -> None:
         super().__init__(autowrap_functions=tuple(timm.models.get_notrace_functions()), param_shapes_constant=True)
+        self.record_stack_traces = True  # an error of the export names the line
         self._closed = tuple(timm.models.get_notrace_modules())
         self._leaf_paths = frozenset(leaf_modules)
 

@@ -147,7 +147,7 @@ def _copy(graph: Graph, owner: GraphModule, node: Node, made: dict[Node, Any]) -
         made[node] = made[node.args[0]][node.args[1]]  # type: ignore[index]
     elif node.users or overwrites(node):  # what nobody reads is an assertion
         made[node] = graph.node_copy(node, lambda n: made[n])
-        made[node].meta = {"nn_module_stack": _stack(node)}
+        made[node].meta = {"nn_module_stack": _stack(node), "stack_trace": node.meta.get("stack_trace")}
 
 
 def _stack(node: Node) -> dict[str, tuple[str, Any]]:

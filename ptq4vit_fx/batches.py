@@ -46,9 +46,9 @@ def batches_for(
     without images, with NaN or infinity, or that is not like the example: shapes are part of a traced graph (patches,
     windows, position embeddings), so a model that takes any image size takes one size after tracing.
     """
-    if images is not None and images < 1:
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         do = "leave it out for all of a tensor"
-        raise failure(operation, "images", expected="1 or more", got=str(images), do=do)
+        raise failure(operation, "images", expected="an integer of 1 or more", got=repr(images), do=do)
     wanted = model_inputs(graph_module)
     items = _items(data, wanted, operation)
     most = images if images is not None or isinstance(items, list) else MOST_IMAGES

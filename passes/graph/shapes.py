@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.opaque import OPAQUE, OperatorWatch
 
 #: Multiply-additions of matrix products and convolutions that the node ran, whatever it is: nothing multiplies unseen.
 MULTIPLIES = "ptq4vit_multiplies"
@@ -88,8 +89,8 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
     """Run the graph on the example and note every result. Raises PTQError if the model rejects the example."""
     device = _device(graph_module, example_inputs[0].device)
     try:
-        with torch.no_grad(), without_fast_attention(), _flop_counter() as counter:
-            _Recorder(graph_module, counter, whole=True).run(*(x.to(device) for x in example_inputs))
+        with torch.no_grad(), without_fast_attention(), _flop_counter() as counter, OperatorWatch() as watch:
+            _Recorder(graph_module, counter, watch, whole=True).run(*(x.to(device) for x in example_inputs))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise failure(
             "prepare_fx",
@@ -120,20 +121,21 @@ def propagate_shapes(graph_module: GraphModule, pass_name: str) -> None:
         key = _key(graph_module, node, call)
         if key not in known:
             known[key] = _computed(graph_module, node, pass_name)
-        node.meta[RESULT], node.meta[MULTIPLIES] = known[key]
+        node.meta[RESULT], node.meta[MULTIPLIES], node.meta[OPAQUE] = known[key]
         node.meta[CALL] = call
 
 
-def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[Any, int]:
-    """Return the result and the multiplications of a node, run on fake tensors of its operands' shapes."""
+def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[Any, int, str]:
+    """Return the result of a node, its multiplications and what it hides, on fake tensors of its operands' shapes."""
     try:
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
             torch.no_grad(),
             without_fast_attention(),
             _flop_counter() as counter,
+            OperatorWatch() as watch,
         ):
-            return _Recorder(graph_module, counter, whole=False).recompute(node)
+            return _Recorder(graph_module, counter, watch, whole=False).recompute(node)
     except Exception as error:
         raise failure(
             f"pass {pass_name}",
@@ -145,29 +147,34 @@ def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[An
 
 
 class _Recorder(Interpreter):
-    """Runs nodes, and notes for each its result, its call, and its multiplications."""
+    """Runs nodes, and notes for each its result, its call, its multiplications, and what it hides."""
 
-    def __init__(self, graph_module: GraphModule, counter: FlopCounterMode, *, whole: bool) -> None:
+    def __init__(
+        self, graph_module: GraphModule, counter: FlopCounterMode, watch: OperatorWatch, *, whole: bool
+    ) -> None:
         super().__init__(graph_module, garbage_collect_values=whole)
-        self._counter = counter
+        self._counter, self._watch = counter, watch
         self._of = _device(graph_module, torch.device("cpu"))
         self.extra_traceback = False
 
     def run_node(self, n: Node) -> Any:
         before = self._counter.get_total_flops()
+        operands = self.fetch_args_kwargs_from_env(n)
+        self._watch.start()
         result = super().run_node(n)
+        n.meta[OPAQUE] = self._watch.hidden_in(n, operands, result)
         n.meta[MULTIPLIES] = (self._counter.get_total_flops() - before) // 2
         n.meta[RESULT] = _described(result)
         if n.op not in ("placeholder", "get_attr", "output"):
             n.meta[CALL] = _call(n)
         return result
 
-    def recompute(self, node: Node) -> tuple[Any, int]:
-        """Run one node on operands of the shapes that are known; return its result and multiplications."""
+    def recompute(self, node: Node) -> tuple[Any, int, str]:
+        """Run one node on operands of known shapes; return its result, its multiplications, and what it hides."""
         for operand in node.all_input_nodes:
             self.env[operand] = _empty(operand.meta.get(RESULT), self._of)
         self.run_node(node)
-        return node.meta[RESULT], node.meta[MULTIPLIES]
+        return node.meta[RESULT], node.meta[MULTIPLIES], node.meta[OPAQUE]
 
 
 def example_of(graph_module: GraphModule, node: Node) -> Any:

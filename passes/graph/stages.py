@@ -48,8 +48,9 @@ class Stage(enum.Enum):
 
 
 def float_products(graph_module: GraphModule) -> tuple[FloatOp, ...]:
-    """Return the products of the plan that a converted graph multiplies in float, with the reasons."""
-    return tuple(graph_module.meta.get(FLOAT_PRODUCTS, ()))
+    """Return what a converted graph multiplies in float, with the reasons: products of the plan, and all others."""
+    plan: Any = getattr(graph_module, "plan", None)
+    return (*graph_module.meta.get(FLOAT_PRODUCTS, ()), *(plan.float_ops if plan is not None else ()))
 
 
 def check_stage(graph_module: GraphModule, stage: Stage, *, pass_name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
+from ptq4vit_fx.inputs.tensors import ADD_BATCH, Inputs, as_input, by_name, is_shape
 
 #: Names of what a loss reads. A model that can do without them is deployed without them.
 LABELS = frozenset(["labels", "label", "targets", "target", "label_ids", "class_labels", "mask_labels"])
@@ -30,14 +30,17 @@ class Example:
 def example_of(model: nn.Module, example_inputs: Any, operation: str = "prepare_fx") -> Example:
     """Return the inputs that `model` is traced with, float ones as float32.
 
-    example_inputs: a tensor or array whose first dimension is the batch; a tuple of them, by position; or a mapping,
-    by the names of forward's parameters. Entries that are None are left out, and so are labels that forward can do
-    without. Raises PTQError on anything else, on a name that forward has not, and on inputs of different batches.
+    example_inputs: a tensor or array whose first dimension is the batch; a tuple of them, by position, the rest in a
+    mapping behind them or not; or a mapping, by the names of forward's parameters. Entries that are None are left out,
+    and so are labels that forward can do without. Raises PTQError on anything else, on a name that forward has not, and
+    on inputs of different batches.
     """
-    given = by_name(example_inputs)
     parameters, anything = _parameters(model)
+    example_inputs = _unwrapped(example_inputs, list(parameters))
+    given = by_name(example_inputs)
     if given is None:
-        items = list(example_inputs) if isinstance(example_inputs, (tuple, list)) else [example_inputs]
+        are_several = isinstance(example_inputs, (tuple, list)) and not is_shape(example_inputs)
+        items = list(example_inputs) if are_several else [example_inputs]
         positions = [(f"example_inputs[{number}]", item) for number, item in enumerate(items)]
         named = _called_positions(positions, parameters, anything, operation) if len(items) > 1 else positions
         named = [("example_inputs", named[0][1])] if len(named) == 1 else named
@@ -51,12 +54,25 @@ def example_of(model: nn.Module, example_inputs: Any, operation: str = "prepare_
     return Example(tensors, names)
 
 
+def _unwrapped(example_inputs: Any, parameters: list[str]) -> Any:
+    """Return the inputs of (inputs, labels) and of ((inputs),); those of (tensors, mapping) by name."""
+    if not isinstance(example_inputs, (tuple, list)) or not example_inputs:
+        return example_inputs
+    first, last = example_inputs[0], by_name(example_inputs[-1])
+    if by_name(first) is not None or isinstance(first, (tuple, list)):
+        return _unwrapped(first, parameters)
+    if last and len(example_inputs) <= len(parameters):
+        return dict(zip(parameters, example_inputs[:-1], strict=False)) | dict(last)
+    return example_inputs
+
+
 def first_example(model: nn.Module, item: Any, operation: str) -> Any:
     """Return the example that the first item of data makes, a few rows of it: what forward takes by name or has to."""
     parameters, _ = _parameters(model)
     given = by_name(item)
     if given is not None:
-        taken = {name: value for name, value in given.items() if name in parameters and value is not None} or given
+        known = {name: value for name, value in given.items() if name in parameters and value is not None}
+        taken = {n: value for n, value in known.items() if n not in LABELS or not _is_optional(parameters[n])} or given
         return dict(zip(taken, _some_rows(taken.values(), operation), strict=True))
     if not isinstance(item, (tuple, list)) or not item:
         return _some_rows([item], operation)[0]
@@ -97,7 +113,7 @@ def check_batch_dimension(model: nn.Module, example: Example) -> None:
         return
     got = ", ".join(str(tuple(x.shape)) for x in example.tensors)
     expected = "a batch, the first dimension of which counts the images"
-    raise failure("prepare_fx", "example_inputs", expected=expected, got=got, do="add the batch dimension: x[None]")
+    raise failure("prepare_fx", "example_inputs", expected=expected, got=got, do=ADD_BATCH)
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -163,14 +179,14 @@ def _are_labels(value: Any) -> bool:
 
 
 def _check_example(tensors: Inputs, operation: str) -> None:
-    described = "; ".join(f"shape {tuple(x.shape)}, {x.dtype}" for x in tensors)
+    described = "; ".join(f"shape {tuple(x.shape)}, {x.dtype}" for x in tensors) or "nothing"
     do = "pass torch.randn(1, 3, 224, 224), for example"
     if len(tensors) == 1 and tensors[0].ndim < 2:
         expected, got = "a batch: two dimensions or more, the batch first", described
     elif len({len(x) for x in tensors}) > 1:
         expected, got = "inputs of the same batch size, the first dimension of each", described
         do = "give every input one row per image"
-    elif not tensors[0].numel():
+    elif not tensors or not tensors[0].numel():
         expected, got = "one image or more", described
     else:
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
+from ptq4vit_fx.inputs.tensors import ADD_BATCH, Inputs, as_input, by_name
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ def _values(item: Any, wanted: Sequence[Input], operation: str, subject: str) ->
     if isinstance(item, (tuple, list)) and item:
         if by_name(item[0]) is not None or (isinstance(item[0], (tuple, list)) and len(item[0]) == len(wanted)):
             return _values(item[0], wanted, operation, subject)
+        by_names = by_name(item[-1]) or {}
+        if any(entry.parameter in by_names for entry in wanted[len(item) - 1 :]):  # as a call has them
+            by_position = dict(zip((entry.parameter for entry in wanted), item[:-1], strict=False))
+            return _entries(by_position | dict(by_names), wanted, operation, subject)
         if len(item) >= len(wanted):
             _check_not_single(item, wanted, operation, subject)
             return item[: len(wanted)]
@@ -118,7 +122,9 @@ def _check_shape(x: Tensor, wanted: Input, operation: str, subject: str) -> None
         return
     do = "resize the images, or call prepare_fx with an example of that size"
     if tuple(x.shape) == wanted.shape:
-        do = "add the batch dimension: x[None]"
+        do = ADD_BATCH
+    elif tuple(x.shape) == (*wanted.shape[1:], *wanted.shape[:1]):
+        do = "put the channels first and add the batch dimension: x.permute(2, 0, 1)[None]"
     elif x.ndim != len(wanted.shape) + 1:
         do = "pass the same kind of input as the example"
     elif x.ndim == 4 and tuple(x.shape[1:]) == (*wanted.shape[1:], wanted.shape[0]):

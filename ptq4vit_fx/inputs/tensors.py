@@ -14,6 +14,9 @@ from ptq4vit_fx.errors import PTQError, failure
 #: The inputs of one forward: tensors whose first dimension is the batch.
 Inputs = tuple[Tensor, ...]
 
+#: What to do about an image that is no batch.
+ADD_BATCH = "add the batch dimension: x[None] for one image, torch.stack(images) for several"
+
 
 def as_input(value: Any, operation: str, subject: str) -> Tensor:
     """Return a plain tensor without gradient, float32 where it is a float. Raises PTQError on what is no tensor."""
@@ -45,6 +48,11 @@ def by_name(value: Any) -> Mapping[str, Any] | None:
     return None
 
 
+def is_shape(value: Any) -> bool:
+    """Return whether this is a shape of something, not something."""
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(size, int) for size in value)
+
+
 def _unusual(x: Tensor) -> tuple[str, str]:
     if x.is_nested:
         return "a nested tensor", "pad it: torch.nested.to_padded_tensor(x, 0.0)"
@@ -61,9 +69,13 @@ def _unusual(x: Tensor) -> tuple[str, str]:
 
 def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
     name = type(value).__name__
-    expected, do = "a tensor whose first dimension is the batch", "pass torch.randn(1, 3, 224, 224), for example"
+    expected, do = "a tensor whose first dimension is the batch", "pass a tensor of images, or batches of them"
+    if "example" in subject:
+        do = "pass torch.randn(1, 3, 224, 224), for example"
     if type(value).__module__.startswith("PIL"):
         name, do = "an image of pillow", "preprocess it as the model expects: transform(image)[None]"
+    elif is_shape(value):
+        name, do = f"a shape, {tuple(value)}", "pass a tensor of that shape: torch.randn(shape)"
     elif isinstance(value, (tuple, list)):
         name = f"{type(value).__name__} of {len(value)}"
         do = "put images of one size together: torch.stack(images)" if value else "pass one image or more"
@@ -71,4 +83,10 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name, do = repr(value), "read and preprocess the images first; `ptq4vit quantize --data FOLDER` reads a folder"
     elif value is None:
         name = "None"
+    elif by_name(value) is not None:
+        do = "pass the tensors that are in it"
+    elif hasattr(value, "__iter__") or hasattr(value, "__next__"):
+        do = "pass one batch of it: next(iter(loader))"
+    elif callable(value):
+        do = "pass what it returns"
     return failure(operation, subject, expected=expected, got=name, do=do)

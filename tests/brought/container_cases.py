@@ -365,3 +365,43 @@ def not_a_number() -> None:
     images = pictures()
     images[5, 0, 0, 0] = np.nan
     calibrated([images[:3], images[3:]])
+
+
+@brought("input", "an empty tuple as example", refused="expected one image or more, got nothing; pass torch.randn")
+def empty_example() -> None:
+    ptq.prepare_fx(vit(), QUICK, ())
+
+
+@brought("input", "a shape as example", refused="got a shape, (1, 3, 32, 32); pass a tensor of that shape: torch.randn")
+def shape_as_example() -> None:
+    ptq.prepare_fx(vit(), QUICK, (1, 3, 32, 32))
+
+
+@brought("input", "a loader as example", refused="got DataLoader; pass one batch of it: next(iter(loader))")
+def loader_as_example() -> None:
+    ptq.prepare_fx(vit(), QUICK, DataLoader(TensorDataset(pictures()), batch_size=2))
+
+
+@brought("input", "arguments by position and by name, and inputs beside labels")
+def arguments_as_called() -> None:
+    pipeline(tagged(), (pictures(), KINDS), example=(pictures(1), {"kind": KINDS[:1]}))
+    pipeline(tagged(), (pictures(), KINDS), example=((pictures(1), KINDS[:1]), KINDS[:1]))
+    pipeline(tagged(), pictures(), example=({"image": pictures(1)}, KINDS[:1]))
+
+
+@brought("data", "text as the number of images", refused="images: expected an integer of 1 or more, got '3'")
+def text_as_number() -> None:
+    calibrated(pictures(), images="3")
+
+
+@brought(
+    "data", "single images with the channels last", refused="put the channels first and add the batch dimension: x.p"
+)
+def single_channels_last() -> None:
+    calibrated([pictures()[0].permute(1, 2, 0)])
+
+
+@brought("data", "batches with the targets of a detector")
+def detector_targets() -> None:
+    data = [{"image": pictures(), "labels": [{"boxes": torch.ones(1, 4)}] * 6}]
+    ptq.quantize(tagged(), data, qconfig_mapping=QUICK, progress=False)

@@ -1,0 +1,95 @@
+"""Why a graph has no ONNX form: what was tried, in which module and line, and what helps in that case."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.passes.graph.causes import NOT_OURS, Cause, cause_of, said
+from ptq4vit_fx.passes.graph.marks import scope_of
+
+OPERATOR = Cause(
+    r"No ONNX function found|No decompositions registered",
+    "operators that ONNX has",
+    "write it out with torch's own functions before prepare_fx (attention as F.scaled_dot_product_attention)",
+)
+BATCH = Cause(
+    r"Constraints violated|specialized it to be a constant|invalid for input of size|[sS]ize.*must match|\bs\d+\b",
+    "a forward for any number of images",
+    "count images with x.shape[0] in that line, or pass batch={}, the number of images that it is written for",
+)
+DATA = Cause(
+    r"[dD]ata-dependent|DataDependent|unbacked|Could not extract specialized",
+    "sizes that do not depend on the values of pixels",
+    "write selections by value (boolean masks, nonzero, unique) as torch.where or a multiplication, which keep sizes",
+)
+PACKAGE = Cause(r"ImportError|ModuleNotFoundError", "the packages that the exporter needs", "install that package")
+MEMORY = Cause(
+    r"out of memory|MemoryError", "memory for a second copy of the model", "free memory, or export elsewhere"
+)
+OTHER = Cause(
+    "",
+    "a graph that torch.onnx.export translates",
+    "mend that line if it is the model's, else report this together with the model",
+)
+#: In their order: the first whose pattern is in the text of the exception or of one behind it.
+EXPORTING = (OPERATOR, DATA, PACKAGE, MEMORY, BATCH)
+
+_OPERATOR_NAME = re.compile(r"op='([\w.]+)', overload")
+_NODE = re.compile(r"(?:translating node|executing) %(\w+)")
+
+
+def refused(error: BaseException, graphs: list[Graph], batch: int | None, only: int | None) -> PTQError:
+    """Return the error of an export that failed.
+
+    graphs: where a node that the exporter names is looked for. only: the one batch size that the model takes, if known.
+    """
+    chain = list(_chain(error))
+    text = "\n".join(f"{type(e).__name__}: {e}" for e in chain)
+    cause = cause_of(text, EXPORTING, OTHER)
+    telling = next((e for e in reversed(chain) if str(e).strip()), error)
+    got, do = said(telling), cause.do.format("" if only is None else only)
+    if cause is OPERATOR and (found := _OPERATOR_NAME.search(text)):
+        got = found[1].replace(".", "::", 1)
+    if cause is BATCH and batch is not None:
+        do = f"pass batch={only or ''}, the number of images that the forward is written for, which is not {batch}"
+    return failure("export_onnx", _place(text, graphs), expected=cause.expected, got=got, do=do)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those behind it, the first cause last."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def _place(text: str, graphs: list[Graph]) -> str:
+    """Return `module path, file:line: source` of the node that the exporter names, as far as that is known."""
+    names = _NODE.findall(text)
+    every = [node for graph in graphs for node in graph.nodes]
+    nodes = [node for name in names for node in every if node.name == name]
+    if not nodes:  # a decomposition has names of its own, most of which end like the operator
+        nodes = [node for name in names for node in every if name in node.name and node.op.startswith("call")]
+    if not nodes:
+        return "the model"
+    scopes = [scope for scope in map(_scope, nodes) if scope]
+    lines = [line for line in map(line_of, nodes) if line]
+    parts = [f"module {scopes[0]!r}" if scopes else "the model's own forward", *lines[:1]]
+    return ", ".join(parts) if lines else f"{parts[0]}, {nodes[0].name}"
+
+
+def _scope(node: Node) -> str:
+    """Return the innermost module of a node; of an exported one, the last that is the model's."""
+    scope = scope_of(node)
+    return "" if scope.startswith("_") else scope
+
+
+def line_of(node: Node) -> str:
+    """Return `file:line: source` of the model's line that made a node, "" if the tracer did not note it."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    theirs = [frame for frame in frames if not frame[0].startswith((*NOT_OURS, "<"))]
+    return "{}:{}: {}".format(*theirs[-1]) if theirs else ""
