@@ -68,7 +68,29 @@ def averaged_models() -> None:
 
 @brought("model", "float16 weights", quick=True)
 def half_weights() -> None:
-    pipeline(vit().half(), pictures(), reference=vit().half().float())
+    converted = pipeline(vit().half(), pictures(), reference=vit().half().float())
+    assert converted(pictures().half()).dtype is torch.float32
+
+
+@brought("model", "float16 weights, example and images, in a model that only torch.export traces")
+def half_everything() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vit()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x) if x.ndim == 4 else x
+
+    model, images = Branching().eval(), pictures()
+    converted = pipeline(
+        copy.deepcopy(model).half(),
+        images,
+        example=images[:1].half(),
+        data=images.half(),
+        reference=model.half().float(),
+    )
+    assert converted(images.half()).dtype is torch.float32
 
 
 @brought("model", "bfloat16 weights, and weights of several types")
