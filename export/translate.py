@@ -34,7 +34,7 @@ def translate(
     device = next((b.device for b in converted.buffers()), inputs[0].device)
     # Dynamic: an example of 2, because export treats 1 as a constant; but not of the one size that the model takes,
     # with which every line of it agrees.
-    only = converted.meta.get(FIXED_BATCH)
+    only: int | None = converted.meta.get(FIXED_BATCH)
     size = batch or (3 if only == 2 else 2)
     batches = tuple(x.detach()[:1].expand(size, *x.shape[1:]).contiguous().to(device) for x in inputs)
     shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.passes.graph.causes import place_of, rejected
 from ptq4vit_fx.passes.graph.model_call import ModelCall
+from ptq4vit_fx.passes.graph.outputs import is_dense
 from ptq4vit_fx.passes.graph.shapes import without_fast_attention
 
 #: Where a traced GraphModule keeps the Behaviour of its model until it is prepared.
@@ -154,7 +155,9 @@ def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -
     inputs = tuple(x.detach().to(device, torch.float32 if x.is_floating_point() else x.dtype).clone() for x in example)
     try:
         with measuring(model):
-            first, again = _run(model, call, inputs), _run(model, call, inputs)
+            output = replace(call, keys=True)(model, *(x.clone() for x in inputs))
+            call = replace(call, keys=is_dense(output))
+            first, again = Run(inputs, tensors_of(output)), _run(model, call, inputs)
     except PTQError:
         raise
     except Exception as error:

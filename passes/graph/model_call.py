@@ -18,15 +18,19 @@ POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 @dataclass(frozen=True)
 class ModelCall:
-    """A call of a model on tensors: names of the inputs; those behind the first `positional` are given by keyword."""
+    """A call of a model on tensors: names of the inputs; those behind the first `positional` are given by keyword.
+
+    keys: whether a mapping of `logits` alone stays one, see `plain_outputs`.
+    """
 
     names: tuple[str, ...]
     positional: int
+    keys: bool = False
 
     def __call__(self, model: nn.Module, *tensors: Tensor) -> Any:
         """Return `plain_outputs` of what the model itself gives, with its hooks and its replaced forward."""
         by_name = dict(zip(self.names[self.positional :], tensors[self.positional :], strict=True))
-        return plain_outputs(model(*tensors[: self.positional], **by_name))
+        return plain_outputs(model(*tensors[: self.positional], **by_name), keys=self.keys)
 
 
 def call_of(model: nn.Module, count: int, names: Sequence[str] | None = None, *, complete: bool = True) -> ModelCall:

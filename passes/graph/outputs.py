@@ -2,7 +2,7 @@
 
 | what a model returns | what the graph returns | names |
 |---|---|---|
-| a tensor; a mapping or dataclass of `logits` alone | the tensor | logits |
+| a tensor; a mapping or dataclass of `logits` (batch, classes) alone | the tensor | logits |
 | a mapping, a dataclass (the outputs of transformers are both) | a dict, without None | its keys |
 | a tuple, a list, a named tuple | the same | output_0, output_1 ...; its fields |
 | containers in containers | the same, each as above | hidden_states.0, aux.boxes |
@@ -29,8 +29,10 @@ Leaf = TypeVar("Leaf")
 Path = tuple[str | int, ...]
 
 
-def plain_outputs(output: Any) -> Any:
+def plain_outputs(output: Any, *, keys: bool = False) -> Any:
     """Return an output as the table above has it, its tensors and numbers untouched.
+
+    keys: whether a mapping of `logits` alone stays one: what has another shape is told by its name only.
 
     Warns (PTQWarning) of objects inside of it that are no tensors, which are left out; raises PTQError if it is one.
     """
@@ -43,7 +45,12 @@ def plain_outputs(output: Any) -> Any:
             got=f"an object of {type(output).__name__}",
             do="wrap the model in a module that returns the tensors of that object",
         )
-    return plain
+    return plain[LOGITS] if isinstance(plain, dict) and list(plain) == [LOGITS] and not keys else plain
+
+
+def is_dense(output: Any) -> bool:
+    """Return whether plain outputs with their keys are `logits` alone, but not (batch, classes)."""
+    return isinstance(output, dict) and list(output) == [LOGITS] and getattr(output[LOGITS], "ndim", 2) != 2
 
 
 def _plain(output: Any, path: str) -> Any:
@@ -60,8 +67,7 @@ def _plain(output: Any, path: str) -> Any:
             warnings.warn(text, PTQWarning, stacklevel=2)
         return None
     entries = {str(key): _plain(value, f"{path}.{key}") for key, value in output.items()}
-    kept = {key: value for key, value in entries.items() if value is not None}
-    return kept[LOGITS] if not path and list(kept) == [LOGITS] else kept
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def _is_symbolic(output: Any) -> bool:

@@ -163,6 +163,7 @@ def image_encoder_of_sam() -> None:
         patch_size=8,
         window_size=4,
         global_attn_indexes=[1],
+        initializer_range=0.02,
     )
     pipeline(made(SamVisionEncoder, config), pictures(3, 3, 64, 64), loss=sum_of_squares)
 
