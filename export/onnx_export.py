@@ -23,6 +23,7 @@ from ptq4vit_fx.export.contract import Rewrite, run_steps
 from ptq4vit_fx.export.interface import (
     Interface,
     compute_outputs,
+    converted_model,
     interface_of,
     name_interface,
     return_results,
@@ -42,9 +43,8 @@ from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.names import holder, tensor
-from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
-from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
@@ -114,7 +114,7 @@ def export_onnx(
     target cannot hold it or is not known, if the opset is not supported, if names are missing or repeat, or if the path
     is not writable; nothing is left behind then.
     """
-    _check_stage(converted)
+    converted = converted_model("export_onnx", converted)
     rules = check_target(target, opset, batch)
     interface = interface_of(converted, input_names, output_names)
     inputs = example_for(converted, example_inputs, "export_onnx")
@@ -129,18 +129,6 @@ def export_onnx(
     counts = dict(Counter(node.op_type for node in model.graph))
     float_bytes = sum(4 * tensor.size for tensor in tensors_of(model))
     return ExportReport(Path(path), size, float_bytes, counts, len(plan.quantizers), opset, target, rewrites)
-
-
-def _check_stage(converted: GraphModule) -> None:
-    stage = stage_of(converted) if isinstance(converted, GraphModule) else None
-    if stage is not Stage.CONVERTED:
-        raise failure(
-            "export_onnx",
-            type(converted).__name__,
-            expected="a model from convert_fx or quantize",
-            got=f"stage {stage.value!r}" if stage else "a model that this package did not convert",
-            do="call convert_fx(prepared) first",
-        )
 
 
 def check_target(target: str, opset: int, batch: int | None) -> Target:

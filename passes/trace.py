@@ -25,6 +25,7 @@ from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.symbolic_sizes import symbolic_sizes
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.passes.graph.untouched import untouched
 from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, specializations, trace_by_export, warn_of_largest_batch
 
@@ -125,7 +126,7 @@ def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> Gra
     root.__class__ = type(name, (type(root),), {TRACED: traced, "__module__": type(root).__module__})
     try:
         with untouched(root):
-            return GraphModule(root, tracer.trace(root), class_name=name)
+            return TracedModule(root, tracer.trace(root), class_name=name)
     except Exception as error:  # noqa: BLE001 - it is part of the sentence if the other tracer fails too
         return failed(error, root)
 

@@ -24,6 +24,7 @@ from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
 from ptq4vit_fx.passes.graph.shapes import without_fast_attention
 from ptq4vit_fx.passes.graph.silence import silence
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 
 
 class _Called(nn.Module):
@@ -66,7 +67,7 @@ def trace_by_export(
     with without_fast_attention(), silence(), torch.no_grad():
         program = torch.export.export(_Called(root, call), images, dynamic_shapes=dynamic and (dynamic,), strict=False)
     _hold_constants(root, program)
-    graph_module = GraphModule(root, _plain_graph(program, call.names), class_name=type(root).__name__)
+    graph_module = TracedModule(root, _plain_graph(program, call.names), class_name=type(root).__name__)
     largest = [int(r.upper) for r in program.range_constraints.values() if batch is not None and r.upper.is_Integer]
     if largest:
         graph_module.meta[LARGEST_BATCH] = min(largest)

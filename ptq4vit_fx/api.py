@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_e
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, stage_of
-from ptq4vit_fx.passes.graph.float_model import float_model
+from ptq4vit_fx.passes.graph.float_model import float_model, unwrapped
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace import module_paths, trace
@@ -109,7 +109,7 @@ def calibrate(
     Raises PTQError on a model that is not prepared, on data without images or with NaN, and on a checkpoint of
     another plan, other weights, images or arguments.
     """
-    _require(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
+    prepared = _at_stage(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
     devices = (device, search_device)
     options = CalibrationOptions(images, seed, progress, *devices, loss, memory_limit, checkpoint, sequential)
     calibration = run_calibration(prepared, data, options)
@@ -120,7 +120,7 @@ def calibrate(
 @independent_of_caller()
 def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
     """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
-    _require(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
+    prepared = _at_stage(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
     plan = plan_of(prepared)
     if calibration.plan.quantizers != plan.quantizers:
         mine, theirs = plan.quantizers, calibration.plan.quantizers
@@ -151,7 +151,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     Returns a new GraphModule that runs in PyTorch as the simulation of the deployed model; `prepared` is not
     changed. Raises PTQError if the model was not calibrated.
     """
-    _require(prepared, "convert_fx", {Stage.OBSERVED}, "call prepare_fx and calibrate first")
+    prepared = _at_stage(prepared, "convert_fx", {Stage.OBSERVED}, "call prepare_fx and calibrate first")
     calibration = calibration_of(prepared)
     if calibration is None:
         raise failure(
@@ -190,7 +190,8 @@ def quantize(
     return convert_fx(prepared)
 
 
-def _require(graph_module: Any, operation: str, stages: set[Stage], do: str) -> None:
+def _at_stage(model: Any, operation: str, stages: set[Stage], do: str) -> GraphModule:
+    graph_module = unwrapped(model)
     stage = stage_of(graph_module) if isinstance(graph_module, GraphModule) else None
     if stage not in stages:
         raise failure(
@@ -200,6 +201,7 @@ def _require(graph_module: Any, operation: str, stages: set[Stage], do: str) -> 
             got=f"stage {stage.value!r}" if stage else "a model that this package did not prepare",
             do=do,
         )
+    return cast("GraphModule", graph_module)
 
 
 __all__ = ["PTQError", "calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"]

@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import batches_for
+from ptq4vit_fx.export.interface import converted_model
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
 from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_model
@@ -212,6 +213,7 @@ def verify_onnx(
     data, images: as for `calibrate`. layers: number of images, the first ones, on which the integer codes of every
     site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images do not fit.
     """
+    converted = converted_model("verify_onnx", converted)
     batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)

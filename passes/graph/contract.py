@@ -15,6 +15,7 @@ from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.shapes import propagate_shapes
 from ptq4vit_fx.passes.graph.stages import Stage, check_stage
+from ptq4vit_fx.passes.graph.traced_module import PRESERVED
 from ptq4vit_fx.plan import QuantPlan
 
 P = ParamSpec("P")
@@ -80,8 +81,8 @@ def enter(graph_module: GraphModule, stage: Stage, rewrite: Rewrite) -> None:
 
 
 def attach(graph_module: GraphModule, **values: Any) -> GraphModule:
-    """Set attributes that survive a deepcopy of the GraphModule; return it."""
-    preserved = graph_module.meta.setdefault("_user_preserved_attributes", {})
+    """Set attributes that survive copies and files of the GraphModule; return it."""
+    preserved = graph_module.meta.setdefault(PRESERVED, {})
     for name, value in values.items():
         preserved[name] = value
         setattr(graph_module, name, value)

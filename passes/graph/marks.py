@@ -13,7 +13,9 @@ from torch.fx import Graph, Node
 
 from ptq4vit_fx.product_forms import PRODUCTS, ProductKind
 
-_PRODUCT, _SCOPES = "ptq4vit_op", "nn_module_stack"
+_PRODUCT = "ptq4vit_op"
+#: torch's own key: path -> (path, type), the innermost last.
+SCOPES = "nn_module_stack"
 
 
 def kind_of(node: Node) -> ProductKind | None:
@@ -45,14 +47,14 @@ def scope_of(node: Node) -> str:
 
 def scopes_of(node: Node) -> list[str]:
     """Return the scopes of a node, the innermost last."""
-    return [path for path, _ in node.meta.get(_SCOPES, {}).values()]
+    return [path for path, _ in node.meta.get(SCOPES, {}).values()]
 
 
 def put_in_scope(node: Node, like: Node, scope: str | None = None) -> Node:
     """Give a node the scopes of `like`, and `scope` as the innermost one if given; return it."""
-    scopes = dict(like.meta.get(_SCOPES, {}))
+    scopes = dict(like.meta.get(SCOPES, {}))
     if scope is not None:
         scopes.pop(scope, None)
         scopes[scope] = (scope, nn.Module)
-    node.meta[_SCOPES] = scopes
+    node.meta[SCOPES] = scopes
     return node

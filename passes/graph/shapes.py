@@ -115,7 +115,7 @@ def propagate_shapes(graph_module: GraphModule, pass_name: str) -> None:
             node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        call = _call(node)
+        call = call_of(node)
         if node.meta.get(CALL) == call:
             continue
         key = _key(graph_module, node, call)
@@ -166,7 +166,7 @@ class _Recorder(Interpreter):
         n.meta[MULTIPLIES] = (self._counter.get_total_flops() - before) // 2
         n.meta[RESULT] = _described(result)
         if n.op not in ("placeholder", "get_attr", "output"):
-            n.meta[CALL] = _call(n)
+            n.meta[CALL] = call_of(n)
         return result
 
     def recompute(self, node: Node) -> tuple[Any, int, str]:
@@ -202,7 +202,7 @@ def _described_leaf(x: Any) -> Any:
     return x if isinstance(x, PLAIN) else type(x)
 
 
-def _call(node: Node) -> tuple[Any, ...]:
+def call_of(node: Node) -> tuple[Any, ...]:
     """Return what the result of a node depends on: its call, with the results of its operands."""
     return (node.op, node.target, *map_arg((node.args, node.kwargs), lambda n: n.meta.get(RESULT)))
 
