@@ -80,7 +80,7 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name = f"{type(value).__name__} of {len(value)}"
         do = "put images of one size together: torch.stack(images)" if value else "pass one image or more"
     elif isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
-        name, do = repr(value), "read and preprocess the images first; `ptq4vit quantize MODEL --data FOLDER` reads a folder"
+        name, do = repr(value), "read and preprocess the images first, or use the command line with --data FOLDER"
     elif value is None:
         name = "None"
     elif by_name(value) is not None:
