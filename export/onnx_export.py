@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections import Counter
@@ -43,7 +42,7 @@ from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.names import holder, tensor
-from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
+from ptq4vit_fx.passes.graph.contract import calibration_of, on_cpu, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
@@ -114,12 +113,12 @@ def export_onnx(
     target cannot hold it or is not known, if the opset is not supported, if names are missing or repeat, or if the path
     is not writable; nothing is left behind then.
     """
-    converted = converted_model("export_onnx", converted)
+    converted = on_cpu(converted_model("export_onnx", converted))
     rules = check_target(target, opset, batch)
     interface = interface_of(converted, input_names, output_names)
-    inputs = example_for(converted, example_inputs, "export_onnx")
+    inputs = tuple(x.cpu() for x in example_for(converted, example_inputs, "export_onnx"))
     check_writable(path, "export_onnx")  # before the work, not after
-    qdq = return_results(write_qdq(copy.deepcopy(converted)), list(interface.outputs))
+    qdq = return_results(write_qdq(converted), list(interface.outputs))
     model = translate(qdq, inputs, translated_opset(opset), batch, working_names(interface))
     plan = plan_of(converted)
     rewrites = run_steps(model, (*STEPS, *rules.steps), plan=plan, opset=opset, interface=interface)

@@ -82,12 +82,12 @@ def _warn_of(float_ops: list[FloatOp]) -> None:
     for float_op in float_ops:
         names.setdefault(float_op.reason, []).append(float_op.name)
     if len(float_ops) == 1:
-        warnings.warn(f"{float_ops[0].name} stays float: {float_ops[0].reason}", PTQWarning, stacklevel=5)
+        warnings.warn(f"{float_ops[0].name} stays float: {float_ops[0].reason}", PTQWarning, stacklevel=8)
     elif float_ops:
         groups = [f"{some_names(same)} ({reason})" for reason, same in names.items()]
         said = some_names(groups, MOST_REASONS, "; ")
         warnings.warn(
-            f"{len(float_ops)} products stay float, listed in plan.float_ops: {said}", PTQWarning, stacklevel=5
+            f"{len(float_ops)} products stay float, listed in plan.float_ops: {said}", PTQWarning, stacklevel=8
         )
 
 

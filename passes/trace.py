@@ -20,7 +20,7 @@ from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
-from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy
+from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy, is_float32
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -51,7 +51,8 @@ def trace(
     something else than the model, or stops in front of a module that holds products. leaf_modules: paths of modules
     that are meant to stay closed. Raises PTQError (module path, source line, what to do) if both fail.
     """
-    source = float_copy(float_model(model))
+    original = float_model(model)
+    source = float_copy(original)
     call = call_of(source, len(example_inputs or "x"), names, complete=example_inputs is not None)
     with silence(), random_numbers_kept(source):
         if example_inputs is None:
@@ -61,6 +62,8 @@ def trace(
             return _entered(graph_module, "trace")
         behaviour = behaviour_of(another_copy(source), example_inputs, call)
         graph_module = _first_that_behaves(source, behaviour, leaf_modules)
+        if not is_float32(original):
+            _take_other_floats(graph_module, behaviour.runs[0].inputs)
     largest = graph_module.meta.get(LARGEST_BATCH)
     if largest is not None:
         warn_of_largest_batch(largest)
@@ -85,6 +88,21 @@ def _entered(graph_module: GraphModule, tracer: str, behaviour: Behaviour | None
         graph_module.meta |= {BEHAVIOUR: behaviour, FIXED_BATCH: behaviour.fixed_batch}
     enter(graph_module, Stage.TRACED, Rewrite(tracer, len(graph_module.graph.nodes)))
     return graph_module
+
+
+def _take_other_floats(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> None:
+    """Let a graph take its float inputs in any type, as its user has them for a model of half weights."""
+    graph = graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, x in zip(placeholders, example_inputs, strict=True):
+        if x.is_floating_point():
+            readers = list(node.users)
+            with graph.inserting_after(placeholders[-1]):
+                converted = graph.call_method("float", (node,))
+            for reader in readers:
+                reader.replace_input_with(node, converted)
+    graph_module.recompile()
+    record_shapes(graph_module, example_inputs)
 
 
 def _checked(graph_module: GraphModule | Failed, behaviour: Behaviour) -> GraphModule | Failed:

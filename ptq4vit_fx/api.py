@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,7 +18,7 @@ from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
-from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, stage_of
+from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu, plan_of, stage_of
 from ptq4vit_fx.passes.graph.float_model import float_model, unwrapped
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -161,7 +160,8 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
             got="a model that was not calibrated",
             do="call calibrate(prepared, images) or load_calibration(prepared, calibration) first",
         )
-    return CONVERSION.run(copy.deepcopy(prepared))
+    home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    return attach(CONVERSION.run(on_cpu(prepared)).to(home), calibration=calibration)
 
 
 @independent_of_caller()

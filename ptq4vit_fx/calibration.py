@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,6 +81,10 @@ class Calibration:
     def with_provenance(self, facts: dict[str, Any]) -> Calibration:
         """Return this calibration with more facts about where it comes from."""
         return replace(self, provenance=self.provenance | facts)
+
+    def to(self, device: torch.device) -> Calibration:
+        """Return this calibration with its parameters on another device."""
+        return replace(self, params={site: params.to(device) for site, params in self.params.items()})
 
     def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of float operands with both quantized; shapes as in the graph."""

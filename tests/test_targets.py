@@ -277,8 +277,7 @@ def test_a_fixed_batch_and_chosen_names(tmp_path, converted, small_images):
     report = ptq.verify_onnx(path, converted, list(small_images.split(4)))
     assert report.same_functions.bit_equal == 1.0
     assert not report.graph.float_products  # known shapes tempt the runtime to make Gemm of them
-    with pytest.raises(ptq.PTQError, match="expected images of shape"):
-        ptq.verify_onnx(path, converted, small_images[:3])
+    assert ptq.verify_onnx(path, converted, small_images[:3]).same_functions.bit_equal == 1.0  # the rest is filled up
 
 
 def test_arguments_are_checked_before_anything_is_written(tmp_path, converted, small_images):
@@ -288,7 +287,7 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path, converted, s
         ({"opset": 16}, "expected 17 to"),
         ({"opset": newest_opset() + 1}, "expected 17 to"),
         ({"batch": 0}, "batch: expected 1 or more"),
-        ({"input_names": ["a", "b"]}, "expected 1 names, as image"),
+        ({"input_names": ["a", "b"]}, "expected one name, as image"),
         ({"input_names": ["x"], "output_names": ["x"]}, "expected names that differ"),
     ):
         with pytest.raises(ptq.PTQError, match=message):

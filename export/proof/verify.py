@@ -20,6 +20,7 @@ from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_m
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
+from ptq4vit_fx.passes.graph.contract import on_cpu
 from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.torch_state import independent_of_caller
 
@@ -229,6 +230,6 @@ def verify_onnx(
         graph=runtime_graph(load_file(path)),
         saturating=saturating,
         default_agreement=compare_outputs(simulated, default).agreement,
-        code_comparison=compare_layers(converted, path, session, batches, layers) if layers > 0 else None,
+        code_comparison=compare_layers(on_cpu(converted), path, session, batches, layers) if layers > 0 else None,
         outputs={name: compare(simulated[name], array) for name, array in actual.items()},
     )

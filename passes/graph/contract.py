@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, cast
 
+import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibration import Calibration
@@ -87,6 +89,12 @@ def attach(graph_module: GraphModule, **values: Any) -> GraphModule:
         preserved[name] = value
         setattr(graph_module, name, value)
     return graph_module
+
+
+def on_cpu(graph_module: GraphModule) -> GraphModule:
+    """Return a copy on the CPU, its calibration too: constants that are made on the way are there."""
+    copied, calibration = copy.deepcopy(graph_module).cpu(), calibration_of(graph_module)
+    return attach(copied, calibration=calibration and calibration.to(torch.device("cpu")))
 
 
 def plan_of(graph_module: GraphModule) -> QuantPlan:

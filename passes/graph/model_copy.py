@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -36,6 +37,12 @@ def float_copy(model: nn.Module) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
     return duplicate
+
+
+def is_float32(model: nn.Module) -> bool:
+    """Return whether every floating-point weight of a model is float32."""
+    weights = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
+    return all(tensor.dtype is torch.float32 for tensor in weights)
 
 
 def another_copy(model: nn.Module) -> nn.Module:

@@ -72,7 +72,7 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
     seconds = {"seconds": round(time.perf_counter() - started, 3)}
     seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
     for remark in run.results.remarks():
-        warnings.warn(str(remark), PTQWarning, stacklevel=3)
+        warnings.warn(str(remark), PTQWarning, stacklevel=4)
     return run.results.with_provenance(seconds | {"capture_groups": len(schedule.groups)})
 
 

@@ -60,7 +60,7 @@ def data_parallel() -> None:
 
 
 @brought("model", "averaged models: AveragedModel, ModelEma, ModelEmaV2, ModelEmaV3")
-def averaged() -> None:
+def averaged_models() -> None:
     for wrapper in (AveragedModel, timm.utils.ModelEma, timm.utils.ModelEmaV2, timm.utils.ModelEmaV3):
         _prepare(wrapper(vit()))
     pipeline(AveragedModel(vit()), pictures(), reference=vit())
@@ -68,7 +68,29 @@ def averaged() -> None:
 
 @brought("model", "float16 weights", quick=True)
 def half_weights() -> None:
-    pipeline(vit().half(), pictures(), reference=vit().half().float())
+    converted = pipeline(vit().half(), pictures(), reference=vit().half().float())
+    assert converted(pictures().half()).dtype is torch.float32
+
+
+@brought("model", "float16 weights, example and images, in a model that only torch.export traces")
+def half_everything() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vit()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x) if x.ndim == 4 else x
+
+    model, images = Branching().eval(), pictures()
+    converted = pipeline(
+        copy.deepcopy(model).half(),
+        images,
+        example=images[:1].half(),
+        data=images.half(),
+        reference=model.half().float(),
+    )
+    assert converted(images.half()).dtype is torch.float32
 
 
 @brought("model", "bfloat16 weights, and weights of several types")

@@ -133,7 +133,7 @@ def poses() -> None:
 
 
 @brought("task", "video: VideoMAE, (batch, frames, channels, height, width)", quick=True)
-def video() -> None:
+def videomae() -> None:
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
     config = VideoMAEConfig(**SMALL, **IMAGES, num_frames=4, tubelet_size=2, num_labels=5)
