@@ -159,3 +159,21 @@ def test_the_batch_is_called_so(tmp_path, converted, small_images):
     shapes = [value.type.tensor_type.shape for value in (*model.graph.input, *model.graph.output)]
     assert [shape.dim[0].dim_param for shape in shapes] == ["batch"] * 3
     assert "s77" not in str(model.graph.value_info)
+
+
+def test_a_file_that_does_not_run_says_where_and_of_another_size_what_it_takes(tmp_path, converted, small_images):
+    path = tmp_path / "model.onnx"
+    ptq.export_onnx(converted, path, small_images[:1])
+    model = onnx.load(path)
+    reshape = next(node for node in model.graph.node if node.name == "patch/Reshape")
+    (sizes,) = (tensor for tensor in model.graph.initializer if tensor.name == reshape.input[1])
+    sizes.CopyFrom(numpy_helper.from_array(np.array([2, 3, 4, 4, 4, 4]), sizes.name))
+    onnx.save(model, path)
+    runs = r"a file that runs on inputs \(3, 3, 16, 16\), got .*patch/Reshape.*; look at that node"
+    with pytest.raises(ptq.PTQError, match=runs):
+        ptq.verify_onnx(path, converted, small_images[:3], layers=0)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 8
+    onnx.save(model, path)
+    takes = r"expected inputs of shape image \['batch', 3, 8, 16\].*of the size that was exported"
+    with pytest.raises(ptq.PTQError, match=takes):
+        ptq.verify_onnx(path, converted, small_images[:2], layers=0)
