@@ -12,6 +12,16 @@ AUTOCAST = ("cpu", "cuda")
 
 
 @contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the types that operands have: integer codes above 2048 or 256 are none in float16 or bfloat16."""
+    with contextlib.ExitStack() as stack:
+        for kind in AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def independent_of_caller() -> Iterator[None]:
     """Compute with gradients where they are asked for, in float32, on the CPU where no device is named.
 
@@ -22,9 +32,7 @@ def independent_of_caller() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in AUTOCAST:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(without_autocast())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if dtype is not torch.float32:

@@ -99,3 +99,10 @@ def test_a_calibration_is_the_same_in_any(name, small_vit, small_images, calibra
     for key, params in calibrated.calibration.params.items():
         for tensor, expected in zip(calibration.params[key].tensors().values(), params.tensors().values(), strict=True):
             assert torch.equal(tensor, expected)
+
+
+def test_a_converted_model_computes_the_same_under_autocast(small_converted, small_images):
+    expected = small_converted(small_images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(small_converted(small_images), expected)
+        assert torch.is_autocast_enabled("cpu")

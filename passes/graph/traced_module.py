@@ -20,6 +20,7 @@ from torch.fx.node import map_aggregate
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.marks import SCOPES
 from ptq4vit_fx.passes.graph.shapes import CALL, KNOWN, RESULT, call_of
+from ptq4vit_fx.torch_state import AUTOCAST, without_autocast
 
 #: What torch.fx makes anew of the graph.
 MADE_ANEW = ("_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras")
@@ -61,7 +62,13 @@ class StoredNode:
 
 
 class TracedModule(GraphModule):
-    """A GraphModule that copy.copy, copy.deepcopy, pickle and torch.save keep whole."""
+    """A GraphModule that copy, pickle and torch.save keep whole, and that autocast does not round."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if not any(torch.is_autocast_enabled(kind) for kind in AUTOCAST):
+            return super().__call__(*inputs, **named)
+        with without_autocast():
+            return super().__call__(*inputs, **named)
 
     def __copy__(self) -> TracedModule:
         # A graph of its own: one of two modules belongs to neither.
