@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -220,7 +219,8 @@ def verify_onnx(
     session = open_session(path)
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
     simulated = outputs_of_model(converted, batches, device)
-    alike = outputs_of_model(RuntimeFunctions(copy.deepcopy(converted).cpu()).run, batches, torch.device("cpu"))
+    here = on_cpu(converted)
+    alike = outputs_of_model(RuntimeFunctions(here).run, batches, torch.device("cpu"))
     actual = outputs_of_file(str(path), session, batches, list(simulated))
     plain = open_session(path, exact=False) if saturating else None
     default = actual if plain is None else outputs_of_file(str(path), plain, batches, list(simulated))
@@ -230,6 +230,6 @@ def verify_onnx(
         graph=runtime_graph(load_file(path)),
         saturating=saturating,
         default_agreement=compare_outputs(simulated, default).agreement,
-        code_comparison=compare_layers(on_cpu(converted), path, session, batches, layers) if layers > 0 else None,
+        code_comparison=compare_layers(here, path, session, batches, layers) if layers > 0 else None,
         outputs={name: compare(simulated[name], array) for name, array in actual.items()},
     )
