@@ -177,8 +177,9 @@ class _Schedule:
 
 def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
     options, devices, left, images = run.options, run.devices, run.left, _images(batches)
-    limit = default_memory_limit(devices.model) if options.memory_limit is None else options.memory_limit
-    budget = MemoryBudget.of(run.prepared, limit)
+    limit, chosen = options.memory_limit, options.memory_limit is not None
+    limit = default_memory_limit(devices.model) if limit is None else limit
+    budget = MemoryBudget.of(run.prepared, limit, chosen=chosen)
     threads = intra_op_threads() if devices.search.type == "cpu" else GPU_SEARCHES
     searches = budget.searches(left, images, threads)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
