@@ -21,12 +21,20 @@ def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -
 
 #: Characters of a value that a sentence quotes.
 QUOTED = 60
+#: Characters of what an exception says.
+SAID = 300
 
 
 def quoted(value: object) -> str:
     """Return a value as a sentence quotes it: one line, not long, no control characters."""
     text = repr(value)
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+
+
+def said(error: BaseException) -> str:
+    """Return what another library's exception says, on one line and not without end."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return text[:SAID] or type(error).__name__
 
 
 def unknown_name(operation: str, subject: str, name: str, known: Iterable[str], *, besides: str = "") -> PTQError:
