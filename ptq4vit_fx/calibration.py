@@ -9,14 +9,13 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptq4vit_fx.errors import PTQError, PTQWarning, failure, quoted, said, some_names
-from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
 from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
@@ -115,8 +114,7 @@ class Calibration:
             raise failure("save calibration", str(path), expected=expected, got=said(error), do=do) from error
         place = Place("save calibration", "record", do="leave that out of the provenance")
         read_as(_Record, read_json(texts["record"], place), place)
-        with atomic_path(path, "save calibration") as temporary:
-            Path(temporary).write_bytes(sealed(dict(named), texts))
+        write_file(path, sealed(dict(named), texts), "save calibration")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:

@@ -1,45 +1,227 @@
-"""Outputs appear whole or not at all."""
+"""Outputs appear whole or not at all, in the file that their path means; what hinders that is one sentence.
+
+A file is written in a temporary folder beside it, and moved. Whoever writes holds a lock there, which ends with the
+process: what a killed one leaves is removed when the same path is written again.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import PTQError, failure, quoted, said
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and what killed processes leave stays
+    fcntl = None  # type: ignore[assignment]
 
-@contextmanager
-def atomic_path(path: str | os.PathLike[str], operation: str) -> Iterator[str]:
-    """Yield a temporary path beside `path`; move it there on success, remove it on any error or interrupt.
-
-    Raises PTQError if the folder does not exist or is not writable.
-    """
-    target = check_writable(path, operation)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; an output file should not be
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+#: The file of a temporary folder that its writer keeps locked.
+LOCK = ".lock"
+#: What the system says where there is no room: on the disk, for this user, for a file of this process (`ulimit -f`).
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+#: What a path may lead to that is no file: the test of its mode, and its name.
+OTHER_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 def check_writable(path: str | os.PathLike[str], operation: str) -> Path:
-    """Return the path of a file to be written; raises PTQError if its folder is missing or not writable."""
-    target = Path(path)
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK) or target.is_dir():
-        raise failure(
-            operation,
-            str(target),
-            expected="a file in an existing, writable folder",
-            got="a folder" if target.is_dir() else "no such folder, or no permission to write there",
-            do="create the folder or choose another path",
-        )
+    """Return the file that a path means, behind symbolic links; it may not exist yet.
+
+    Raises PTQError if its folder is missing or not writable, if it is no regular file, and on names that no file has.
+    "-" is refused, which other programs take for standard output; "./-" is a file.
+    """
+    name = _name_of(path, operation)
+    try:
+        target = Path(os.path.realpath(name))
+        kind = _kind(name)
+        writable = target.parent.is_dir() and os.access(target.parent, os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:  # a loop of links, a file in the place of a folder, a NUL
+        raise _unwritable(operation, name, _reason(error)) from error
+    if kind:
+        raise _unwritable(operation, name, kind)
+    if not writable:
+        got, do = "no such folder, or no permission to write there", "create the folder or choose another path"
+        raise _unwritable(operation, name, got, do)
     return target
+
+
+def write_file(path: str | os.PathLike[str], content: bytes, operation: str) -> None:
+    """Write a file whole or not at all. Raises PTQError, and leaves what was there, if that is not possible."""
+    target = check_writable(path, operation)
+    with workplace(target, operation, len(content)) as folder:
+        written = folder / "content"
+        written.write_bytes(content)
+        move(written, target)
+
+
+def make_folder(path: Path, operation: str) -> None:
+    """Create a folder and those above it, unless it is there; raises PTQError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        do = "choose another path"
+        raise failure(operation, str(path), expected="a folder", got=said(error), do=do) from error
+
+
+@contextmanager
+def workplace(target: Path, operation: str, size: int) -> Iterator[Path]:
+    """Yield a temporary folder beside a file to be written, and remove it whatever happens.
+
+    size: bytes that are going to be written, for the sentence. Raises PTQError in the place of an OSError.
+    """
+    try:
+        with _own_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise _unwritable(operation, str(target), _reason(error)) from error
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(target.parent).free / 1e6:,.1f} MB are free"
+        expected, got = f"room for {size / 1e6:,.1f} MB", f"{error.strerror}{free}"
+        do = "make room, or choose another path"
+        raise failure(operation, str(target), expected=expected, got=got, do=do) from error
+
+
+def move(written: Path, target: Path) -> None:
+    """Give a written file its name: its bytes are on the disk before, and the name is behind. Keeps an old file's mode.
+
+    Raises OSError.
+    """
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+    with suppress(FileNotFoundError):
+        written.chmod(target.stat().st_mode & 0o777)
+    os.replace(written, target)
+    with suppress(OSError):  # not every system can do this to a folder, and the file is complete
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Keep others who write the same path waiting, where the file system has locks."""
+    path = target.parent / f"{_mark(target)}lock"
+    while True:
+        with path.open("ab") as file:
+            if not _lock(file, wait=True) or _is_at(file, path):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+@contextmanager
+def _own_folder(target: Path) -> Iterator[Path]:
+    for abandoned in target.parent.glob(f"{_mark(target)}*.tmp"):
+        _remove_abandoned(abandoned)
+    folder, lock = _locked_folder(target)
+    try:
+        yield folder
+    finally:
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(target: Path) -> tuple[Path, IO[bytes]]:
+    while True:
+        folder = Path(tempfile.mkdtemp(".tmp", _mark(target), target.parent))
+        with suppress(FileNotFoundError):  # another writer took it for abandoned before it was locked: try again
+            lock = (folder / LOCK).open("wb")
+            if not _lock(lock, wait=True) or _is_at(lock, folder / LOCK):
+                return folder, lock
+            lock.close()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folder of a writer that lives no longer; one that is locked stays."""
+    with suppress(OSError):
+        if not (folder / LOCK).exists():
+            folder.rmdir()
+            return
+        with (folder / LOCK).open("ab") as file:
+            if _lock(file, wait=False):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mark(target: Path) -> str:
+    """Return how the names of what belongs to one file start: short, for the file's own may be as long as names get."""
+    return f".ptq4vit-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
+
+
+def _lock(file: IO[bytes], *, wait: bool) -> bool:
+    """Lock a file until it is closed or the process ends; return whether it is locked."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another has it, or the file system has no locks
+        return False
+    return True
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Return whether an open file is still the one with this name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _name_of(path: str | os.PathLike[str], operation: str) -> str:
+    try:
+        name = os.fsdecode(path)
+    except TypeError as error:
+        got, do = type(path).__name__, "pass text or a pathlib.Path"
+        raise failure(operation, quoted(path), expected="the path of a file", got=got, do=do) from error
+    if name == "-":
+        do = "name a file, by its whole path if it is called so"
+        raise failure(operation, "'-'", expected="a file", got="standard output, which is not supported", do=do)
+    if not name or name.endswith(("/", os.sep)):
+        do = "name the file in it"
+        raise failure(operation, repr(name), expected="the path of a file", got="that of a folder", do=do)
+    return name
+
+
+def _kind(name: str) -> str:
+    """Return what a path leads to, "" if that is a file or nothing yet. Raises OSError, ValueError.
+
+    /dev/stdout is a device also where it has been sent to a file.
+    """
+    folder = os.path.realpath(os.path.dirname(name))
+    if folder == "/dev" or folder.startswith("/proc/"):
+        return "a device"
+    with suppress(FileNotFoundError):
+        mode = os.stat(name).st_mode
+        return next((kind for test, kind in OTHER_KINDS if test(mode)), "")
+    return ""
+
+
+def _unwritable(operation: str, name: str, got: str, do: str = "choose another path") -> PTQError:
+    shown = name if name.isprintable() else quoted(name)
+    return failure(operation, shown, expected="a file in an existing, writable folder", got=got, do=do)
+
+
+def _reason(error: Exception) -> str:
+    """Return what the system says, and of which file if that is another than the one to be written."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return said(error)
+    of_another = error.filename and ".ptq4vit-" not in str(error.filename)
+    return f"{error.strerror}, {quoted(str(error.filename))}" if of_another else error.strerror
