@@ -1,8 +1,9 @@
-"""Outputs appear whole or not at all."""
+"""Files that are written appear whole or not at all; files that are read are files."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +44,23 @@ def check_writable(path: str | os.PathLike[str], operation: str) -> Path:
             do="create the folder or choose another path",
         )
     return target
+
+
+def check_readable(path: str | os.PathLike[str], operation: str, expected: str) -> Path:
+    """Return the path of a file to be read; raises PTQError on what is none: opening a pipe would wait for ever."""
+    got = not_a_file(path)
+    if got:
+        raise failure(operation, os.fsdecode(path), expected=expected, got=got, do="check the path")
+    return Path(path)
+
+
+def not_a_file(path: str | os.PathLike[str]) -> str:
+    """Return what is at a path if it is no regular file, nor a link to one; "" if it is."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "a link to nothing" if os.path.islink(path) else "no such file"
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        return str(error)
+    kinds = {stat.S_IFREG: "", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
