@@ -75,11 +75,21 @@ def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -
     return PTQError(f"{operation}: {subject}: expected {expected}, got {got}; {do}")
 
 
+#: Characters of a value that a sentence quotes.
+QUOTED = 60
+
+
+def quoted(value: object) -> str:
+    """Return a value as a sentence quotes it: one line, not long, no control characters."""
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+
+
 def unknown_name(operation: str, subject: str, name: str, known: Iterable[str], *, besides: str = "") -> PTQError:
     """Build the error of a name that is none of the known ones; besides: what else would have been accepted."""
     names = list(known)
     expected, do = f"one of {', '.join(names)}{besides}", f"did you mean {near_names(name, names, 1)}?"
-    return failure(operation, subject, expected=expected, got=repr(name), do=do)
+    return failure(operation, subject, expected=expected, got=quoted(name), do=do)
 
 
 def near_names(name: str, known: Iterable[str], count: int = 5) -> str:

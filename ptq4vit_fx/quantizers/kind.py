@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import PTQError, failure, unknown_name
 
 #: How many scales an operand has: one, one per head (axis -3), per output channel, or per group of output channels.
 Granularity = Literal["tensor", "head", "channel", "group"]
@@ -61,3 +61,9 @@ def check_bits(what: str, bits: int) -> None:
     """Raise PTQError unless bits is an integer from 2 to 8."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise failure(what, "bits", expected="an integer from 2 to 8", got=repr(bits), do="choose 8, 6 or 4")
+
+
+def check_choice(what: str, field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise PTQError unless a field has one of its values."""
+    if value not in choices:
+        raise unknown_name(what, field, value, choices)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE
-from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, named_tensors, own_params
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, check_choice, named_tensors, own_params
 
 TwinForm = Literal["softmax", "gelu"]
 
@@ -73,6 +74,10 @@ class TwinUniform:
 
     def __post_init__(self) -> None:
         check_bits("TwinUniform", self.bits)
+        check_choice("TwinUniform", "form", self.form, get_args(TwinForm))
+        if not (self.minimum > 0 or self.form == "softmax") or not 0 <= self.minimum < math.inf:
+            expected, do = "above 0, how far below zero the activation goes", "write that, or leave minimum out"
+            raise failure("TwinUniform", "minimum", expected=expected, got=repr(self.minimum), do=do)
 
     @property
     def levels(self) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, named_tensors, own_params
+from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, check_choice, named_tensors, own_params
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Uniform:
     that of GELU is. granularity: one scale per tensor, per head (axis -3 of an attention operand), per output channel
     of a weight, or per group of a weight's rows; `groups` is filled in by annotation (3 for a fused q/k/v projection).
 
-    Raises PTQError on other bits, a negative minimum, and a minimum of a signed grid or of several scales.
+    Raises PTQError on other bits or another granularity, a negative minimum, and a minimum of a signed grid or of
+    several scales.
     """
 
     bits: int = 8
@@ -66,7 +69,11 @@ class Uniform:
 
     def __post_init__(self) -> None:
         check_bits("Uniform", self.bits)
-        if self.minimum < 0 or (self.minimum and (self.signed or self.granularity != "tensor")):
+        check_choice("Uniform", "granularity", self.granularity, get_args(Granularity))
+        if self.groups < 1:
+            do = "leave it out, annotation counts them"
+            raise failure("Uniform", "groups", expected="1 or more", got=repr(self.groups), do=do)
+        if not 0 <= self.minimum < math.inf or (self.minimum and (self.signed or self.granularity != "tensor")):
             expected = "0 or more, and 0 if signed or if the granularity is not tensor"
             do = "write Uniform(bits, signed=False, minimum=...), or leave minimum out"
             raise failure("Uniform", "minimum", expected=expected, got=repr(self), do=do)
