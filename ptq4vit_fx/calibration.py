@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQError, PTQWarning, failure, quoted, said, some_names
+from ptq4vit_fx.errors import PTQError, PTQWarning, failure, quoted, reason_of, some_names
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
@@ -111,7 +111,7 @@ class Calibration:
             texts = {"format": FORMAT, "plan": self.plan.to_json(), "record": json.dumps(asdict(record))}
         except (TypeError, ValueError, RecursionError) as error:
             expected, do = "figures and a provenance that JSON can hold", "leave out what is neither text nor number"
-            raise failure("save calibration", str(path), expected=expected, got=said(error), do=do) from error
+            raise failure("save calibration", str(path), expected=expected, got=reason_of(error), do=do) from error
         place = Place("save calibration", "record", do="leave that out of the provenance")
         read_as(_Record, read_json(texts["record"], place), place)
         write_file(path, sealed(dict(named), texts), "save calibration")

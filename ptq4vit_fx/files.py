@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all, in the file that their path means; what hinders that is one sentence.
+"""Files that are read are files. Those that are written appear whole or not at all, or there is one sentence.
 
 A file is written in a temporary folder beside it, and moved. Whoever writes holds a lock there, which ends with the
 process: what a killed one leaves is removed when the same path is written again.
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ptq4vit_fx.errors import PTQError, failure, quoted, said
+from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of
 
 try:
     import fcntl
@@ -28,14 +28,29 @@ except ImportError:  # Windows: nothing is locked, and what killed processes lea
 LOCK = ".lock"
 #: What the system says where there is no room: on the disk, for this user, for a file of this process (`ulimit -f`).
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-#: What a path may lead to that is no file: the test of its mode, and its name.
-OTHER_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
+#: What `not_a_file` says of a path that leads to nothing.
+NOTHING, DANGLING = "no such file", "a link to nothing"
+
+
+def check_readable(path: str | os.PathLike[str], operation: str, expected: str) -> Path:
+    """Return the path of a file to be read; raises PTQError on what is none: opening a pipe would wait for ever."""
+    name = _name_of(path, operation)
+    got = not_a_file(name)
+    if got:
+        raise failure(operation, name, expected=expected, got=got, do="check the path")
+    return Path(name)
+
+
+def not_a_file(path: str | os.PathLike[str]) -> str:
+    """Return what is at a path if it is no regular file, nor a link to one; "" if it is."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return DANGLING if os.path.islink(path) else NOTHING
+    except (OSError, ValueError) as error:  # a loop of links, a file in the place of a folder, a NUL
+        return _reason(error)
+    kinds = {stat.S_IFREG: "", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def check_writable(path: str | os.PathLike[str], operation: str) -> Path:
@@ -45,15 +60,17 @@ def check_writable(path: str | os.PathLike[str], operation: str) -> Path:
     "-" is refused, which other programs take for standard output; "./-" is a file.
     """
     name = _name_of(path, operation)
-    try:
-        target = Path(os.path.realpath(name))
-        kind = _kind(name)
-        writable = target.parent.is_dir() and os.access(target.parent, os.W_OK | os.X_OK)
-    except (OSError, ValueError) as error:  # a loop of links, a file in the place of a folder, a NUL
-        raise _unwritable(operation, name, _reason(error)) from error
-    if kind:
-        raise _unwritable(operation, name, kind)
-    if not writable:
+    if name == "-":
+        do = "name a file, by its whole path if it is called so"
+        raise failure(operation, "'-'", expected="a file", got="standard output, which is not supported", do=do)
+    if not name or name.endswith(("/", os.sep)):
+        do = "name the file in it"
+        raise failure(operation, repr(name), expected="the path of a file", got="that of a folder", do=do)
+    got = "a device" if _is_special(name) else not_a_file(name)
+    if got not in ("", NOTHING, DANGLING):
+        raise _unwritable(operation, name, got)
+    target = Path(os.path.realpath(name))
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         got, do = "no such folder, or no permission to write there", "create the folder or choose another path"
         raise _unwritable(operation, name, got, do)
     return target
@@ -74,7 +91,7 @@ def make_folder(path: Path, operation: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         do = "choose another path"
-        raise failure(operation, str(path), expected="a folder", got=said(error), do=do) from error
+        raise failure(operation, str(path), expected="a folder", got=_reason(error), do=do) from error
 
 
 @contextmanager
@@ -187,41 +204,27 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 def _name_of(path: str | os.PathLike[str], operation: str) -> str:
     try:
-        name = os.fsdecode(path)
+        return os.fsdecode(path)
     except TypeError as error:
         got, do = type(path).__name__, "pass text or a pathlib.Path"
         raise failure(operation, quoted(path), expected="the path of a file", got=got, do=do) from error
-    if name == "-":
-        do = "name a file, by its whole path if it is called so"
-        raise failure(operation, "'-'", expected="a file", got="standard output, which is not supported", do=do)
-    if not name or name.endswith(("/", os.sep)):
-        do = "name the file in it"
-        raise failure(operation, repr(name), expected="the path of a file", got="that of a folder", do=do)
-    return name
 
 
-def _kind(name: str) -> str:
-    """Return what a path leads to, "" if that is a file or nothing yet. Raises OSError, ValueError.
-
-    /dev/stdout is a device also where it has been sent to a file.
-    """
-    folder = os.path.realpath(os.path.dirname(name))
-    if folder == "/dev" or folder.startswith("/proc/"):
-        return "a device"
-    with suppress(FileNotFoundError):
-        mode = os.stat(name).st_mode
-        return next((kind for test, kind in OTHER_KINDS if test(mode)), "")
-    return ""
+def _is_special(name: str) -> bool:
+    """Return whether a path lies where the system has no files: /dev/stdout is none also where it was sent to one."""
+    with suppress(ValueError):
+        folder = os.path.realpath(os.path.dirname(name))
+        return folder == "/dev" or folder.startswith("/proc/")
+    return False
 
 
 def _unwritable(operation: str, name: str, got: str, do: str = "choose another path") -> PTQError:
-    shown = name if name.isprintable() else quoted(name)
-    return failure(operation, shown, expected="a file in an existing, writable folder", got=got, do=do)
+    return failure(operation, name, expected="a file in an existing, writable folder", got=got, do=do)
 
 
 def _reason(error: Exception) -> str:
     """Return what the system says, and of which file if that is another than the one to be written."""
     if not isinstance(error, OSError) or not error.strerror:
-        return said(error)
+        return reason_of(error)
     of_another = error.filename and ".ptq4vit-" not in str(error.filename)
     return f"{error.strerror}, {quoted(str(error.filename))}" if of_another else error.strerror

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 
@@ -203,8 +204,10 @@ def test_a_missing_record_another_format_and_a_pipe_are_refused(saved, tmp_path)
         load(sealed(tensors, texts), tmp_path)
     with pytest.raises(ptq.PTQError, match="expected ptq4vit_fx calibration 2, got 'of tomorrow'"):
         load(sealed(tensors, texts | {"format": "of tomorrow"}), tmp_path)
-    with pytest.raises(ptq.PTQError, match=r"got .*Is a directory|got it is no regular file"):
-        ptq.Calibration.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path, got in ((tmp_path, "a folder"), (tmp_path / "pipe", "a pipe"), (tmp_path / "none", "no such file")):
+        with pytest.raises(ptq.PTQError, match=f"written by Calibration.save, got {got}; check the path"):
+            ptq.Calibration.load(path)
 
 
 def test_a_calibration_of_other_weights_is_refused(prepared, small_vit, small_images, saved):

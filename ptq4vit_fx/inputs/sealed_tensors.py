@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, uint8
 
-from ptq4vit_fx.errors import quoted, said
+from ptq4vit_fx.errors import foreign, quoted
+from ptq4vit_fx.files import check_readable
 from ptq4vit_fx.inputs.records import Place
 
 DIGEST = "digest"
@@ -37,14 +36,11 @@ def sealed(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
 
 def read_sealed(path: str | os.PathLike[str], place: Place) -> TensorFile:
     """Read a file of `sealed`; raises PTQError if it is missing, something else, or not what was written."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe has no end
-            raise OSError("it is no regular file")
-        with safe_open(Path(path), "pt") as file:
-            texts = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except Exception as error:  # what safetensors raises, of itself and of torch, on files that anybody wrote
-        raise place.refusal("a safetensors file written by Calibration.save", said(error)) from error
+    expected = "a safetensors file written by Calibration.save"
+    readable = check_readable(path, place.operation, expected)
+    with foreign(place.operation, place.subject, expected=expected, do=place.do), safe_open(readable, "pt") as file:
+        texts = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     digest = texts.pop(DIGEST, None)
     if digest is not None and digest != digest_of(tensors, texts):
         raise place.refusal("what was saved", f"other content than that with the digest {quoted(digest)}")
