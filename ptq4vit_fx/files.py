@@ -59,10 +59,7 @@ def check_writable(path: str | os.PathLike[str], operation: str) -> Path:
     Raises PTQError if its folder is missing or not writable, if it is no regular file, and on names that no file has.
     "-" is refused, which other programs take for standard output; "./-" is a file.
     """
-    name = _name_of(path, operation)
-    if name == "-":
-        do = "name a file, by its whole path if it is called so"
-        raise failure(operation, "'-'", expected="a file", got="standard output, which is not supported", do=do)
+    name = _output_name(path, operation)
     if not name or name.endswith(("/", os.sep)):
         do = "name the file in it"
         raise failure(operation, repr(name), expected="the path of a file", got="that of a folder", do=do)
@@ -87,6 +84,7 @@ def write_file(path: str | os.PathLike[str], content: bytes, operation: str) -> 
 
 def make_folder(path: Path, operation: str) -> None:
     """Create a folder and those above it, unless it is there; raises PTQError if that is not possible."""
+    _output_name(path, operation)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -208,6 +206,14 @@ def _name_of(path: str | os.PathLike[str], operation: str) -> str:
     except TypeError as error:
         got, do = type(path).__name__, "pass text or a pathlib.Path"
         raise failure(operation, quoted(path), expected="the path of a file", got=got, do=do) from error
+
+
+def _output_name(path: str | os.PathLike[str], operation: str) -> str:
+    name = _name_of(path, operation)
+    if name == "-":
+        do = "name a file, by its whole path if it is called so"
+        raise failure(operation, "'-'", expected="a file", got="standard output, which is not supported", do=do)
+    return name
 
 
 def _is_special(name: str) -> bool:

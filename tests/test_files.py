@@ -305,3 +305,5 @@ def test_a_folder_that_cannot_be_is_a_sentence(tmp_path):
     for name in ("file", "file/a", "x" * 256, "a\0b"):
         with pytest.raises(ptq.PTQError, match=r"^test: .*: expected a folder, got "):
             make_folder(tmp_path / name, "test")
+    with pytest.raises(ptq.PTQError, match="standard output, which is not supported"):
+        make_folder(Path("-"), "test")
