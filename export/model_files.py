@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.nodes import name_of
-from ptq4vit_fx.files import alone, check_writable, move, workplace
+from ptq4vit_fx.files import alone, check_writable, flush, move, workplace
 
 #: Weights above this leave the protobuf file, whose limit is 2^31 bytes: https://protobuf.dev/programming-guides/proto-limits
 #: (16 MiB stay for nodes and names).
@@ -103,6 +103,8 @@ def write_model(model: ir.Model, path: str | os.PathLike[str], operation: str) -
             onnx.checker.check_model(str(written), full_check=True)
         else:
             written.write_bytes(content)
+        for file in (written, *data):  # which may take long, and keeps nobody waiting
+            flush(file)
         size = sum(file.stat().st_size for file in (written, *data))
         with alone(target):
             _move_all(written, data, target)

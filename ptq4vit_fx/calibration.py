@@ -68,6 +68,12 @@ class Calibration:
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, QuantPlan) or not isinstance(self.params, dict):
+            expected, do = "a QuantPlan and a dictionary, site -> parameters", "pass prepared.plan and that"
+            got = f"{type(self.plan).__name__} and {type(self.params).__name__}"
+            raise failure("Calibration", "plan and params", expected=expected, got=got, do=do)
+
     def with_result(self, op_name: str, result: SearchResult, seconds: float) -> Calibration:
         """Return this calibration with the result of one more product."""
         sites = {operand: site(op_name, operand) for operand in OPERANDS}

@@ -12,10 +12,10 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of
 
@@ -26,6 +26,10 @@ except ImportError:  # Windows: nothing is locked, and what killed processes lea
 
 #: The file of a temporary folder that its writer keeps locked.
 LOCK = ".lock"
+#: How it is opened: a link or a pipe of that name, which anybody may have put there, is not followed nor waited for.
+OPEN_LOCK = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+#: Seconds that one writer waits for another to move its files; their bytes are on the disk by then.
+PATIENCE = 60.0
 #: What the system says where there is no room: on the disk, for this user, for a file of this process (`ulimit -f`).
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 #: What `not_a_file` says of a path that leads to nothing.
@@ -117,8 +121,7 @@ def move(written: Path, target: Path) -> None:
 
     Raises OSError.
     """
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
+    flush(written)
     with suppress(FileNotFoundError):
         written.chmod(target.stat().st_mode & 0o777)
     os.replace(written, target)
@@ -130,18 +133,22 @@ def move(written: Path, target: Path) -> None:
             os.close(folder)
 
 
+def flush(written: Path) -> None:
+    """Return when the bytes of a file are on the disk. Raises OSError."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def alone(target: Path) -> Iterator[None]:
-    """Keep others who write the same path waiting, where the file system has locks."""
+    """Keep others who write the same path waiting, where the file system has locks, but not for ever."""
     path = target.parent / f"{_mark(target)}lock"
-    while True:
-        with path.open("ab") as file:
-            if not _lock(file, wait=True) or _is_at(file, path):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+    with ExitStack() as stack:
+        with suppress(OSError):  # a link or a pipe that somebody put there: do without
+            file = _locked(path)
+            stack.callback(os.close, file)
+            stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 @contextmanager
@@ -152,18 +159,24 @@ def _own_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        lock.close()
+        os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locked_folder(target: Path) -> tuple[Path, IO[bytes]]:
+def _locked_folder(target: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(".tmp", _mark(target), target.parent))
         with suppress(FileNotFoundError):  # another writer took it for abandoned before it was locked: try again
-            lock = (folder / LOCK).open("wb")
-            if not _lock(lock, wait=True) or _is_at(lock, folder / LOCK):
-                return folder, lock
-            lock.close()
+            return folder, _locked(folder / LOCK)
+
+
+def _locked(path: Path) -> int:
+    """Return a file that is open and locked, made if need be; raises FileNotFoundError if its folder is gone."""
+    while True:
+        file = os.open(path, OPEN_LOCK | os.O_CREAT, 0o666)
+        if not _lock(file, PATIENCE) or _is_at(file, path):
+            return file
+        os.close(file)  # who held it has removed it
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -172,9 +185,10 @@ def _remove_abandoned(folder: Path) -> None:
         if not (folder / LOCK).exists():
             folder.rmdir()
             return
-        with (folder / LOCK).open("ab") as file:
-            if _lock(file, wait=False):
-                shutil.rmtree(folder, ignore_errors=True)
+        file = os.open(folder / LOCK, OPEN_LOCK)
+        if _lock(file, 0.0):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(file)
 
 
 def _mark(target: Path) -> str:
@@ -182,21 +196,28 @@ def _mark(target: Path) -> str:
     return f".ptq4vit-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
 
 
-def _lock(file: IO[bytes], *, wait: bool) -> bool:
-    """Lock a file until it is closed or the process ends; return whether it is locked."""
+def _lock(file: int, patience: float) -> bool:
+    """Lock an open file until it is closed or the process ends; return whether it is locked after so many seconds."""
     if fcntl is None:
         return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another has it, or the file system has no locks
-        return False
-    return True
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another has it
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.01)
+        except OSError:  # the file system has no locks
+            return False
+        else:
+            return True
 
 
-def _is_at(file: IO[bytes], path: Path) -> bool:
+def _is_at(file: int, path: Path) -> bool:
     """Return whether an open file is still the one with this name."""
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file), path.lstat())
     return False
 
 

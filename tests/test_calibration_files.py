@@ -220,6 +220,8 @@ def test_a_calibration_of_other_weights_is_refused(prepared, small_vit, small_im
     by_hand = ptq.Calibration(prepared.calibration.plan, prepared.calibration.params)
     assert WEIGHTS_FINGERPRINT not in by_hand.provenance
     ptq.load_calibration(other, by_hand)
+    with pytest.raises(ptq.PTQError, match=r"expected a QuantPlan and a dictionary, .*got QuantPlan and list"):
+        ptq.Calibration(prepared.plan, [])  # type: ignore[arg-type]
     with pytest.raises(ptq.PTQError, match=r"expected a Calibration, got str; read a file with Calibration\.load"):
         ptq.load_calibration(other, str(saved))  # type: ignore[arg-type]
 

@@ -241,19 +241,48 @@ def test_a_writer_that_was_killed_before_its_lock_leaves_nothing_either(tmp_path
 
 
 def test_a_folder_that_is_taken_for_abandoned_too_early_is_made_again(tmp_path, monkeypatch):
-    real = files._lock
-    taken: list[Path] = []
+    real, made = files._locked, []
 
-    def lock(file, *, wait):
-        if not taken:  # another writer is quicker
-            taken.append(Path(file.name).parent)
-            (taken[0] / LOCK).unlink()
-        return real(file, wait=wait)
+    def locked(path):
+        made.append(path.parent)
+        if len(made) == 1:  # another writer is quicker
+            path.parent.rmdir()
+        return real(path)
+
+    monkeypatch.setattr(files, "_locked", locked)
+    with workplace(tmp_path / "a", "test", 0) as folder:
+        assert folder == made[1] != made[0]
+        assert (folder / LOCK).exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_again(tmp_path, monkeypatch):
+    real, times = files._lock, []
+
+    def lock(file, patience):
+        times.append(patience)
+        if len(times) == 1:
+            (tmp_path / LOCK).unlink()
+        return real(file, patience)
 
     monkeypatch.setattr(files, "_lock", lock)
-    with workplace(tmp_path / "a", "test", 0) as folder:
-        assert folder != taken[0]
-        assert (folder / LOCK).exists()
+    os.close(files._locked(tmp_path / LOCK))
+    assert len(times) == 2
+
+
+def test_links_and_pipes_in_the_place_of_locks_are_neither_followed_nor_waited_for(tmp_path):
+    target = tmp_path / "a"
+    with workplace(target, "test", 0) as folder:
+        name = folder.name
+    mark = name[: name.rindex("-") + 1]
+    for number, make in enumerate((os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere"))):
+        (tmp_path / f"{mark}{number}.tmp").mkdir()
+        make(tmp_path / f"{mark}{number}.tmp" / LOCK)
+        make(tmp_path / f"{mark}lock")
+        with files.alone(target):
+            write(target)
+        (tmp_path / f"{mark}lock").unlink(missing_ok=True)
+    assert not (tmp_path / "elsewhere").exists()
+    assert target.read_bytes() == b"new"
 
 
 def test_writers_of_one_path_at_the_same_time_leave_one_whole_file(tmp_path):
@@ -265,7 +294,7 @@ def test_writers_of_one_path_at_the_same_time_leave_one_whole_file(tmp_path):
 
 
 def test_locks_that_a_file_system_has_not_are_done_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_lock", lambda file, *, wait: False)
+    monkeypatch.setattr(files, "_lock", lambda file, patience: False)
     with workplace(tmp_path / "a", "test", 0) as other:
         write(tmp_path / "a")
         assert other.exists()

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from ptq4vit_fx.export import model_files
 from ptq4vit_fx.export.model_files import data_files, load_file, message_of, write_model
 from ptq4vit_fx.export.nodes import array
 from ptq4vit_fx.export.proof.runtime import open_model, optimized
+from ptq4vit_fx.files import move
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -107,6 +109,28 @@ def test_writers_of_one_path_beside_each_other_all_end_and_leave_one_model(tmp_p
     values = array(load_file(path).graph.initializers["first"])
     assert set(values.flat) in [{float(value)} for value in range(6)]
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", next(iter(data_files(path))).name}
+
+
+def test_a_writer_waits_while_another_has_moved_its_weights_but_not_its_model(tmp_path, small_limit, monkeypatch):
+    path = tmp_path / "model.onnx"
+    others: list[Thread] = []
+    second = Thread(target=write_model, args=(model_of(2), path, "test"))
+
+    def moving(source, target):
+        if not others:
+            others.append(second)
+            move(source, target)
+            second.start()
+            second.join(1.0)  # it cannot end before this writer has
+            assert second.is_alive()
+            return
+        move(source, target)
+
+    monkeypatch.setattr(model_files, "move", moving)
+    write_model(model_of(1), path, "test")
+    second.join()
+    assert set(array(load_file(path).graph.initializers["first"]).flat) == {2.0}
+    assert len(data_files(path)) == 1
 
 
 def test_a_model_that_cannot_be_moved_leaves_the_old_one_with_its_weights(tmp_path, small_limit, monkeypatch):
