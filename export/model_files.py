@@ -96,7 +96,8 @@ def write_model(model: ir.Model, path: str | os.PathLike[str], operation: str) -
     """
     target, is_large = check_writable(path, operation), is_too_large(model)
     content = b"" if is_large else _checked(message_of(model))
-    with workplace(target, operation, len(content) or sum(tensor.nbytes for tensor in tensors_of(model))) as folder:
+    needed = len(content) or sum(tensor.nbytes + ALIGNMENT for tensor in tensors_of(model))
+    with workplace(target, operation, needed) as folder:
         written = folder / target.name
         data = [save_with_data(model, written)] if is_large else []
         if is_large:

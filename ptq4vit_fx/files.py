@@ -97,23 +97,35 @@ def make_folder(path: Path, operation: str) -> None:
 
 
 @contextmanager
-def workplace(target: Path, operation: str, size: int) -> Iterator[Path]:
+def workplace(target: Path, operation: str, size: int, elsewhere: str = "choose another path") -> Iterator[Path]:
     """Yield a temporary folder beside a file to be written, and remove it whatever happens.
 
-    size: bytes that are going to be written, for the sentence. Raises PTQError in the place of an OSError.
+    size: bytes that are going to be written, and elsewhere, how to write them to another place, for the sentence.
+    Raises PTQError in the place of an OSError.
     """
     try:
         with _own_folder(target) as folder:
             yield folder
     except OSError as error:
         if error.errno not in NO_ROOM:
-            raise _unwritable(operation, str(target), _reason(error)) from error
+            raise _unwritable(operation, str(target), _reason(error), elsewhere) from error
         free = ""
         with suppress(OSError):
-            free = f", {shutil.disk_usage(target.parent).free / 1e6:,.1f} MB are free"
-        expected, got = f"room for {size / 1e6:,.1f} MB", f"{error.strerror}{free}"
-        do = "make room, or choose another path"
+            free = f", {shutil.disk_usage(target.parent).free:,} bytes are free"
+        expected, got, do = f"room for {size:,} bytes", f"{error.strerror}{free}", f"make room, or {elsewhere}"
         raise failure(operation, str(target), expected=expected, got=got, do=do) from error
+
+
+@contextmanager
+def scratch(operation: str, size: int) -> Iterator[Path]:
+    """Yield a temporary folder where the system has such, as `workplace` does."""
+    do = "set TMPDIR to a folder with room"
+    try:
+        place = Path(tempfile.gettempdir())
+    except OSError as error:  # none is writable
+        raise _unwritable(operation, "temporary folder", _reason(error), do) from error
+    with workplace(place / "ptq4vit_fx", operation, size, do) as folder:
+        yield folder
 
 
 def move(written: Path, target: Path) -> None:

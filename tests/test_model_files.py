@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,3 +209,20 @@ def test_a_writer_killed_anywhere_leaves_a_model_with_its_weights(tmp_path, smal
 @pytest.mark.sweep
 def test_writers_killed_at_many_places_leave_a_model_with_its_weights(tmp_path, small_limit):
     kill_writers(tmp_path, np.random.default_rng(0).uniform(0, 0.03, 20))
+
+
+def test_a_temporary_folder_without_room_is_a_sentence(tmp_path, small_limit, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    real = Path.write_bytes
+
+    def full(path, data):
+        if path.suffix == ".onnx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        ptq.PTQError, match=r"expected room for .* bytes, got No space left .*or set TMPDIR to a folder"
+    ):
+        open_model(two_products())
+    assert not list(tmp_path.iterdir())
