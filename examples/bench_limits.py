@@ -4,9 +4,9 @@
     python examples/bench_limits.py extremes
     python examples/bench_limits.py memory
 
-growth: processor seconds and peak memory of prepare, calibrate, convert and export over blocks, images and image size, with the
-exponents. extremes: 2,000 images, images of 1024x1024, 300 modules deep, 2 GB of weights. memory: the peak of a
-calibration under memory_limit= 256 MiB, 1 and 8 GiB. Random weights; each row in a process of its own (Linux).
+growth: processor seconds and peak memory of prepare, calibrate, convert and export over blocks, images and image size,
+with the exponents. extremes: 2,000 images, images of 1024x1024, 300 modules deep, 2 GB of weights. memory: the peak of
+a calibration under memory_limit= 256 MiB, 1 and 8 GiB. Random weights; each row in a process of its own (Linux).
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def extremes() -> None:
 @app.command()
 def memory() -> None:
     """Print the peak of calibrations under a limit, or the sentence that refuses it."""
-    print(
-        "| model, images | memory_limit | peak above the model's, MiB | share | processor seconds |\n|---|---|---|---|---|"
-    )
+    print("| model, images | memory_limit | peak above the model's, MiB | share | processor s |\n|---|---|---|---|---|")
     for name, changes in {
         "64x64, 8 blocks of 192, 128 images": {"blocks": 8, "images": 128},
         "224x224, 6 blocks of 384, 16 images": {"size": 224, "patch": 16, "blocks": 6, "width": 384, "images": 16},
