@@ -39,7 +39,7 @@ NOTHING, DANGLING = "no such file", "a link to nothing"
 def check_readable(path: str | os.PathLike[str], operation: str, expected: str) -> Path:
     """Return the path of a file to be read; raises PTQError on what is none: opening a pipe would wait for ever."""
     name = _name_of(path, operation)
-    got = not_a_file(name)
+    got = not_a_file(name) or ("" if os.access(name, os.R_OK) else "no permission to read it")
     if got:
         raise failure(operation, name, expected=expected, got=got, do="check the path")
     return Path(name)
@@ -52,7 +52,7 @@ def not_a_file(path: str | os.PathLike[str]) -> str:
     except FileNotFoundError:
         return DANGLING if os.path.islink(path) else NOTHING
     except (OSError, ValueError) as error:  # a loop of links, a file in the place of a folder, a NUL
-        return _reason(error)
+        return getattr(error, "strerror", None) or reason_of(error)
     kinds = {stat.S_IFREG: "", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
@@ -92,8 +92,8 @@ def make_folder(path: Path, operation: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        do = "choose another path"
-        raise failure(operation, str(path), expected="a folder", got=_reason(error), do=do) from error
+        got, do = getattr(error, "strerror", None) or reason_of(error), "choose another path"
+        raise failure(operation, str(path), expected="a folder", got=got, do=do) from error
 
 
 @contextmanager
@@ -261,9 +261,9 @@ def _unwritable(operation: str, name: str, got: str, do: str = "choose another p
     return failure(operation, name, expected="a file in an existing, writable folder", got=got, do=do)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: OSError) -> str:
     """Return what the system says, and of which file if that is another than the one to be written."""
-    if not isinstance(error, OSError) or not error.strerror:
+    if not error.strerror:
         return reason_of(error)
     of_another = error.filename and ".ptq4vit-" not in str(error.filename)
     return f"{error.strerror}, {quoted(str(error.filename))}" if of_another else error.strerror
