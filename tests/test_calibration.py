@@ -18,13 +18,13 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.calibrating import calibrator
 from ptq4vit_fx.calibrating.capture import capture, captured_product
 from ptq4vit_fx.calibrating.losses import fisher, pseudo_label
-from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, SEARCH_FACTOR, MemoryBudget
+from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, RESERVED, SEARCH_FACTOR, MemoryBudget
 from ptq4vit_fx.inputs.sealed_tensors import sealed
 from ptq4vit_fx.search.search_op import search_op
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 #: A memory_limit that is just enough for the small ViT: its products are captured in several groups.
-LITTLE = 1_400_000
+LITTLE = RESERVED + 1_600_000
 
 
 def prepared_for(model, images, mapping=QUICK):
@@ -142,11 +142,14 @@ def test_less_memory_means_more_passes_and_the_same_scales(small_vit, small_imag
 
 def test_a_limit_that_cannot_hold_is_refused_before_the_work(small_vit, small_images, searched):
     prepared = prepared_for(small_vit, small_images)
-    backward = "forward and backward of one image"
-    for limit, times, what in ((LITTLE, 10, "patch_embed.proj, .* and 10 more"), (LITTLE // 2, 1, backward)):
+    many, one = small_images.repeat(10, 1, 1, 1), small_images[:1]
+    for limit, images, what in (
+        (LITTLE, many, "patch_embed.proj, .* and 10 more"),
+        (RESERVED + 1_000_000, one, "forward and backward of one image"),
+    ):
         match = rf"memory_limit: expected \d+ MiB, as {what}.* takes about .*; raise it to .* or use fewer or smaller"
         with pytest.raises(ptq.PTQError, match=match):
-            calibrate(prepared, small_images.repeat(times, 1, 1, 1), memory_limit=limit)
+            calibrate(prepared, images, memory_limit=limit)
     assert not searched
 
 
@@ -340,12 +343,16 @@ def test_the_number_of_threads_changes_no_scale(small_vit, small_images):
 def test_searches_beside_each_other_fit_into_the_limit(small_vit, small_images):
     prepared = prepared_for(small_vit, small_images)
     ops = prepared.plan.ops
-    largest = max(MemoryBudget.of(prepared, 1).captured[op.name] for op in ops)
-    for share, searches in ((11, 2), (70, 4), (1, 1)):  # of what is planned with
-        limit = round(share * largest / PLANNED_SHARE)
-        budget = MemoryBudget.of(prepared, limit)
-        assert budget.searches(ops, 1, 4) == searches
-        if searches > 1:
-            for group in budget.groups(ops, 1, searches):
-                held = sum(budget.captured[op.name] for op in group)
-                assert held + searches * SEARCH_FACTOR * largest <= limit
+    tight, images = MemoryBudget.of(prepared, 1), 100
+    search = {op.name: SEARCH_FACTOR * images * tight.captured[op.name] + tight.weights[op.name] for op in ops}
+    largest = max(search.values())
+    assert tight.searches(ops, images, 4) == 1
+    for searches in (2, 4):
+        planned = (2 * searches + 1) * largest  # half of it is for searches
+        budget = MemoryBudget.of(prepared, RESERVED + round(planned / PLANNED_SHARE))
+        assert budget.searches(ops, images, 4) == searches
+        groups = budget.groups(ops, images, searches)
+        assert [op for group in groups for op in group] == list(ops)
+        for group in groups:
+            held = sum(images * budget.captured[op.name] for op in group)
+            assert held + searches * largest <= planned
