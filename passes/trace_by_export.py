@@ -23,8 +23,8 @@ from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.marks import NO_MODULE
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
+from ptq4vit_fx.passes.graph.own_names import traced_module
 from ptq4vit_fx.passes.graph.silence import silence
-from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.torch_state import without_fast_attention
 
 
@@ -70,7 +70,7 @@ def trace_by_export(
     _hold_constants(root, program)
     graph = _plain_graph(program, call.names)
     name_inputs(graph, call.names)
-    graph_module = TracedModule(root, graph, class_name=type(root).__name__)
+    graph_module = traced_module(root, graph, type(root).__name__)
     largest = [int(r.upper) for r in program.range_constraints.values() if batch is not None and r.upper.is_Integer]
     if largest:
         graph_module.meta[LARGEST_BATCH] = min(largest)
