@@ -245,3 +245,21 @@ def bilinear() -> None:
 
     (product,) = plan_of(pipeline(Model(by_attention, 1, nn.Bilinear(48, 48, 7)).eval(), pictures())).float_ops
     assert (product.name, product.reason) == ("layer", "Bilinear is not supported")
+
+
+@brought("model", "a head of prototypes: torch.cdist of the features, for any batch", quick=True)
+def distances_to_prototypes() -> None:
+    class Model(Pooled):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(by_attention, 1)
+            self.prototypes = nn.Parameter(torch.randn(7, 48, generator=torch.Generator().manual_seed(4)))
+            self.arguments = arguments
+
+        def forward(self, x: Tensor) -> Tensor:
+            return -torch.cdist(self.net(x), self.prototypes, **self.arguments)
+
+    (product,) = plan_of(pipeline(Model().eval(), pictures(30))).float_ops
+    assert product.name == "cdist"
+    pipeline(Model(p=2.0, compute_mode="use_mm_for_euclid_dist_if_necessary").eval(), pictures())
+    pipeline(Model(compute_mode="use_mm_for_euclid_dist").eval(), pictures())
+    pipeline(Model(p=1.0).eval(), pictures())
