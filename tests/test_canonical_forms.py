@@ -14,8 +14,10 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS, fold_constants
 from ptq4vit_fx.passes.from_aten import from_aten
-from ptq4vit_fx.passes.graph.shapes import record_shapes
+from ptq4vit_fx.passes.graph.contract import plan_of
+from ptq4vit_fx.passes.graph.shapes import record_shapes, shape_of
 from ptq4vit_fx.passes.open_einsum import open_einsum
+from ptq4vit_fx.passes.open_vector_products import open_vector_products
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
@@ -118,6 +120,66 @@ def test_open_einsum(case):
 def test_open_einsum_leaves_near_misses_alone(equation, operands):
     graph = recorded(model_of(lambda m, x: torch.einsum(equation, *operands(x))))
     open_einsum(graph)
+    assert count(graph) == 0
+
+
+UNCOUNTED: dict[str, Any] = {
+    "LSTM": (lambda m, x: m.a(x[:, 0])[0], {"a": nn.LSTM(8, 4, batch_first=True)}),
+    "GRU": (lambda m, x: m.a(x[:, 0])[0], {"a": nn.GRU(8, 4, batch_first=True)}),
+    "Bilinear": (lambda m, x: m.a(x, x), {"a": nn.Bilinear(8, 8, 4)}),
+    "bilinear": (lambda m, x: F.bilinear(x, x, m.w), {"w": nn.Parameter(torch.randn(4, 8, 8))}),
+    "cdist": (lambda m, x: torch.cdist(x, m.w), {"w": nn.Parameter(torch.randn(3, 5, 8))}),
+    "cdist by matmul": (lambda m, x: torch.cdist(x, m.w), {"w": nn.Parameter(torch.randn(3, 40, 8))}),
+    "addmv": (lambda m, x: torch.addmv(m.w, x[0, 0], m.w), {"w": nn.Parameter(torch.randn(8))}),
+    "addbmm": (lambda m, x: torch.addbmm(m.w, x[:, 0], x[:, 1]), {"w": nn.Parameter(torch.randn(8, 8))}),
+    "inverse": (lambda m, x: torch.linalg.solve(x @ x.mT + torch.eye(8), x), {}),
+}
+
+
+@pytest.mark.parametrize("case", UNCOUNTED)
+def test_products_of_no_two_matrices_are_listed_as_float(case):
+    function, modules = UNCOUNTED[case]
+    model = model_of(lambda m, x: function(m, m.first(x)), first=nn.Linear(8, 8), **modules)
+    with pytest.warns(ptq.PTQWarning, match="is not supported"):
+        plan = plan_of(ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X))
+    assert len(plan.float_ops) == 1
+
+
+def test_distances_without_a_product_are_no_product():
+    model = model_of(lambda m, x: torch.cdist(m.first(x), x, p=1.0), first=nn.Linear(8, 8))
+    assert not plan_of(ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X)).float_ops
+
+
+U = torch.randn(8, generator=torch.Generator().manual_seed(2))
+VECTORS = {
+    "column": lambda m, x: x @ m.u,
+    "row": lambda m, x: m.u @ x,
+    "both": lambda m, x: x.mean((0, 1, 2)) @ m.u,
+    "named": lambda m, x: torch.matmul(input=x, other=m.u),
+    "mv": lambda m, x: torch.mv(x[0, 0], m.u) + x[0, 0].mv(m.u),
+    "mv, named": lambda m, x: torch.mv(input=x[0, 0], vec=m.u),
+    "dot": lambda m, x: torch.dot(m.u, x[0, 0, 0]) + m.u.dot(x[0, 0, 1]),
+    "aten": lambda m, x: torch.ops.aten.mv.default(x[0, 0], m.u),
+    "rmatmul": lambda m, x: x[0, 0].__matmul__(m.u),
+}
+
+
+@pytest.mark.parametrize("case", VECTORS)
+def test_open_vector_products(case):
+    graph = recorded(model_of(VECTORS[case], u=nn.Parameter(U)))
+    expected = graph(X)
+    open_vector_products(graph)
+    assert count(graph) >= 1
+    products = [node for node in graph.graph.nodes if node.target is torch.matmul]
+    assert products
+    assert all(len(shape_of(operand)) >= 2 for node in products for operand in node.all_input_nodes)
+    torch.testing.assert_close(graph(X), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [lambda m, x: x @ x, lambda m, x: x * m.u, lambda m, x: torch.outer(m.u, m.u) + x])
+def test_open_vector_products_leaves_matrices_alone(function):
+    graph = recorded(model_of(function, u=nn.Parameter(U)))
+    open_vector_products(graph)
     assert count(graph) == 0
 
 

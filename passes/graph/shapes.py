@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -38,8 +38,10 @@ EXAMPLE_BATCH = "ptq4vit_example_batch"
 #: Results other than tensors that are kept as they are.
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
-#: torch.nn's modules that are one product; others (nn.MultiheadAttention) are several, and can be opened.
-SINGLE_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+#: torch.nn's modules that are one operator; others (nn.MultiheadAttention) are several, and can be opened.
+SINGLE_PRODUCTS = (nn.Linear, nn.Bilinear, nn.LSTM, nn.modules.conv._ConvNd)
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,33 @@ def _count_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return 2 * math.prod(outer) * rows * key[-2] * (inner + value[-1])
 
 
-#: FlopCounterMode knows the fused attention of every device but this one.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+def _count_first(first: torch.Size, *_: Any, **__: Any) -> int:
+    """Return two per value of the first operand, the least that an operator does which multiplies and adds them."""
+    return 2 * math.prod(first)
+
+
+def _count_distances(first: torch.Size, second: torch.Size, p: float = 2, *_: Any, **__: Any) -> int:
+    """Return the operations of all pairs' distances, (..., n, dim) and (..., m, dim); only 2-norms multiply."""
+    return 2 * math.prod(first) * second[-2] if p == 2 else 0
+
+
+#: Operators that multiply and add, with their floating-point operations, or the least of them: FlopCounterMode knows
+#: matrix products of two matrices, convolutions, and the fused attention of other devices.
+UNCOUNTED: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    aten._cdist_forward: _count_distances,
+    aten._euclidean_dist: _count_distances,
+    **dict.fromkeys(
+        (
+            *(aten.mv, aten.addmv, aten.dot, aten.vdot, aten.addbmm, aten._int_mm, aten._sparse_addmm),
+            *(aten._trilinear, aten.conv_tbc),
+            *(aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn),
+            *(aten.linalg_matrix_exp, aten.linalg_householder_product, aten._linalg_solve_ex, aten.linalg_inv_ex),
+            *(aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve, aten.cholesky_inverse),
+        ),
+        _count_first,
+    ),
+}
 
 
 @exclusive()
@@ -209,7 +236,7 @@ def _key(graph_module: GraphModule, node: Node, call: tuple[Any, ...]) -> tuple[
 
 
 def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    return FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
 
 def _device(graph_module: GraphModule, otherwise: torch.device) -> torch.device:
