@@ -179,6 +179,36 @@ def test_replace_in_place_leaves_shared_memory_alone(function):
     assert torch.equal(graph(X), model(X))
 
 
+WRITING = {
+    "a part": lambda m, x: x[:, 0].zero_() + x[:, 1],
+    "a view that is read later": lambda m, x: x.flatten(1).mul_(2) + x.flatten(1),
+    "where nothing is too large": lambda m, x: x[:, 0].clamp_(max=1e9) + x[:, 1],
+    "through an attribute": lambda m, x: x.data[:, 0].zero_() + x[:, 1],
+    "a result that is given": lambda m, x: torch.mul(x, 2, out=x) + 1,
+}
+
+
+@pytest.mark.parametrize("case", WRITING)
+def test_a_graph_that_writes_into_its_input_reads_a_copy(case):
+    graph, given = trace(model_of(WRITING[case])), X.clone()
+    record_shapes(graph, (given,))
+    assert torch.equal(given, X)
+    canonicalize(graph)
+    replace_in_place(graph)
+    assert (count(graph), targets(graph).count(torch.clone)) == (1, 1)
+    assert torch.equal(graph(given), WRITING[case](None, X.clone()))
+    assert torch.equal(given, X)
+
+
+def test_a_write_that_became_pure_needs_no_copy():
+    graph = trace(model_of(lambda m, x: x.sub_(0.5).div_(2)))
+    record_shapes(graph, (X,))
+    canonicalize(graph)
+    replace_in_place(graph)
+    assert torch.clone not in targets(graph)
+    assert torch.equal(graph(X.clone()), (X - 0.5) / 2)
+
+
 class Standardized(nn.Conv2d):
     """A convolution whose weight is computed from its parameter."""
 

@@ -66,7 +66,7 @@ class Behaviour:
             on = f"on a batch of {len(run.inputs[0])}"
             try:
                 with measuring(self.model):
-                    outputs = tensors_of(graph_module(*run.inputs))
+                    outputs = tensors_of(graph_module(*(x.clone() for x in run.inputs)))
             except Exception as error:  # noqa: BLE001 - whatever it raises, the model does not
                 return f"{type(error).__name__} {on}: {error}".splitlines()[0]
             if [x.shape for x in outputs] != [x.shape for x in run.outputs]:
@@ -78,7 +78,7 @@ class Behaviour:
         return None
 
     def _made_of_the_last_bit(self, run: Run) -> float:
-        moved = tuple(x * (1 + LAST_BIT) if x.is_floating_point() else x for x in run.inputs)
+        moved = tuple(x * (1 + LAST_BIT) if x.is_floating_point() else x.clone() for x in run.inputs)
         with measuring(self.model):
             return distance(tensors_of(self.call(self.model, *moved)), run.outputs)
 
@@ -98,7 +98,7 @@ def sizes_on_another_batch(graph_module: GraphModule, nodes: Collection[Node]) -
             return result
 
     with measuring(behaviour.model):
-        Sizes(graph_module).run(*behaviour.runs[1].inputs)
+        Sizes(graph_module).run(*(x.clone() for x in behaviour.runs[1].inputs))
     return sizes
 
 
@@ -220,7 +220,7 @@ def _other_rows(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _random(model: nn.Module, call: ModelCall, inputs: tuple[Tensor, ...]) -> PTQError:
     with measuring(model), _RandomCalls(model) as calls:
-        call(model, *inputs)
+        call(model, *(x.clone() for x in inputs))
     got = "two outputs for the same images, without a random operator of torch"
     do = "take out what it keeps from one forward to the next, or draws from numpy or random"
     if calls.found:

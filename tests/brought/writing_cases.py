@@ -1,0 +1,85 @@
+"""Forwards that write into tensors: into their input, a part of it, views of a feature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brought import brought
+from brought.pipeline import pictures, pipeline, vit
+
+
+class Around(nn.Module):
+    """A ViT whose forward is given."""
+
+    def __init__(self, forward: Callable[..., Any], **arguments: Any) -> None:
+        super().__init__()
+        self.net, self.call = vit(**arguments), forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self.net, x)
+
+
+def _images_stay(forward: Callable[..., Any]) -> None:
+    """Take a forward that writes into its input through the pipeline, and see that nobody's images are changed."""
+    images, example = pictures(), pictures(1)
+    model = Around(forward).eval()
+    with torch.no_grad():
+        expected = model(images.clone())
+    data = [pictures()[:4], pictures()[4:]]
+    pipeline(model, images, example=example, data=data, reference=lambda _: expected)
+    for now, before in ((images, pictures()), (example, pictures(1)), (torch.cat(data), pictures())):
+        assert torch.equal(now, before), "the user's images were changed"
+
+
+@brought("tracing", "a channel of the input is written: x[:, 0] = ...", quick=True)
+def input_channel_written() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x[:, 0] = x[:, 0] * 0.5 + 0.1
+        x[:, 1:].mul_(2)
+        return net(x)
+
+    _images_stay(forward)
+
+
+@brought("tracing", "the input is normalized into itself: x.copy_(...)")
+def input_copied_into() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x.copy_(x * 2)
+        return net(x)
+
+    _images_stay(forward)
+
+
+@brought("tracing", "a view of the input is written: v = x.view(...); v -= ...")
+def input_view_written() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        v = x.view(x.shape[0], -1)
+        v -= v.mean(1, keepdim=True)
+        return net(x)
+
+    _images_stay(forward)
+
+
+@brought("tracing", "the input is written through x.float() and out=")
+def input_written_through_aliases() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        y = x.float().contiguous()
+        y[:, 0] = y[:, 0] * 0.5
+        torch.mul(x, 2, out=x)
+        return net(x)
+
+    _images_stay(forward)
+
+
+@brought("tracing", "a masked part of the input is written: x[x > 1] = 1")
+def input_masked_part_written() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x[x > 1] = 1.0
+        x[..., 0].zero_()
+        return net(x)
+
+    _images_stay(forward)
