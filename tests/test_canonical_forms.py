@@ -14,7 +14,9 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS, fold_constants
 from ptq4vit_fx.passes.from_aten import from_aten
-from ptq4vit_fx.passes.graph.shapes import record_shapes
+from ptq4vit_fx.passes.graph.marks import kind_of
+from ptq4vit_fx.passes.graph.shapes import dtype_of, record_shapes
+from ptq4vit_fx.passes.multiply_in_float32 import multiply_in_float32
 from ptq4vit_fx.passes.open_einsum import open_einsum
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.trace import trace
@@ -207,6 +209,18 @@ def test_a_write_that_became_pure_needs_no_copy():
     replace_in_place(graph)
     assert torch.clone not in targets(graph)
     assert torch.equal(graph(X.clone()), (X - 0.5) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_multiply_in_float32(dtype):
+    graph = recorded(model_of(lambda m, x: m.a(x) @ (x.to(dtype) @ x.to(dtype)).float(), a=nn.Linear(8, 8)))
+    canonicalize(graph)
+    multiply_in_float32(graph)
+    assert count(graph) == 1
+    products = [node for node in graph.graph.nodes if kind_of(node) is not None]
+    assert [dtype_of(node) for node in products] == [torch.float32] * 3
+    product = next(node for node in graph.graph.nodes if node.args[1:] == (dtype,) and node.args[0] in products)
+    assert dtype_of(product) == dtype
 
 
 class Standardized(nn.Conv2d):

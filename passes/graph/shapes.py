@@ -57,6 +57,11 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(getattr(node.meta.get(RESULT), "shape", ()))
 
 
+def dtype_of(node: Node) -> torch.dtype | None:
+    """Return the type of a node's value on the example, None for what is no tensor."""
+    return getattr(node.meta.get(RESULT), "dtype", None)
+
+
 def is_tensor(node: Any) -> TypeGuard[Node]:
     """Return whether this is a node whose value is one tensor of known shape."""
     return isinstance(node, Node) and isinstance(node.meta.get(RESULT), Shape)
