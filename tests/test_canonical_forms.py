@@ -19,6 +19,7 @@ from ptq4vit_fx.passes.graph.shapes import dtype_of, record_shapes
 from ptq4vit_fx.passes.multiply_in_float32 import multiply_in_float32
 from ptq4vit_fx.passes.open_einsum import open_einsum
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
+from ptq4vit_fx.passes.slice_pieces import slice_pieces
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
 
@@ -209,6 +210,44 @@ def test_a_write_that_became_pure_needs_no_copy():
     replace_in_place(graph)
     assert torch.clone not in targets(graph)
     assert torch.equal(graph(X.clone()), (X - 0.5) / 2)
+
+
+def pieces_of(function):
+    graph = recorded(model_of(function))
+    for run in (canonicalize, replace_in_place, slice_pieces):
+        run(graph)
+    return graph
+
+
+PIECES = {
+    "chunk": lambda m, x: x.chunk(2, 1)[0].zero_() + x[:, :2],
+    "the last of split": lambda m, x: x.split([1, 2], 1)[-1].mul_(2) + x[:, 1:],
+    "unbind": lambda m, x: x.unbind(-1)[3].add_(1) + x[..., 3],
+    "another view of a piece": lambda m, x: x.split(1, 1)[1].flatten(1).zero_().sum() + x,
+    "a batch of two views": lambda m, x: torch.cat([x, x + 1]).chunk(2)[1],
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_slice_pieces(case):
+    graph = pieces_of(PIECES[case])
+    assert count(graph) == 1
+    given = X.clone().requires_grad_()
+    assert torch.equal(graph(given), PIECES[case](None, X.clone()))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.unbind(1)[0] * x.unbind(1)[1],
+        lambda m, x: x.chunk(2, -1)[0].add(1),
+        lambda m, x: torch.cat(x.chunk(2)),
+        lambda m, x: x.split(1)[0],
+    ],
+    ids=["unbind", "no write", "all pieces together", "a number of pieces that depends on the batch"],
+)
+def test_slice_pieces_leaves_near_misses_alone(function):
+    assert count(pieces_of(function)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brought import brought
-from brought.pipeline import pictures, pipeline, vit
+from brought.pipeline import pictures, pipeline, sum_of_squares, vit
 
 
 class Around(nn.Module):
@@ -83,3 +83,63 @@ def input_masked_part_written() -> None:
         return net(x)
 
     _images_stay(forward)
+
+
+def _features(forward: Callable[[Tensor], Any]) -> None:
+    pipeline(Around(lambda net, x: forward(net.forward_features(x)), num_classes=0), pictures(), loss=sum_of_squares)
+
+
+@brought("tracing", "a piece of chunk is written: a, b = f.chunk(2); a.mul_(2)", quick=True)
+def chunk_written() -> None:
+    def forward(f: Tensor) -> Any:
+        a, b = f.chunk(2, -1)
+        a.mul_(2)
+        b[:, 0].add_(a[:, 1])
+        return f.mean(1)
+
+    _features(forward)
+
+
+@brought("tracing", "a piece of unbind is written")
+def unbind_written() -> None:
+    def forward(f: Tensor) -> Any:
+        a = f.unbind(1)
+        a[0].add_(a[-1])
+        return f.mean(1)
+
+    _features(forward)
+
+
+@brought("tracing", "a piece of split is written, through another view")
+def split_written() -> None:
+    def forward(f: Tensor) -> Any:
+        _, b = torch.split(f, [1, 16], dim=1)
+        b.transpose(1, 2)[..., 0] = 0.0
+        return f.mean(1)
+
+    _features(forward)
+
+
+def _two_views(cut: Callable[[Tensor, int], Any]) -> None:
+    class Model(Around):
+        def forward(self, a: Tensor, b: Tensor) -> Any:  # type: ignore[override]
+            f, g = cut(self.net(torch.cat([a, b])), a.shape[0])
+            return f - g
+
+    model = Model(lambda net, x: net(x), num_classes=0).eval()
+    pipeline(model, (pictures(), pictures(seed=2)), loss=sum_of_squares)
+
+
+@brought("tracing", "two views in one batch, cut apart by chunk(2)", quick=True)
+def views_by_chunk() -> None:
+    _two_views(lambda f, n: f.chunk(2))
+
+
+@brought("tracing", "two views in one batch, cut apart by split(a.shape[0])")
+def views_by_split() -> None:
+    _two_views(lambda f, n: f.split(n))
+
+
+@brought("tracing", "two views in one batch, cut apart by split([n, n])")
+def views_by_sizes() -> None:
+    _two_views(lambda f, n: torch.split(f, [n, n], dim=0))
