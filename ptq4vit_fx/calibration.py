@@ -215,4 +215,6 @@ def fingerprint_tensors(tensors: Iterable[Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
+    values = tensor.detach().cpu().resolve_neg().contiguous()
+    bits = values.view(torch.int16) if values.dtype is torch.bfloat16 else values  # a type that NumPy has not
+    return bits.numpy().tobytes()

@@ -35,7 +35,7 @@ def as_input(value: Any, operation: str, subject: str) -> Tensor:
     if x.ndim == 0:
         do = "give it the batch as first dimension"
         raise failure(operation, subject, expected="a tensor whose first dimension is the batch", got="a scalar", do=do)
-    x = x.clone() if x.is_inference() else x
+    x = x.clone() if x.is_inference() else x.resolve_neg()
     return x.float() if x.is_floating_point() else x
 
 

@@ -143,3 +143,16 @@ def views_by_split() -> None:
 @brought("tracing", "two views in one batch, cut apart by split([n, n])")
 def views_by_sizes() -> None:
     _two_views(lambda f, n: torch.split(f, [n, n], dim=0))
+
+
+@brought("tracing", "the first product's output is written in place")
+def first_product_written() -> None:
+    class Model(Around):
+        def forward(self, x: Tensor) -> Any:
+            f = self.net.patch_embed.proj(x)
+            f[:, 0] = 0.5
+            f.flatten(2)[..., 3].mul_(2)
+            f = self.net._pos_embed(f.flatten(2).transpose(1, 2))
+            return self.net.head(self.net.norm(self.net.blocks(f)).mean(1))
+
+    pipeline(Model(lambda net, x: x).eval(), pictures())
