@@ -178,6 +178,9 @@ def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -
         raise
     except Exception as error:
         raise rejected(model, inputs, error) from error
+    if not first.outputs:
+        got, do = f"an output without one, {type(output).__name__}", "return the tensors that the model computes"
+        raise failure("prepare_fx", type(model).__name__, expected="a tensor in the output", got=got, do=do)
     generator = drawn(before, after)
     if differs or generator:
         raise _random(model, call, inputs, generator)

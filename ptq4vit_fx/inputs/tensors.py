@@ -76,6 +76,8 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name, do = "an image of pillow", "preprocess it as the model expects: transform(image)[None]"
     elif is_shape(value):
         name, do = f"a shape, {tuple(value)}", "pass a tensor of that shape: torch.randn(shape)"
+    elif isinstance(value, (tuple, list)) and value and all(isinstance(x, (str, bytes)) for x in value):
+        name, do = f"{type(value).__name__} of {len(value)} texts", "put the images first, or pass a mapping by name"
     elif isinstance(value, (tuple, list)):
         name = f"{type(value).__name__} of {len(value)}"
         do = "put images of one size together: torch.stack(images)" if value else "pass one image or more"
@@ -85,6 +87,8 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name = "None"
     elif by_name(value) is not None:
         do = "pass the tensors that are in it"
+        if "example_inputs[" in subject:  # forward itself takes a mapping
+            do = "wrap the model in a module whose forward has a parameter for each tensor in it, and pass these"
     elif hasattr(value, "__iter__") or hasattr(value, "__next__"):
         do = "pass one batch of it: next(iter(loader))"
     elif callable(value):
