@@ -15,7 +15,7 @@ from torch.nn.modules import module as global_hooks
 
 from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import PTQError, failure, near_names
-from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of, random_numbers_kept
+from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.exclusive import exclusive
@@ -23,6 +23,7 @@ from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
 from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy, is_float32
 from ptq4vit_fx.passes.graph.own_names import traced_module
+from ptq4vit_fx.passes.graph.randomness import random_numbers_kept
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage

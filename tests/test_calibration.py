@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from threading import Lock
 
 import numpy as np
 import pytest
 import torch
+from graphs import model_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -356,3 +358,21 @@ def test_searches_beside_each_other_fit_into_the_limit(small_vit, small_images):
         for group in groups:
             held = sum(images * budget.captured[op.name] for op in group)
             assert held + searches * largest <= planned
+
+
+def test_an_operand_that_is_written_later_is_calibrated_as_it_was_read():
+    def forward(m, x, write):
+        tokens = m.norm(x.flatten(2).transpose(1, 2))
+        first = m.a(tokens)
+        if write:
+            tokens[:, 1:] = 100.0
+        return first.mean(1) + tokens.mean() * 0
+
+    torch.manual_seed(0)
+    layers = {"norm": nn.LayerNorm(3), "a": nn.Linear(3, 7)}
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    scales = []
+    for write in (False, True):
+        prepared = ptq.prepare_fx(model_of(partial(forward, write=write), **layers), ptq.recipes.ptq4vit(), images[:1])
+        scales.append(ptq.calibrate(prepared, images, progress=False).params["a:lhs"].tensors()["scale"])
+    assert torch.equal(*scales)

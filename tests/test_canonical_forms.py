@@ -15,10 +15,13 @@ from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS, fold_constants
 from ptq4vit_fx.passes.from_aten import from_aten
 from ptq4vit_fx.passes.graph.contract import plan_of
-from ptq4vit_fx.passes.graph.shapes import record_shapes, shape_of
+from ptq4vit_fx.passes.graph.marks import kind_of
+from ptq4vit_fx.passes.graph.shapes import dtype_of, record_shapes, shape_of
+from ptq4vit_fx.passes.multiply_in_float32 import multiply_in_float32
 from ptq4vit_fx.passes.open_einsum import open_einsum
 from ptq4vit_fx.passes.open_vector_products import open_vector_products
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
+from ptq4vit_fx.passes.slice_pieces import slice_pieces
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.passes.trace_by_export import trace_by_export
 
@@ -239,6 +242,86 @@ def test_replace_in_place_leaves_shared_memory_alone(function):
     replace_in_place(graph)
     assert count(graph) == 0
     assert torch.equal(graph(X), model(X))
+
+
+WRITING = {
+    "a part": lambda m, x: x[:, 0].zero_() + x[:, 1],
+    "a view that is read later": lambda m, x: x.flatten(1).mul_(2) + x.flatten(1),
+    "where nothing is too large": lambda m, x: x[:, 0].clamp_(max=1e9) + x[:, 1],
+    "through an attribute": lambda m, x: x.data[:, 0].zero_() + x[:, 1],
+    "a result that is given": lambda m, x: torch.mul(x, 2, out=x) + 1,
+}
+
+
+@pytest.mark.parametrize("case", WRITING)
+def test_a_graph_that_writes_into_its_input_reads_a_copy(case):
+    graph, given = trace(model_of(WRITING[case])), X.clone()
+    record_shapes(graph, (given,))
+    assert torch.equal(given, X)
+    canonicalize(graph)
+    replace_in_place(graph)
+    assert (count(graph), targets(graph).count(torch.clone)) == (1, 1)
+    assert torch.equal(graph(given), WRITING[case](None, X.clone()))
+    assert torch.equal(given, X)
+
+
+def test_a_write_that_became_pure_needs_no_copy():
+    graph = trace(model_of(lambda m, x: x.sub_(0.5).div_(2)))
+    record_shapes(graph, (X,))
+    canonicalize(graph)
+    replace_in_place(graph)
+    assert torch.clone not in targets(graph)
+    assert torch.equal(graph(X.clone()), (X - 0.5) / 2)
+
+
+def pieces_of(function):
+    graph = recorded(model_of(function))
+    for run in (canonicalize, replace_in_place, slice_pieces):
+        run(graph)
+    return graph
+
+
+PIECES = {
+    "chunk": lambda m, x: x.chunk(2, 1)[0].zero_() + x[:, :2],
+    "the last of split": lambda m, x: x.split([1, 2], 1)[-1].mul_(2) + x[:, 1:],
+    "unbind": lambda m, x: x.unbind(-1)[3].add_(1) + x[..., 3],
+    "another view of a piece": lambda m, x: x.split(1, 1)[1].flatten(1).zero_().sum() + x,
+    "a batch of two views": lambda m, x: torch.cat([x, x + 1]).chunk(2)[1],
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_slice_pieces(case):
+    graph = pieces_of(PIECES[case])
+    assert count(graph) == 1
+    given = X.clone().requires_grad_()
+    assert torch.equal(graph(given), PIECES[case](None, X.clone()))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.unbind(1)[0] * x.unbind(1)[1],
+        lambda m, x: x.chunk(2, -1)[0].add(1),
+        lambda m, x: torch.cat(x.chunk(2)),
+        lambda m, x: x.split(1)[0],
+    ],
+    ids=["unbind", "no write", "all pieces together", "a number of pieces that depends on the batch"],
+)
+def test_slice_pieces_leaves_near_misses_alone(function):
+    assert count(pieces_of(function)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_multiply_in_float32(dtype):
+    graph = recorded(model_of(lambda m, x: m.a(x) @ (x.to(dtype) @ x.to(dtype)).float(), a=nn.Linear(8, 8)))
+    canonicalize(graph)
+    multiply_in_float32(graph)
+    assert count(graph) == 1
+    products = [node for node in graph.graph.nodes if kind_of(node) is not None]
+    assert [dtype_of(node) for node in products] == [torch.float32] * 3
+    product = next(node for node in graph.graph.nodes if node.args[1:] == (dtype,) and node.args[0] in products)
+    assert dtype_of(product) == dtype
 
 
 class Standardized(nn.Conv2d):

@@ -34,6 +34,8 @@ CALL = "ptq4vit_call"
 #: Where a GraphModule keeps the results of calls that were computed.
 KNOWN = "ptq4vit_known_results"
 EXAMPLE_BATCH = "ptq4vit_example_batch"
+#: Where a placeholder notes that the graph writes into the tensor that it is given.
+WRITTEN = "ptq4vit_written"
 
 #: Results other than tensors that are kept as they are.
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -55,6 +57,11 @@ class Shape:
 def shape_of(node: Node) -> tuple[int, ...]:
     """Return the shape of a node's value on the example, () for what is no tensor."""
     return tuple(getattr(node.meta.get(RESULT), "shape", ()))
+
+
+def dtype_of(node: Node) -> torch.dtype | None:
+    """Return the type of a node's value on the example, None for what is no tensor."""
+    return getattr(node.meta.get(RESULT), "dtype", None)
 
 
 def is_tensor(node: Any) -> TypeGuard[Node]:
@@ -106,9 +113,10 @@ UNCOUNTED: dict[Any, Callable[..., int]] = {
 def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> None:
     """Run the graph on the example and note every result. Raises PTQError if the model rejects the example."""
     device = _device(graph_module, example_inputs[0].device)
+    given = [x.to(device).clone() for x in example_inputs]
     try:
         with torch.no_grad(), without_fast_attention(), _flop_counter() as counter, OperatorWatch() as watch:
-            _Recorder(graph_module, counter, watch, whole=True).run(*(x.to(device) for x in example_inputs))
+            _Recorder(graph_module, counter, watch, whole=True).run(*given)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise failure(
             "prepare_fx",
@@ -118,6 +126,10 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
             do="use the model's input size, or create it with img_size=",
         ) from error
     graph_module.meta[EXAMPLE_BATCH] = len(example_inputs[0])
+    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+    for node, now, before in zip(placeholders, given, example_inputs, strict=False):
+        # a tensor counts what writes into it or a view of it, except through x.data
+        node.meta[WRITTEN] = now._version > 0 or not torch.equal(now.nan_to_num(), before.to(device).nan_to_num())
 
 
 def propagate_shapes(graph_module: GraphModule, pass_name: str) -> None:

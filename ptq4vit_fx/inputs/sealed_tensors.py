@@ -57,4 +57,4 @@ def digest_of(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor of any dtype, in the order of its elements."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes()
+    return tensor.detach().cpu().resolve_neg().contiguous().reshape(-1).view(uint8).numpy().tobytes()
