@@ -27,7 +27,12 @@ def reader(raised):
     return Target("reader", "nothing", st.integers(0, 10**6), read)
 
 
-@pytest.mark.parametrize("raised", [KeyError("raw"), RuntimeWarning("overflow"), PTQError("two\nlines")])
+class TwoLinesError(PTQError):
+    def __str__(self) -> str:
+        return "two\nlines"
+
+
+@pytest.mark.parametrize("raised", [KeyError("raw"), RuntimeWarning("overflow"), TwoLinesError()])
 def test_the_loop_ends_with_what_no_reader_may_raise(raised):
     with pytest.raises(type(raised) if not isinstance(raised, PTQError) else AssertionError) as caught:
         fuzz(reader(raised), seconds=5)
