@@ -26,8 +26,9 @@ from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (
     ImageFolder,
-    are_numbers,
     at_size,
+    class_number,
+    class_numbers,
     data_config,
     list_images,
     read_images,
@@ -119,7 +120,7 @@ def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> int:
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
     _check_names(folder, classes, data)
-    numbered = are_numbers(folder.classes)
+    numbered = bool(class_numbers(folder.classes))
     if max(folder.labels) >= classes or (len(folder.classes) != classes and not numbered):
         raise failure(
             "eval",
@@ -136,9 +137,9 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
     Warn if all are numbers, and their order as text, which is that of torchvision's ImageFolder, is another one.
     """
     names = folder.classes
-    numbers = [name for name in names if name.isdecimal()]
-    others = [name for name in names if not name.isdecimal()]
-    moved = [name for name in numbers if names.index(name) != int(name)]
+    numbers = {name: number for name in names if (number := class_number(name)) is not None}
+    others = [name for name in names if name not in numbers]
+    moved = [name for place, name in enumerate(names) if numbers.get(name, place) != place]
     if not others and moved and len(names) == classes:
         warnings.warn(
             f"eval: {data}: sub-folders are classes by their number; torchvision's ImageFolder sorts them as text, "
@@ -146,7 +147,7 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
             PTQWarning,
             stacklevel=4,
         )
-    if len(numbers) > len(others) > 0 and moved and all(int(name) < classes for name in numbers):
+    if len(numbers) > len(others) > 0 and moved and all(number < classes for number in numbers.values()):
         raise failure(
             "eval",
             str(data),
@@ -158,8 +159,8 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
 
 def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
     filled = set(folder.labels)
-    numbered = are_numbers(folder.classes)
-    empty = [n for i, n in enumerate(folder.classes) if (int(n) if numbered else i) not in filled]
+    numbers = class_numbers(folder.classes)
+    empty = [name for place, name in enumerate(folder.classes) if numbers.get(name, place) not in filled]
     if empty:
         warnings.warn(
             f"eval: {data}: {len(empty)} of {len(folder.classes)} sub-folders hold no image, and count as classes: "
