@@ -154,17 +154,20 @@ def test_what_is_no_folder_is_a_sentence(tmp_path, kind):
 
 
 def test_folders_deeper_than_python_recurses(tmp_path):
-    inner = tmp_path
-    here = Path.cwd()
+    here, depth = Path.cwd(), 1500
     os.chdir(tmp_path)
+    for _ in range(depth):
+        os.mkdir("a")
+        os.chdir("a")
+    Path("a.png").write_bytes(encoded("PNG"))
     try:
-        for _ in range(1500):
-            os.mkdir("a")
-            os.chdir("a")
-        Path("a.png").write_bytes(encoded("PNG"))
-    finally:
+        assert len(list_images(tmp_path).paths) == 1
+    finally:  # pytest recurses
+        Path("a.png").unlink()
+        for _ in range(depth):
+            os.chdir("..")
+            os.rmdir("a")
         os.chdir(here)
-    assert len(list_images(inner).paths) == 1
 
 
 def labelled(folder: Path, *names: str):

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure, reason_of, some_names, unknown_name
+from ptq4vit_fx.errors import LONGEST_REASON, PTQError, failure, reason_of, some_names, unknown_name
 from ptq4vit_fx.files import not_a_file
+from ptq4vit_fx.inputs.sizes import check_fits
 
 EXPECTED = "a state dict of this model"
 DEFAULT_ADVICE = "pass the checkpoint of this model, and --model-arg for its size and classes"
@@ -29,8 +30,8 @@ AVERAGED = re.compile(r"(?<![a-z])(ema|swa|teacher|averaged)(?![a-z])")
 
 #: A file that says that it unpacks to more than so many times its size is a bomb: torch.save packs nothing.
 LARGEST_EXPANSION = 20
-#: Keys within keys that lead to a state dict; a mapping may hold itself.
-DEEPEST = 8
+#: Mappings in a checkpoint; one may hold itself, many times.
+MOST_MAPPINGS = 1000
 
 #: Suffixes of files that hold no state dict -> what they are, and what to do.
 OTHER_FILES = {
@@ -81,9 +82,13 @@ def read_checkpoint(path: Path) -> Any:
     try:
         got, do = _other_file(path)
         if not got:
+            do = "load it where there is more"
+            check_fits("load weights", str(path), path.stat().st_size, what="the file", do=do)
             loaded = dict(load_file(path)) if _is_safetensors(path) else _load(path)
+    except PTQError:
+        raise
     except Exception as error:
-        got = f"a damaged or truncated file ({reason_of(error)})"
+        got = f"a damaged or truncated file ({_reason(error)})"
         do = "copy or download it again, or save the state dict alone: torch.save(model.state_dict(), path)"
         raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do) from error
     if got:
@@ -93,6 +98,12 @@ def read_checkpoint(path: Path) -> Any:
         do = "save the weights alone where that class is at hand: torch.save(model.state_dict(), path)"
         raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do)
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong, without torch's advice to load the file in a way that runs what is in it."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+    return lines[0].strip()[:LONGEST_REASON] if lines else reason_of(error)
 
 
 class StandIn:
@@ -169,19 +180,22 @@ def _start(path: Path) -> bytes:
         return file.read(64)
 
 
-def _state_dicts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every mapping of tensors by name in a checkpoint, with the keys that lead to it, at most DEEPEST.
+def _state_dicts(value: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every mapping of tensors by name in a checkpoint, with the keys that lead to it.
 
-    Only tensors that hold their values count: others cannot become weights.
+    The first MOST_MAPPINGS are looked at. Only tensors that hold their values count: others cannot become weights.
     """
-    if not isinstance(value, Mapping) or len(path) > DEEPEST:
-        return
-    tensors = {key: x for key, x in value.items() if isinstance(key, str) and _is_plain(x)}
-    if tensors:
-        yield ".".join(path) or "the file itself", tensors
-    for key, inner in value.items():
-        if isinstance(key, str):
-            yield from _state_dicts(inner, (*path, key))
+    waiting = [(value, "")]
+    for _ in range(MOST_MAPPINGS):
+        mapping, path = waiting.pop()
+        named = {key: x for key, x in mapping.items() if isinstance(key, str)} if isinstance(mapping, Mapping) else {}
+        tensors = {key: x for key, x in named.items() if _is_plain(x)}
+        if tensors:
+            yield path or "the file itself", tensors
+        inner = [(x, f"{path}.{key}".removeprefix(".")) for key, x in named.items() if isinstance(x, Mapping)]
+        waiting += reversed(inner)
+        if not waiting:
+            return
 
 
 def _is_plain(x: Any) -> bool:
