@@ -61,16 +61,16 @@ def foreign(operation: str, subject: str, *, expected: str, do: str) -> Iterator
     """Turn whatever is raised inside, where what somebody else made is read, into a PTQError that names it.
 
     A file that was cut, forged or written by another program lets its readers raise anything. A PTQError that names the
-    subject passes; of another one what it says is kept, and its advice is not.
+    subject passes; in front of another one it is named.
     """
     try:
         yield
-    except Exception as error:
-        own = str(error) if isinstance(error, PTQError) else ""
-        if printable(subject) in own:
+    except PTQError as error:
+        if printable(subject) in str(error):
             raise
-        got = own.rpartition("; ")[0] or reason_of(error)
-        raise failure(operation, subject, expected=expected, got=got, do=do) from error
+        raise PTQError(f"{operation}: {subject}: {error}") from error
+    except Exception as error:
+        raise failure(operation, subject, expected=expected, got=reason_of(error), do=do) from error
 
 
 def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -> PTQError:

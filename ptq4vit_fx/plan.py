@@ -51,6 +51,12 @@ class QuantOp:
         """Return the activation function that this operand comes out of, if any."""
         return self.lhs_source if operand == "lhs" else self.rhs_source
 
+    def scale_axis(self, operand: Operand) -> int:
+        """Return the dimension along which several scales of an operand lie: a weight's columns, else the heads."""
+        if operand == "lhs" or not self.rhs_is_weight:
+            return -3
+        return -1 if self.kind == "matmul" else 0
+
     def compute(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product of two operands, shaped as in the graph."""
         if self.kind == "linear":

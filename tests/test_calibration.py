@@ -19,6 +19,7 @@ from ptq4vit_fx.calibrating import calibrator
 from ptq4vit_fx.calibrating.capture import capture, captured_product
 from ptq4vit_fx.calibrating.losses import fisher, pseudo_label
 from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, SEARCH_FACTOR, MemoryBudget
+from ptq4vit_fx.inputs.sealed_tensors import sealed
 from ptq4vit_fx.search.search_op import search_op
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
@@ -121,7 +122,12 @@ def test_a_file_gives_back_the_parameters_of_both_kinds_of_quantizers(tmp_path, 
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = file.metadata()
     assert {"head:rhs/scale", "blocks.0.attn.matmul_av:lhs/fine_scale"} <= tensors.keys()
-    save_file(tensors | {"elsewhere:lhs/scale": torch.ones(())}, path, metadata)
+    tensors["elsewhere:lhs/scale"] = torch.ones(())
+    save_file(tensors, path, metadata)
+    with pytest.raises(ptq.PTQError, match="expected what was saved, got other content than that with the digest"):
+        ptq.Calibration.load(path)
+    del metadata["digest"]
+    path.write_bytes(sealed(tensors, metadata))
     with pytest.raises(ptq.PTQError, match="elsewhere:lhs: expected a site of the plan in the same file, got another"):
         ptq.Calibration.load(path)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hostile import EVIL, Case
 from hostile.changes import CHANGES
@@ -73,7 +74,7 @@ def said(read, path: Path) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_file_is_read_or_refused_in_one_sentence(good, readers, tmp_path, name):
+def test_a_file_is_read_or_refused_in_one_sentence(good, readers, tmp_path, capfd, caplog, name):
     (tmp_path / "folder").mkdir()
     path = CASES[name](good, tmp_path / "folder")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -83,8 +84,16 @@ def test_a_file_is_read_or_refused_in_one_sentence(good, readers, tmp_path, name
         assert shown.isprintable(), ascii(shown)
         assert accepted or ascii(path.name)[1:9] in text or path.name in text
         assert accepted or len(text) < 5000
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST
     assert not [other for other in tmp_path.rglob("*") if other.name.startswith((".", "tmp"))]
+
+
+def test_what_others_read_is_logged_as_always(good, caplog):
+    damaged = onnx.ModelProto.FromString(good.SerializeToString())
+    damaged.graph.node[0].input[0] = "nothing"
+    ir.from_proto(damaged)
+    assert "Input 'nothing' of node" in caplog.text
 
 
 def test_the_good_file_is_read_by_all(good, readers, tmp_path):

@@ -57,7 +57,7 @@ def test_bits_that_are_none_are_refused(record, bits):
         (("quantizers", SITE, "kind"), ["Uniform"], r"kind: expected Uniform or TwinUniform, got \['Uniform'\]"),
         (("quantizers", SITE, "granularity"), "row", r"granularity: expected 'tensor' or .*got 'row'"),
         (("quantizers", SITE, "groups"), 0, r"groups: expected 1 or more, got 0"),
-        (("quantizers", SITE, "minimum"), float("nan"), r"minimum: expected a number, got nan"),
+        (("quantizers", SITE, "minimum"), float("nan"), r"minimum: expected 0 or more, .*minimum=nan"),
         (("searches", "head", "beta"), float("inf"), r"alpha and beta: expected 0 <= alpha < beta"),
         (("searches", "head", "n"), "8", r"searches\.head\.n: expected an integer, got '8'"),
         (("searches", "head", "screen_rows"), 1.5, r"screen_rows: expected an integer or null, got 1\.5"),

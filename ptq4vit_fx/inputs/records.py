@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ def read_json(text: Any, place: Place) -> Any:
     """Return the value of JSON text; raises PTQError, and nothing else, on any other text.
 
     Refused too: a key that repeats, text that UTF-8 cannot hold, integers above 64 bits, more than DEEPEST brackets
-    within each other. NaN and Infinity, which Python writes, are read; `read_as` refuses NaN.
+    within each other. NaN and Infinity, which Python writes, are read.
     """
     if not isinstance(text, str):
         raise place.refusal("JSON", f"a value of type {type(text).__name__}")
@@ -76,7 +75,7 @@ def read_as(kind: Any, value: Any, place: Place) -> Any:
 
     kind: a dataclass, whose fields are read by their types and which may check them itself; str, int, float, bool,
     None, Any, Literal, a tuple, a dict with str as keys, or a union of such, in which a dataclass is told by its name,
-    the entry `kind`. A float is never NaN. Raises PTQError that names the place on anything else.
+    the entry `kind`. Raises PTQError that names the place on anything else.
     """
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, place)
@@ -149,7 +148,7 @@ def _read_literal(choices: tuple[Any, ...], value: Any, place: Place) -> Any:
 
 
 def _read_float(value: Any, place: Place) -> float:
-    if type(value) not in (int, float) or math.isnan(value):
+    if type(value) not in (int, float):
         raise place.refusal("a number", quoted(value))
     return float(value)
 
@@ -192,7 +191,7 @@ def _integer(text: str) -> int:
 
 
 def _spelled(key: str) -> str:
-    return key if key.isidentifier() and len(key) <= QUOTED else quoted(key)
+    return key if key.isprintable() and 0 < len(key) <= QUOTED else quoted(key)
 
 
 def _is_text(value: str) -> bool:

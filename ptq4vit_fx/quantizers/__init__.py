@@ -12,6 +12,7 @@ the methods below, and a class of parameters of its own, a `QParams`. A method r
     fake_quantize(x, params)    decode(codes(x, params), params), without the integer detour
     threshold(params)           where its two ranges meet, None if it has one range
     params_from(tensors, axis)  the parameters whose `tensors()` and `axis` these are
+    check(params, place)        raises PTQError on parameters that no calibration gives, whoever made them
     describe()                  a short name for tables
 """
 

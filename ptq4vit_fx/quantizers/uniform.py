@@ -10,8 +10,18 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, check_choice, named_tensors, own_params
+from ptq4vit_fx.errors import failure, quoted
+from ptq4vit_fx.inputs.records import Place
+from ptq4vit_fx.quantizers.kind import (
+    Granularity,
+    QParams,
+    check_bits,
+    check_choice,
+    check_kind,
+    check_scale,
+    named_tensors,
+    own_params,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,15 @@ class Uniform:
     def params_from(self, tensors: Mapping[str, Tensor], axis: int | None = None) -> UniformParams:
         """Return the parameters with these tensors."""
         return UniformParams(**named_tensors(tensors, ("scale",), self), axis=axis)
+
+    def check(self, params: QParams, place: Place) -> None:
+        """Raise PTQError unless these are a scale without an axis or, if not per tensor, one per entry of an axis."""
+        own = check_kind(UniformParams, params, place)
+        check_scale(own.scale, self.top, place.at("scale"))
+        along = own.scale.ndim == 1 and type(own.axis) is int and self.granularity != "tensor"
+        if not along and (own.scale.ndim, own.axis) != (0, None):
+            expected = "a scale of shape ()" + ("" if self.granularity == "tensor" else ", or several along an axis")
+            raise place.at("scale").refusal(expected, f"shape {tuple(own.scale.shape)}, axis {quoted(own.axis)}")
 
     def describe(self) -> str:
         """Return a name such as `uniform8/head`."""

@@ -17,7 +17,7 @@ values = st.recursive(
     st.sampled_from(STRANGE) | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
-)
+).map(copy.deepcopy)  # what is drawn is changed later
 
 
 @st.composite

@@ -53,9 +53,8 @@ def fuzz(target: Target, seconds: float, first_seed: int = 0) -> Figures:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", PTQWarning)
-            said = _refused(target, value)
-        assert "\n" not in said, f"more than one line: {said}"
-        outcomes.append((not said, time.perf_counter() - began))
+            accepted = _accepts(target, value)
+        outcomes.append((accepted, time.perf_counter() - began))
 
     started, number = time.perf_counter(), first_seed
     limits = settings(
@@ -73,10 +72,9 @@ def fuzz(target: Target, seconds: float, first_seed: int = 0) -> Figures:
     return Figures(target, accepted, len(outcomes) - accepted, took, max(slow for _, slow in outcomes))
 
 
-def _refused(target: Target, value: Any) -> str:
-    """Return the sentence that refuses an input, "" if it is accepted."""
+def _accepts(target: Target, value: Any) -> bool:
     try:
         target.read(value)
-    except PTQError as error:
-        return str(error)
-    return ""
+    except PTQError:
+        return False
+    return True
