@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.nodes import name_of
-from ptq4vit_fx.files import alone, check_writable, flush, move, workplace
+from ptq4vit_fx.files import alone, check_readable, check_writable, flush, move, not_a_file, workplace
+from ptq4vit_fx.inputs.sizes import check_fits
 
 #: Weights above this leave the protobuf file, whose limit is 2^31 bytes: https://protobuf.dev/programming-guides/proto-limits
 #: (16 MiB stay for nodes and names).
@@ -31,36 +34,99 @@ ALIGNMENT = 4096
 LONGEST_NAME = 255
 #: Hexadecimal digits of the weights' hash in the name of a data file.
 HASH_DIGITS = 16
+#: A value of so many bytes may take one in a file: an integer that is small, such as the sizes of shapes.
+SMALLEST_VALUE = 8
+
+OPERATION = "read ONNX file"
+
+#: Whether this thread reads a file that anybody may have written.
+_READING = ContextVar("ptq4vit_fx_reading", default=False)
+for _name in ("onnx_ir.serde", "onnx_ir._core", "onnx_ir._graph_containers", "onnx_ir.external_data"):
+    logging.getLogger(_name).addFilter(lambda _: not _READING.get())
 
 
 def load_file(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX file; weights beside it are read when they are needed.
 
-    Raises PTQError if it is no ONNX model, or if weights are missing.
+    Raises PTQError if it is no ONNX model, if weights are missing, lie outside of its folder or are no files, and if
+    it says that it holds more than it does, or than memory does.
     """
-    try:
-        model, folder = ir.load(path), Path(path).resolve().parent
-        if any(
-            isinstance(tensor, ir.ExternalTensor) and not os.path.exists(tensor.path) for tensor in tensors_of(model)
-        ):
+    size = check_readable(path, OPERATION, "an ONNX model").stat().st_size
+    if size > 2**31 - 1:
+        do = "write it with its weights beside it, as onnx.save does with save_as_external_data"
+        expected, got = "an ONNX model, which has less than 2 GiB without the weights beside it", f"{size} bytes"
+        raise failure(OPERATION, str(path), expected=expected, got=got, do=do)
+    check_fits(OPERATION, str(path), 2 * size, what="a file of that size", do="read it where there is more")
+    with unreadable(OPERATION, path, "an ONNX model"):
+        model = ir.load(path)
+        external = [tensor.path for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor)]
+        if not all(map(os.path.exists, external)):
             model = ir.load(Path(path).resolve())  # of a link: its weights lie beside it, or beside what it leads to
-        for tensor in tensors_of(model):
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            if not Path(tensor.path).resolve().is_relative_to(folder):
-                raise PermissionError(f"the weights {tensor.name} lie outside of the file's folder, at {tensor.path}")
-            end = tensor.nbytes + (tensor.offset or 0)
-            if os.path.getsize(tensor.path) < end:
-                raise EOFError(f"{tensor.path} ends in front of byte {end}, where {tensor.name} does")
-    except Exception as error:
-        raise failure(
-            "read ONNX file",
-            str(path),
-            expected="an ONNX model",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            do="check the path",
-        ) from error
+        _check_tensors(model, Path(path), size)
     return model
+
+
+@contextmanager
+def unreadable(operation: str, path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """Turn whatever reading a file of somebody else raises inside into a PTQError that names the file.
+
+    What onnx_ir logs meanwhile, with names of the file as they are, is not heard.
+    """
+    do = "export the file again: it is damaged, or another program wrote or changed it"
+    before = _READING.set(True)
+    try:
+        with foreign(operation, str(path), expected=expected, do=do):
+            yield
+    finally:
+        _READING.reset(before)
+
+
+def _check_tensors(model: ir.Model, path: Path, size: int) -> None:
+    """Raise PTQError on tensors whose values are not where they should be. size: bytes of the file."""
+    folder, beside = path.resolve().parent, 0
+    for tensor in (*tensors_of(model), *_inner_tensors(model)):
+        got = ""
+        if any(length < 0 for length in tensor.shape.numpy()):
+            got = f"a tensor {tensor.name} of shape {tuple(tensor.shape.numpy())}"
+        elif isinstance(tensor, ir.ExternalTensor):
+            got = _misplaced(tensor, folder)
+            beside += tensor.nbytes
+        elif tensor.nbytes > SMALLEST_VALUE * size:
+            got = f"a tensor {tensor.name} of {tensor.nbytes} bytes in a file of {size}"
+        if got:
+            do = "copy it again with the files beside it, or export it again"
+            raise failure(OPERATION, str(path), expected="an ONNX model with its weights", got=got, do=do)
+    check_fits(OPERATION, str(path), beside, what="the weights beside it", do="read it where there is more")
+
+
+def _inner_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Yield the tensors of the nodes' attributes, of graphs inside of nodes, and of functions."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.as_tensor()
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    yield from attribute.as_tensors()
+                elif attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                    is_one = attribute.type == ir.AttributeType.GRAPH
+                    for inner in (attribute.as_graph(),) if is_one else attribute.as_graphs():
+                        yield from (v.const_value for v in inner.initializers.values() if v.const_value is not None)
+
+
+def _misplaced(tensor: ir.ExternalTensor, folder: Path) -> str:
+    """Return what is wrong with the place of a tensor beside a file, "" if its bytes are there."""
+    if not Path(tensor.path).resolve().is_relative_to(folder):
+        return f"the weights {tensor.name} lie outside of the file's folder, at {tensor.path}"
+    other = not_a_file(tensor.path)
+    if other:
+        return f"the weights {tensor.name} at {tensor.path}: {other}"
+    offset, length = tensor.offset or 0, tensor.length
+    if offset < 0 or (length is not None and length != tensor.nbytes):
+        return f"the weights {tensor.name}, {tensor.nbytes} bytes, in {length} bytes from {offset} on"
+    end = tensor.nbytes + offset
+    return f"{tensor.path} ends in front of byte {end}, where {tensor.name} does" * (os.path.getsize(tensor.path) < end)
 
 
 def tensors_of(model: ir.Model) -> list[ir.TensorProtocol]:

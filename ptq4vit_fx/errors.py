@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 #: Colours of terminals, which runtimes write into what they say.
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-#: A sentence of somebody else is cut after so many characters, one of ours in its middle: names come out of files.
+#: Characters of a sentence of somebody else, and of one of ours; both are cut in their middle: files hold long names.
 LONGEST_REASON, LONGEST = 400, 4000
 
 
@@ -44,7 +44,7 @@ def _sentence(words: object) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return `Type: what it says` of what a library raised, on one line, without colours, cut after LONGEST_REASON.
+    """Return `Type: what it says` of what a library raised, on one line, without colours, cut in its middle.
 
     Of an error that was raised from another it is the first one, which knows what happened.
     """
@@ -52,7 +52,7 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(ANSI.sub("", str(error)).split())
     if len(text) > LONGEST_REASON:
-        text = f"{text[:LONGEST_REASON]} ..."
+        text = f"{text[: LONGEST_REASON // 3]} ... {text[-2 * LONGEST_REASON // 3 :]}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -60,12 +60,15 @@ def reason_of(error: BaseException) -> str:
 def foreign(operation: str, subject: str, *, expected: str, do: str) -> Iterator[None]:
     """Turn whatever is raised inside, where what somebody else made is read, into a PTQError that names it.
 
-    A file that was cut, forged or written by another program lets its readers raise anything.
+    A file that was cut, forged or written by another program lets its readers raise anything. A PTQError that names the
+    subject passes; in front of another one it is named.
     """
     try:
         yield
-    except PTQError:
-        raise
+    except PTQError as error:
+        if printable(subject) in str(error):
+            raise
+        raise PTQError(f"{operation}: {subject}: {error}") from error
     except Exception as error:
         raise failure(operation, subject, expected=expected, got=reason_of(error), do=do) from error
 

@@ -12,7 +12,14 @@ import onnxruntime
 
 from ptq4vit_fx.export.containers import to_unsigned, to_unsigned_weights
 from ptq4vit_fx.export.integer_products import to_integer_products, to_qdq_products
-from ptq4vit_fx.export.model_files import is_too_large, load_file, message_of, save_with_data, tensors_of
+from ptq4vit_fx.export.model_files import (
+    is_too_large,
+    load_file,
+    message_of,
+    save_with_data,
+    tensors_of,
+    unreadable,
+)
 from ptq4vit_fx.files import scratch
 
 
@@ -20,10 +27,11 @@ def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: i
     """Open a file in ONNX Runtime's CPU provider.
 
     exact: open what `exact_here` makes of it; with exact=False the file runs as it is. threads: 0 lets the runtime
-    choose. Raises PTQError if the file cannot be read.
+    choose. Raises PTQError if the file cannot be read, or if the runtime refuses it.
     """
     model = load_file(path)
-    return open_model(exact_here(model) if exact else model, threads)
+    with unreadable("open in ONNX Runtime", path, "a model that it opens"):
+        return open_model(exact_here(model) if exact else model, threads)
 
 
 def open_model(
@@ -44,13 +52,15 @@ def open_model(
 
 
 def exact_here(model: ir.Model) -> ir.Model:
-    """Return a copy with the same values that no kernel of this CPU gets wrong.
+    """Return a model with the same values that no kernel of this CPU gets wrong.
 
-    On a CPU whose u8 x s8 kernels saturate, int8 weights and activations are uint8 in it, which takes the slower
-    kernels that do not; elsewhere nothing is changed.
+    On a CPU whose u8 x s8 kernels saturate it is a copy whose int8 weights and activations are uint8, which takes the
+    slower kernels that do not; elsewhere it is the model itself.
     """
+    if not products_saturate():
+        return model
     copy = model.clone()
-    for step in (to_qdq_products, to_unsigned, to_unsigned_weights, to_integer_products) if products_saturate() else ():
+    for step in (to_qdq_products, to_unsigned, to_unsigned_weights, to_integer_products):
         step(copy)
     return copy
 
@@ -58,7 +68,7 @@ def exact_here(model: ir.Model) -> ir.Model:
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it raises says the same; its log shows names of the file as they are
     return options
 
 

@@ -22,7 +22,7 @@ from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weight
 from ptq4vit_fx.calibrating.losses import Loss, get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import PTQWarning, failure, printable
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.metrics import get_metric
@@ -211,7 +211,7 @@ class _Show(Protocol):
 @contextmanager
 def _progress(run: _Run) -> Iterator[_Show]:
     bar = Progress(
-        TextColumn("calibrate {task.description}"),
+        TextColumn("calibrate {task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("products,"),
@@ -220,7 +220,7 @@ def _progress(run: _Run) -> Iterator[_Show]:
     )
 
     def show(what: str, advance: int = 0) -> None:
-        bar.update(task, description=what, advance=advance)
+        bar.update(task, description=printable(what), advance=advance)
 
     with bar:
         total = len(run.plan.ops)

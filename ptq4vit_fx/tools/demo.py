@@ -23,6 +23,7 @@ from ptq4vit_fx import recipes
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
 from ptq4vit_fx.calibrating.capture import capture
 from ptq4vit_fx.calibrating.losses import pseudo_label
+from ptq4vit_fx.errors import printable
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.files import check_writable, make_folder, write_file
@@ -80,7 +81,7 @@ def run_demo(folder: Path, console: Console) -> None:
             f"{run.seconds:.1f} s",
         )
     console.print(table)
-    console.print(f"picture: {folder / PICTURE}", markup=False)
+    console.print(printable(f"picture: {folder / PICTURE}"), markup=False, emoji=False)
 
 
 def _start_worker() -> None:

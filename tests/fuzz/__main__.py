@@ -9,11 +9,18 @@ from pathlib import Path
 import hypothesis
 
 from fuzz.calibrations import calibration_loader
+from fuzz.files import checkpoint_reader, image_reader, onnx_reader
 from fuzz.plans import plan_parser
 from fuzz.target import Figures, Target, fuzz
 
 #: What is fuzzed: functions that make a target, for its good input takes seconds. A new target is a line here.
-TARGETS: tuple[Callable[[], Target], ...] = (plan_parser, calibration_loader)
+TARGETS: tuple[Callable[[], Target], ...] = (
+    plan_parser,
+    calibration_loader,
+    image_reader,
+    onnx_reader,
+    checkpoint_reader,
+)
 
 PAGE = """# Fuzzing
 
