@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.inspection import inspect_file
+from ptq4vit_fx.export.proof.openvino_runtime import openvino_graph
 from ptq4vit_fx.export.scales import read_scales
 from ptq4vit_fx.tools.cli import app
 from ptq4vit_fx.tools.evaluation import evaluate_file
@@ -87,6 +88,14 @@ def test_a_file_is_read_or_refused_in_one_sentence(good, readers, tmp_path, capf
     assert (*capfd.readouterr(), caplog.text) == ("", "", "")
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST
     assert not [other for other in tmp_path.rglob("*") if other.name.startswith((".", "tmp"))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_openvino_reads_it_or_refuses_it_in_one_sentence(good, tmp_path, name):
+    pytest.importorskip("openvino")
+    (tmp_path / "folder").mkdir()
+    accepted, text = said(lambda path: str(openvino_graph(path)), CASES[name](good, tmp_path / "folder"))
+    assert accepted or text.isprintable()
 
 
 def test_what_others_read_is_logged_as_always(good, caplog):

@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.export.model_files import data_files, load_file
+from ptq4vit_fx.errors import failure, reason_of
+from ptq4vit_fx.export.model_files import data_files, load_file, unreadable
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, array, maker, name_of
+from ptq4vit_fx.files import check_readable
 
 #: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
 PRODUCT_LAYERS = frozenset(["FullyConnected", "MatMul", "Convolution", "GroupConvolution", "MHA", "ScaledAttn"])
@@ -48,10 +49,19 @@ def openvino_graph(path: str | os.PathLike[str], device: str = "CPU") -> Openvin
     found in the runtime graph: nothing is left out unsaid.
     """
     graph = load_file(path).graph
+    with unreadable("openvino_graph", path, "a file that export_onnx wrote"):
+        return _read_back(graph, path, device)
+
+
+def _read_back(graph: ir.Graph, path: str | os.PathLike[str], device: str) -> OpenvinoGraph:
     other = next((node.name for node in graph if node.op_type == "MatMulInteger"), None)
     if other is not None:
         expected, do = "products behind DequantizeLinear", "export with target='openvino'"
         raise failure("openvino_graph", str(path), expected=expected, got=f"MatMulInteger in {other}", do=do)
+    inner = next((node.op_type for node in ir.traversal.RecursiveGraphIterator(graph) if node.graph is not graph), None)
+    if inner is not None:  # OpenVINO takes twice as long for every If around an If
+        expected, do = "a graph without graphs in its nodes", "pass a file that export_onnx wrote"
+        raise failure("openvino_graph", str(path), expected=expected, got=f"{inner} inside of another node", do=do)
     products = {name_of(node): node for node in graph if node.op_type in PRODUCTS}
     layers = [_Layer.of(layer) for layer in compile_openvino(path, device).get_runtime_model().get_ops()]
     found = _match(list(products.values()), [layer for layer in layers if layer.kind in PRODUCT_LAYERS])
@@ -90,16 +100,17 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
             got=str(error),
             do="pip install 'ptq4vit-fx[openvino]'",
         ) from error
+    check_readable(path, "openvino", "an ONNX model")
     try:
         return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
-    except RuntimeError as error:
+    except Exception as error:
         weights = " and ".join(sorted(data.name for data in data_files(Path(path))))
         with_data = f" (its weights are in {weights})" if weights else ""
         raise failure(
             "openvino",
             f"{path}{with_data}",
             expected=f"a model that OpenVINO compiles for {device}",
-            got=str(error).strip().splitlines()[0],
+            got=reason_of(error),
             do="check the path and the device",
         ) from error
 
