@@ -255,6 +255,12 @@ def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
     return None
 
 
+def _setting(module: nn.Module) -> str:
+    """Return in words which setting of a module keeps it from being a product, "" if it is its type."""
+    mode = getattr(module, "padding_mode", "zeros")
+    return "" if mode == "zeros" else f"with padding_mode={mode!r} (write the padding as a layer, F.pad, in front) "
+
+
 def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
     """List what multiplied while shapes were recorded, or could have unseen, but is no QuantOp: nothing is unsaid."""
     found = []
@@ -270,6 +276,6 @@ def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
         module = graph_module.get_submodule(str(node.target))
         inside = [name for name, m in module.named_modules() if name and isinstance(m, nn.Linear | nn.Conv2d)]
         inside += [f"the operator {hidden}"] if hidden else []
-        reason = f"is not traced into; inside: {', '.join(inside)}" if inside else "is not supported"
+        reason = f"is not traced into; inside: {', '.join(inside)}" if inside else f"{_setting(module)}is not supported"
         found.append(FloatOp(str(node.target), f"{type(module).__name__} {reason}"))
     return found
