@@ -9,8 +9,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.nodes import name_of
-from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.files import alone, check_writable, flush, move, workplace
 
 #: Weights above this leave the protobuf file, whose limit is 2^31 bytes: https://protobuf.dev/programming-guides/proto-limits
 #: (16 MiB stay for nodes and names).
@@ -27,6 +27,8 @@ PROTOBUF_LIMIT = 2**31 - 2**24
 INLINE_BYTES = 1024
 #: Where a tensor starts in the data file: a page, so that runtimes can map it into memory.
 ALIGNMENT = 4096
+#: Bytes of a name on the file systems in use.
+LONGEST_NAME = 255
 #: Hexadecimal digits of the weights' hash in the name of a data file.
 HASH_DIGITS = 16
 
@@ -37,8 +39,11 @@ def load_file(path: str | os.PathLike[str]) -> ir.Model:
     Raises PTQError if it is no ONNX model, or if weights are missing.
     """
     try:
-        model = ir.load(path)
-        folder = Path(path).resolve().parent
+        model, folder = ir.load(path), Path(path).resolve().parent
+        if any(
+            isinstance(tensor, ir.ExternalTensor) and not os.path.exists(tensor.path) for tensor in tensors_of(model)
+        ):
+            model = ir.load(Path(path).resolve())  # of a link: its weights lie beside it, or beside what it leads to
         for tensor in tensors_of(model):
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
@@ -89,48 +94,60 @@ def write_model(model: ir.Model, path: str | os.PathLike[str], operation: str) -
     before are removed at the end. Raises PTQError if the folder is not writable, onnx.checker.ValidationError if the
     model is not valid ONNX.
     """
-    target = check_writable(path, operation)
-    before = data_files(target)
-    if is_too_large(model):
-        size, data = _write_with_data(model, target)
-        before.discard(data)
-    else:
-        message = message_of(model)
-        onnx.checker.check_model(message, full_check=True)
-        with atomic_path(target, operation) as temporary:
-            onnx.save(message, temporary)
-        size = target.stat().st_size
-    for stale in before:
-        stale.unlink()
+    target, is_large = check_writable(path, operation), is_too_large(model)
+    content = b"" if is_large else _checked(message_of(model))
+    needed = len(content) or sum(tensor.nbytes + ALIGNMENT for tensor in tensors_of(model))
+    with workplace(target, operation, needed) as folder:
+        written = folder / target.name
+        data = [save_with_data(model, written)] if is_large else []
+        if is_large:
+            onnx.checker.check_model(str(written), full_check=True)
+        else:
+            written.write_bytes(content)
+        for file in (written, *data):  # which may take long, and keeps nobody waiting
+            flush(file)
+        size = sum(file.stat().st_size for file in (written, *data))
+        with alone(target):
+            _move_all(written, data, target)
     return size
+
+
+def _checked(message: onnx.ModelProto) -> bytes:
+    onnx.checker.check_model(message, full_check=True)
+    content: bytes = message.SerializeToString()
+    return content
+
+
+def _move_all(written: Path, data: Sequence[Path], target: Path) -> None:
+    """Give the data file its name, then the model, and remove the data files of what was there before.
+
+    A data file is named by its content: whatever is interrupted, the model at `target` finds the weights that it was
+    written with. Nobody else may do this to the same path meanwhile.
+    """
+    own = [target.with_name(file.name) for file in data]
+    new = [file for file in own if not file.exists()]
+    for file, place in zip(data, own, strict=True):
+        move(file, place)
+    try:
+        move(written, target)
+    except OSError:
+        for place in new:
+            place.unlink()
+        raise
+    for stale in data_files(target) - set(own):
+        with suppress(OSError):  # the model is complete
+            stale.unlink()
 
 
 def data_files(path: Path) -> set[Path]:
     """Return the data files that `write_model` left for this path: `<name>.<hash of the weights>.data`."""
-    return set(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * HASH_DIGITS}.data"))
+    return set(path.parent.glob(f"{glob.escape(_data_stem(path.name))}.{'[0-9a-f]' * HASH_DIGITS}.data"))
 
 
-def _write_with_data(model: ir.Model, path: Path) -> tuple[int, Path]:
-    """Write both files into a temporary folder, check them there, move them; return their size and the data's path.
-
-    The data file is named by its content and moved first: whatever is interrupted, the model at `path` finds the
-    weights that it was written with.
-    """
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        written = save_with_data(model, temporary)
-        data = path.with_name(written.name)
-        is_new = not data.exists()
-        onnx.checker.check_model(str(temporary), full_check=True)
-        size = temporary.stat().st_size + written.stat().st_size
-        os.replace(written, data)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if is_new:
-                data.unlink()
-            raise
-    return size, data
+def _data_stem(name: str) -> str:
+    """Return how the names of the data files of a model start: its own, a hash of that where it leaves no room."""
+    name_bytes, more = os.fsencode(name), HASH_DIGITS + len("..data")
+    return name if len(name_bytes) + more <= LONGEST_NAME else hashlib.sha256(name_bytes).hexdigest()
 
 
 def save_with_data(model: ir.Model, path: Path) -> Path:
@@ -141,7 +158,7 @@ def save_with_data(model: ir.Model, path: Path) -> Path:
     copy = model.clone()
     weights = {value: value.const_value for value in copy.graph.initializers.values() if value.const_value is not None}
     large = {value: tensor for value, tensor in weights.items() if tensor.nbytes >= INLINE_BYTES}
-    digest, unnamed = hashlib.sha256(), path.with_name(f"{path.name}.data")
+    digest, unnamed = hashlib.sha256(), path.with_name("unnamed.data")
     places = []
     with open(unnamed, "wb") as file:
         for tensor in large.values():
@@ -151,10 +168,10 @@ def save_with_data(model: ir.Model, path: Path) -> Path:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             places.append((file.tell(), len(content)))
             file.write(content)
-    data = unnamed.rename(path.with_name(f"{path.name}.{digest.hexdigest()[:HASH_DIGITS]}.data"))
+    data = unnamed.rename(path.with_name(f"{_data_stem(path.name)}.{digest.hexdigest()[:HASH_DIGITS]}.data"))
     for (value, tensor), (offset, length) in zip(large.items(), places, strict=True):
         value.const_value = ir.ExternalTensor(
             data.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name_of(value)
         )
-    onnx.save(message_of(copy, beside={name_of(value) for value in large}), path)
+    path.write_bytes(message_of(copy, beside={name_of(value) for value in large}).SerializeToString())
     return data

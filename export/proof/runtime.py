@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +12,8 @@ import onnxruntime
 
 from ptq4vit_fx.export.containers import to_unsigned, to_unsigned_weights
 from ptq4vit_fx.export.integer_products import to_integer_products, to_qdq_products
-from ptq4vit_fx.export.model_files import is_too_large, load_file, message_of, save_with_data
+from ptq4vit_fx.export.model_files import is_too_large, load_file, message_of, save_with_data, tensors_of
+from ptq4vit_fx.files import scratch
 
 
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -38,8 +37,8 @@ def open_model(
     options, providers = options or quiet_options(threads), ["CPUExecutionProvider"]
     if not is_too_large(model):
         return onnxruntime.InferenceSession(message_of(model).SerializeToString(), options, providers=providers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch("open in ONNX Runtime", sum(tensor.nbytes for tensor in tensors_of(model))) as folder:
+        path = folder / "model.onnx"
         save_with_data(model, path)
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
@@ -65,9 +64,9 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
 
 def optimized(model: ir.Model) -> ir.Model:
     """Return the graph that ONNX Runtime makes of a model on this machine, without its large weights."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("optimize in ONNX Runtime", sum(tensor.nbytes for tensor in tensors_of(model))) as folder:
         options = quiet_options()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
         if is_too_large(model):  # the optimized copy is too large as well
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, "optimized.data")

@@ -49,7 +49,7 @@ def _readable_errors(checkpoint: Path | None = None) -> Iterator[None]:
 def quantize(
     model: Annotated[str, typer.Argument(help="timm model name")],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
-    out: Annotated[Path, typer.Option(help="ONNX file to write")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
     weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
     weights_entry: Annotated[
         str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
@@ -89,6 +89,8 @@ def quantize(
         mapping = _mapping(recipe, twins, w_bits, a_bits)
         # Before the download and the minutes, not after:
         check_writable(out, "quantize --out")
+        if checkpoint is not None:
+            check_writable(checkpoint, "quantize --checkpoint")
         check_target(target, opset, batch)
         if target == "tensorrt" and recipe == "ptq4vit":
             expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
