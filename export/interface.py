@@ -16,12 +16,9 @@ from ptq4vit_fx import names
 from ptq4vit_fx.errors import PTQWarning, failure
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.contract import rewrite
-from ptq4vit_fx.passes.graph.contract import stage_of
-from ptq4vit_fx.passes.graph.float_model import unwrapped
 from ptq4vit_fx.passes.graph.outputs import Path, leaves, named
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.shapes import RESULT, Shape
-from ptq4vit_fx.passes.graph.stages import Stage
 
 #: What the one input is called, and the first dimension of every input.
 IMAGE, BATCH = "image", "batch"
@@ -42,21 +39,6 @@ class Result:
     node: Any
     path: Path
     value: Any
-
-
-def converted_model(operation: str, model: Any) -> GraphModule:
-    """Return the converted model in what was passed. Raises PTQError on any other."""
-    model = unwrapped(model)
-    stage = stage_of(model) if isinstance(model, GraphModule) else None
-    if stage is Stage.CONVERTED:
-        return cast("GraphModule", model)
-    raise failure(
-        operation,
-        type(model).__name__,
-        expected="a model from convert_fx or quantize",
-        got=f"stage {stage.value!r}" if stage else "a model that this package did not convert",
-        do="call convert_fx(prepared) first",
-    )
 
 
 def interface_of(

@@ -22,7 +22,6 @@ from ptq4vit_fx.export.contract import Rewrite, run_steps
 from ptq4vit_fx.export.interface import (
     Interface,
     compute_outputs,
-    converted_model,
     interface_of,
     name_interface,
     return_results,
@@ -44,6 +43,8 @@ from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.names import holder, tensor
 from ptq4vit_fx.passes.graph.contract import calibration_of, on_cpu, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.staged_model import model_at
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
@@ -113,7 +114,7 @@ def export_onnx(
     target cannot hold it or is not known, if the opset is not supported, if names are missing or repeat, or if the path
     is not writable; nothing is left behind then.
     """
-    converted = on_cpu(converted_model("export_onnx", converted))
+    converted = on_cpu(model_at(Stage.CONVERTED, converted, "export_onnx", "call convert_fx(prepared) first"))
     rules = check_target(target, opset, batch)
     interface = interface_of(converted, input_names, output_names)
     inputs = tuple(x.cpu() for x in example_for(converted, example_inputs, "export_onnx"))

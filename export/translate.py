@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 from typing import Any
 
@@ -15,14 +14,16 @@ from torch.fx import GraphModule
 from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.export.refusals import refused
 from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
-from ptq4vit_fx.passes.graph.silence import silence
+from ptq4vit_fx.passes.graph.silence import muted_stdout, quiet_loggers, silence
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 THRESHOLD = torch.ops.aten.threshold.default
 AVERAGE_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 
 
+@exclusive()
 def translate(
     converted: GraphModule, inputs: Inputs, opset: int, batch: int | None, names: tuple[list[str], list[str]]
 ) -> ir.Model:
@@ -39,7 +40,8 @@ def translate(
     batches = tuple(x.detach()[:1].expand(size, *x.shape[1:]).contiguous().to(device) for x in inputs)
     shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
     graphs = [converted.graph]
-    with silence(), _quiet():
+    # What is left to say is in the report: no progress lines of the exporter, no logs of onnx's libraries.
+    with silence(), muted_stdout(), quiet_loggers(("onnxscript", "onnx_ir"), logging.ERROR):
         try:
             captured = torch.export.export(converted, batches, dynamic_shapes=shapes, strict=False)
             graphs.append(captured.graph)
@@ -118,18 +120,3 @@ def _is_complete(program: torch.onnx.ONNXProgram) -> bool:
     given = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
     read = [value for node in graph for value in node.inputs if value is not None]
     return all(value.producer() is not None or id(value) in given for value in read)
-
-
-@contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
-    """Silence the exporter's progress lines and what onnx's libraries log: what the user needs is in the report."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -16,6 +16,7 @@ from ptq4vit_fx.errors import PTQWarning, failure, near_names, some_names
 from ptq4vit_fx.names import OPERANDS, Operand, identifier, is_inside, join, leaf_of, owner_of, site
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
+from ptq4vit_fx.passes.graph.behaviour import sizes_on_another_batch
 from ptq4vit_fx.passes.graph.contract import attach, graph_pass
 from ptq4vit_fx.passes.graph.dataflow import downstream, is_stored, origin, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
@@ -72,6 +73,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             do="set a global QConfig, for example recipes.ptq4vit()",
         )
     _warn_of(float_ops)
+    quantizers |= _without_heads(graph_module, products, quantizers)
     attach(graph_module, plan=QuantPlan(tuple(ops), quantizers, searches, tuple(float_ops), mapping.recipe))
     return len(ops)
 
@@ -208,6 +210,25 @@ def _quantizer(
         heads = op.kind == "matmul" and len(shape_of(value)) == 4
         quantizer = replace(quantizer, granularity="head" if heads else "tensor")
     return quantizer
+
+
+def _without_heads(
+    graph_module: GraphModule, products: list[tuple[Node, QuantOp]], quantizers: dict[str, Quantizer]
+) -> dict[str, Quantizer]:
+    """Return per tensor the quantizers that have a scale per head where the images are: (heads, batch, tokens, dim)."""
+    per_head = {
+        key: (quantizer, cast("Node", node.args[OPERANDS.index(operand)]))
+        for node, op in products
+        for operand in OPERANDS
+        if isinstance(quantizer := quantizers.get(key := site(op.name, operand)), Uniform)
+        and quantizer.granularity == "head"
+    }
+    sizes = sizes_on_another_batch(graph_module, {value for _, value in per_head.values()}) if per_head else {}
+    return {
+        key: replace(quantizer, granularity="tensor")
+        for key, (quantizer, value) in per_head.items()
+        if value in sizes and sizes[value][-3] != shape_of(value)[-3]
+    }
 
 
 def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> None:

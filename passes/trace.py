@@ -18,8 +18,9 @@ from ptq4vit_fx.errors import PTQError, failure, near_names
 from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of, random_numbers_kept
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.float_model import float_model
-from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
+from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
 from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy, is_float32
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
@@ -35,6 +36,7 @@ TRACEABLE = (timm.layers.BatchNormAct2d,)
 TRACED = "ptq4vit_traced"
 
 
+@exclusive()
 def trace(
     model: nn.Module,
     example_inputs: Sequence[Tensor] | None = None,
@@ -120,13 +122,17 @@ def _checked(graph_module: GraphModule | Failed, behaviour: Behaviour) -> GraphM
 def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> GraphModule | Failed:
     tracer = _ViTTracer(leaf_modules)
     name = type(root).__name__
-    # torch.fx names the placeholders after the parameters of a method, which a lambda with that signature has
+    # torch.fx names the placeholders after the parameters of a method, which a lambda with that signature has; what
+    # else it reads has a name that contains all of theirs, and is none of them
+    model, called = ("_".join((word, *call.names)) for word in ("model", "call"))
     parameters = ", ".join(call.names)
-    traced = eval(f"lambda self, {parameters}: call(self, {parameters})", {"call": call})
+    traced = eval(f"lambda {model}, {parameters}: {called}({model}, {parameters})", {called: call})
     root.__class__ = type(name, (type(root),), {TRACED: traced, "__module__": type(root).__module__})
     try:
         with untouched(root):
-            return TracedModule(root, tracer.trace(root), class_name=name)
+            graph = tracer.trace(root)
+            name_inputs(graph, call.names)
+            return TracedModule(root, graph, class_name=name)
     except Exception as error:  # noqa: BLE001 - it is part of the sentence if the other tracer fails too
         return failed(error, root)
 

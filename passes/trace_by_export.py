@@ -21,10 +21,10 @@ from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
-from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of
-from ptq4vit_fx.passes.graph.shapes import without_fast_attention
+from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
+from ptq4vit_fx.torch_state import without_fast_attention
 
 
 class _Called(nn.Module):
@@ -67,7 +67,9 @@ def trace_by_export(
     with without_fast_attention(), silence(), torch.no_grad():
         program = torch.export.export(_Called(root, call), images, dynamic_shapes=dynamic and (dynamic,), strict=False)
     _hold_constants(root, program)
-    graph_module = TracedModule(root, _plain_graph(program, call.names), class_name=type(root).__name__)
+    graph = _plain_graph(program, call.names)
+    name_inputs(graph, call.names)
+    graph_module = TracedModule(root, graph, class_name=type(root).__name__)
     largest = [int(r.upper) for r in program.range_constraints.values() if batch is not None and r.upper.is_Integer]
     if largest:
         graph_module.meta[LARGEST_BATCH] = min(largest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
-from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu, plan_of, stage_of
-from ptq4vit_fx.passes.graph.float_model import float_model, unwrapped
+from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu, plan_of
+from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
+from ptq4vit_fx.passes.graph.staged_model import calibrated_alone, model_at
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace import module_paths, trace
 from ptq4vit_fx.pipeline import CONVERSION, preparation
@@ -105,13 +106,14 @@ def calibrate(
     result of an unbroken run. sequential: search each product on the values that the quantized products before it give,
     at one forward and backward per product; the default, parallel calibration on float values, is the paper's and is
     better on few images.
-    Raises PTQError on a model that is not prepared, on data without images or with NaN, and on a checkpoint of
-    another plan, other weights, images or arguments.
+    Raises PTQError on a model that is not prepared or that another thread calibrates, on data without images or with
+    NaN, and on a checkpoint of another plan, other weights, images or arguments.
     """
-    prepared = _at_stage(prepared, "calibrate", {Stage.OBSERVED}, "call prepare_fx first")
+    prepared = model_at(Stage.OBSERVED, prepared, "calibrate", "call prepare_fx first")
     devices = (device, search_device)
     options = CalibrationOptions(images, seed, progress, *devices, loss, memory_limit, checkpoint, sequential)
-    calibration = run_calibration(prepared, data, options)
+    with calibrated_alone(prepared):
+        calibration = run_calibration(prepared, data, options)
     load_calibration(prepared, calibration)
     return calibration
 
@@ -119,7 +121,7 @@ def calibrate(
 @independent_of_caller()
 def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
     """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
-    prepared = _at_stage(prepared, "load_calibration", {Stage.OBSERVED}, "call prepare_fx first")
+    prepared = model_at(Stage.OBSERVED, prepared, "load_calibration", "call prepare_fx first")
     plan = plan_of(prepared)
     if calibration.plan.quantizers != plan.quantizers:
         mine, theirs = plan.quantizers, calibration.plan.quantizers
@@ -150,7 +152,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
     Returns a new GraphModule that runs in PyTorch as the simulation of the deployed model; `prepared` is not
     changed. Raises PTQError if the model was not calibrated.
     """
-    prepared = _at_stage(prepared, "convert_fx", {Stage.OBSERVED}, "call prepare_fx and calibrate first")
+    prepared = model_at(Stage.OBSERVED, prepared, "convert_fx", "call prepare_fx and calibrate first")
     calibration = calibration_of(prepared)
     if calibration is None:
         raise failure(
@@ -186,20 +188,6 @@ def quantize(
     prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)
     calibrate(prepared, data, **calibrate_kwargs)
     return convert_fx(prepared)
-
-
-def _at_stage(model: Any, operation: str, stages: set[Stage], do: str) -> GraphModule:
-    graph_module = unwrapped(model)
-    stage = stage_of(graph_module) if isinstance(graph_module, GraphModule) else None
-    if stage not in stages:
-        raise failure(
-            operation,
-            type(graph_module).__name__,
-            expected=f"a model at stage {' or '.join(sorted(s.value for s in stages))!r}",
-            got=f"stage {stage.value!r}" if stage else "a model that this package did not prepare",
-            do=do,
-        )
-    return cast("GraphModule", graph_module)
 
 
 __all__ = ["PTQError", "calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"]

@@ -12,7 +12,6 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import batches_for
-from ptq4vit_fx.export.interface import converted_model
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
 from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_model
@@ -21,6 +20,8 @@ from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
 from ptq4vit_fx.passes.graph.contract import on_cpu
 from ptq4vit_fx.passes.graph.outputs import logits_in
+from ptq4vit_fx.passes.graph.staged_model import model_at
+from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.torch_state import independent_of_caller
 
 
@@ -213,7 +214,7 @@ def verify_onnx(
     data, images: as for `calibrate`. layers: number of images, the first ones, on which the integer codes of every
     site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images do not fit.
     """
-    converted = converted_model("verify_onnx", converted)
+    converted = model_at(Stage.CONVERTED, converted, "verify_onnx", "call convert_fx(prepared) first")
     batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.passes.graph.causes import place_of, rejected
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.model_call import ModelCall
 from ptq4vit_fx.passes.graph.outputs import is_dense
-from ptq4vit_fx.passes.graph.shapes import without_fast_attention
+from ptq4vit_fx.torch_state import without_fast_attention
 
 #: Where a traced GraphModule keeps the Behaviour of its model until it is prepared.
 BEHAVIOUR = "ptq4vit_behaviour"
@@ -82,6 +83,25 @@ class Behaviour:
             return distance(tensors_of(self.call(self.model, *moved)), run.outputs)
 
 
+def sizes_on_another_batch(graph_module: GraphModule, nodes: Collection[Node]) -> dict[Node, torch.Size]:
+    """Return the shapes of some nodes' tensors on another batch size; {} if the model takes but the example's."""
+    behaviour: Behaviour | None = graph_module.meta.get(BEHAVIOUR)
+    if behaviour is None or behaviour.fixed_batch is not None:
+        return {}
+    sizes: dict[Node, torch.Size] = {}
+
+    class Sizes(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            if n in nodes:
+                sizes[n] = result.shape
+            return result
+
+    with measuring(behaviour.model):
+        Sizes(graph_module).run(*behaviour.runs[1].inputs)
+    return sizes
+
+
 def check_behaviour(graph_module: GraphModule) -> None:
     """Raise PTQError if a prepared graph computes something else than the model that it was traced from.
 
@@ -102,7 +122,7 @@ def check_behaviour(graph_module: GraphModule) -> None:
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Run a model as it is traced: without gradients and fused layers; the caller's random numbers stay his."""
-    with random_numbers_kept(model), torch.no_grad(), without_fast_attention():
+    with exclusive(), random_numbers_kept(model), torch.no_grad(), without_fast_attention():
         yield
 
 

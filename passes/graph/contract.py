@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.shapes import propagate_shapes
 from ptq4vit_fx.passes.graph.stages import Stage, check_stage
 from ptq4vit_fx.passes.graph.traced_module import PRESERVED
@@ -47,6 +48,7 @@ def graph_pass(
         rewrite: Callable[Concatenate[GraphModule, P], int],
     ) -> Callable[Concatenate[GraphModule, P], GraphModule]:
         @functools.wraps(rewrite)
+        @exclusive()
         def run(graph_module: GraphModule, *args: P.args, **kwargs: P.kwargs) -> GraphModule:
             name, started = rewrite.__name__, time.perf_counter()
             _require(graph_module, before, name)

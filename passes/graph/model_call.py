@@ -9,8 +9,10 @@ from inspect import Parameter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.items import PARAMETER
 from ptq4vit_fx.passes.graph.outputs import plain_outputs
 
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
@@ -31,6 +33,19 @@ class ModelCall:
         """Return `plain_outputs` of what the model itself gives, with its hooks and its replaced forward."""
         by_name = dict(zip(self.names[self.positional :], tensors[self.positional :], strict=True))
         return plain_outputs(model(*tensors[: self.positional], **by_name), keys=self.keys)
+
+
+def name_inputs(graph: Graph, names: Sequence[str]) -> None:
+    """Note which parameter each placeholder is, and call it in the graph's code as its node, in place.
+
+    That code says `self`, `torch` and `getattr` itself; torch.fx keeps nodes from such names, parameters it does not.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.meta[PARAMETER] = name
+        if node.name == "self":
+            node._rename("self_1")
+        node.target = node.name
 
 
 def call_of(model: nn.Module, count: int, names: Sequence[str] | None = None, *, complete: bool = True) -> ModelCall:

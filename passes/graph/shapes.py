@@ -6,10 +6,9 @@ what changed on fake tensors: a node is computed again if its call or the shape 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -22,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.dataflow import get_attribute
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.opaque import OPAQUE, OperatorWatch
+from ptq4vit_fx.torch_state import without_fast_attention
 
 #: Multiply-additions of matrix products and convolutions that the node ran, whatever it is: nothing multiplies unseen.
 MULTIPLIES = "ptq4vit_multiplies"
@@ -74,17 +75,7 @@ def _count_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
 
 
-@contextlib.contextmanager
-def without_fast_attention() -> Iterator[None]:
-    """Let nn.MultiheadAttention compute by separate operators: its fast path is one, which nothing can look into."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
+@exclusive()
 def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> None:
     """Run the graph on the example and note every result. Raises PTQError if the model rejects the example."""
     device = _device(graph_module, example_inputs[0].device)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +29,7 @@ from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.search.search_op import search_op
+from ptq4vit_fx.torch_state import full_precision_convolutions, intra_op_threads, single_threaded_pool
 
 #: What a checkpoint must share with the calibration that resumes it.
 IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequential")
@@ -179,7 +179,7 @@ def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
     options, devices, left, images = run.options, run.devices, run.left, _images(batches)
     limit = default_memory_limit(devices.model) if options.memory_limit is None else options.memory_limit
     budget = MemoryBudget.of(run.prepared, limit)
-    threads = torch.get_num_threads() if devices.search.type == "cpu" else GPU_SEARCHES
+    threads = intra_op_threads() if devices.search.type == "cpu" else GPU_SEARCHES
     searches = budget.searches(left, images, threads)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
     return _Schedule(groups, budget.split(batches), searches)
@@ -189,11 +189,11 @@ def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
 def _model_at_work(run: _Run) -> Iterator[None]:
     """Move the model to where it runs, and home again whatever happens.
 
-    cuDNN would round the inputs of a convolution to 10 bits; its gradients decide what all other products are worth.
+    Convolutions in full precision: their gradients decide what all other products are worth.
     """
     run.prepared.to(run.devices.model)
     try:
-        with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False):
+        with full_precision_convolutions():
             yield
     finally:
         run.prepared.to(run.devices.home)
@@ -243,9 +243,8 @@ def _search_all(run: _Run, ops: list[QuantOp], captured: dict[str, Captured], se
     On a CPU every search has one thread: its operations are small, and threads of their own keep the cores busier than
     threads within them. It also makes the result independent of how many run beside it.
     """
-    threads = torch.get_num_threads()
-    single = partial(torch.set_num_threads, 1) if run.devices.search.type == "cpu" else None
-    pool = ThreadPoolExecutor(searches, "search", initializer=single)
+    on_cpu = run.devices.search.type == "cpu"
+    pool = single_threaded_pool(searches, "search") if on_cpu else ThreadPoolExecutor(searches, "search")
     waiting = {pool.submit(_search, run, op, captured): op for op in ops}
     try:
         for done in as_completed(list(waiting)):
@@ -253,7 +252,6 @@ def _search_all(run: _Run, ops: list[QuantOp], captured: dict[str, Captured], se
             yield waiting.pop(done)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
         for future, op in waiting.items():  # after Ctrl-C: what was being searched is done by now
             if not future.cancelled() and future.exception() is None:
                 run.add(op, *future.result())

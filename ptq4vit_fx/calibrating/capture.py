@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -142,6 +143,29 @@ def observers(prepared: GraphModule) -> Iterator[ProductObserver]:
 
 def captured_product(op: QuantOp, seen: Captured) -> Product:
     """Return the product of everything that was captured for one op."""
-    importance = torch.cat(seen.importance) if seen.importance else None
-    rhs = seen.rhs[0] if op.rhs_is_weight else torch.cat(seen.rhs)
-    return to_product(op, torch.cat(seen.lhs), rhs, seen.bias, importance)
+    importance = _joined(op, seen.importance) if seen.importance else None
+    rhs = seen.rhs[0] if op.rhs_is_weight else _joined(op, seen.rhs)
+    return to_product(op, _joined(op, seen.lhs), rhs, seen.bias, importance)
+
+
+def _joined(op: QuantOp, parts: list[Tensor]) -> Tensor:
+    """Return what batches gave as one tensor; the last batch is often smaller, whichever dimension the images are in.
+
+    In front of a weight every dimension but the last is rows. Matrices of two activations are stacked, each filled up
+    with zeros to the largest: zeros are exact in every quantizer, and what they add to a product is zero.
+    """
+    if op.kind == "conv2d":
+        return torch.cat(parts)
+    if op.rhs_is_weight:
+        return torch.cat([x.reshape(-1, x.shape[-1]) for x in parts])
+    stacks = [x if x.ndim > 2 else x[None] for x in parts]
+    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in stacks), strict=True)]
+    return torch.cat([_filled(x, largest) for x in stacks])
+
+
+def _filled(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return x with zeros behind its values in every dimension but the first, up to these sizes."""
+    lacking = [size - own for own, size in zip(x.shape[1:], sizes, strict=True)]
+    if not any(lacking):
+        return x
+    return F.pad(x, [amount for lack in reversed(lacking) for amount in (0, lack)])

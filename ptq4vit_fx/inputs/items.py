@@ -14,6 +14,9 @@ from torch.fx import GraphModule
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.tensors import ADD_BATCH, Inputs, as_input, by_name
 
+#: Where the node of an input keeps the name of the parameter of the model's forward that it is.
+PARAMETER = "ptq4vit_parameter"
+
 
 @dataclass(frozen=True)
 class Input:
@@ -33,7 +36,7 @@ def model_inputs(graph_module: GraphModule) -> tuple[Input, ...]:
     nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     metas = [node.meta["tensor_meta"] for node in nodes]
     return tuple(
-        Input(node.name, str(node.target), tuple(meta.shape[1:]), meta.dtype)
+        Input(node.name, node.meta[PARAMETER], tuple(meta.shape[1:]), meta.dtype)
         for node, meta in zip(nodes, metas, strict=True)
     )
 

@@ -29,13 +29,14 @@ from ptq4vit_fx.passes.graph.activations import activation_of
 from ptq4vit_fx.passes.graph.contract import history, plan_of
 from ptq4vit_fx.passes.graph.marks import planned_product
 from ptq4vit_fx.passes.graph.outputs import LOGITS, plain_outputs, tensor_outputs
-from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, without_fast_attention
+from ptq4vit_fx.passes.graph.shapes import MULTIPLIES
 from ptq4vit_fx.passes.trace import trace
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.recipes import ptq4vit
 from ptq4vit_fx.tools.coverage_table import Row, markdown
 from ptq4vit_fx.tools.families import Family
+from ptq4vit_fx.torch_state import without_fast_attention
 
 #: What the file must share with the simulation: the smallest cosine over the images. Not more, because float
 #: convolutions differ in the last bit between CPUs, which random networks amplify (mobilevit: 0.9987 with AVX-512).

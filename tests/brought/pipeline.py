@@ -53,6 +53,12 @@ def sum_of_squares(output: Any) -> Tensor:
     ).sum()
 
 
+def _ragged(images: tuple[Tensor, ...]) -> list[Any]:
+    cut = (2 * len(images[0]) + 2) // 3
+    batches = [tuple(x[:cut] for x in images), tuple(x[cut:] for x in images)]
+    return [batch if len(batch) > 1 else batch[0] for batch in batches if len(batch[0])]
+
+
 def pipeline(
     model: nn.Module,
     images: Tensor | tuple[Tensor, ...],
@@ -68,13 +74,14 @@ def pipeline(
     """Take a model through prepare, calibrate, convert, export and verify; return the converted model.
 
     images: what one forward is given, several images at once. example: what `prepare_fx` is given, by default the first
-    image. data: what `calibrate` is given, by default the images. reference: what computes the right outputs, by
+    image. data: what `calibrate` is given, by default the images in two batches,
+    of which the last is the smaller one. reference: what computes the right outputs, by
     default the model. batch: the fixed batch of the file; then every image runs by itself.
     """
     images = images if isinstance(images, tuple) else (images,)
     first = tuple(x[:1] for x in images)
     example = (first if len(first) > 1 else first[0]) if example is None else example
-    data = (images[0] if len(images) == 1 else [images]) if data is None else data
+    data = _ragged(images) if data is None else data
     with torch.no_grad():
         expected = (reference or model)(*images)
     prepared = ptq.prepare_fx(model, QUICK, example, **prepare_arguments)
