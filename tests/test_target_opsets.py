@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from runtime_opsets import newest_in_runtime
@@ -13,15 +14,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.opsets import newest_opset
-from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.export.proof.runtime import open_session, quiet_options
+from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.targets import TARGETS
 
 #: None is a dynamic batch.
 BATCHES = (None, 1, 4)
-#: With a fixed batch ONNX Runtime adds their biases within a float Gemm up to opset 20, behind an integer product from
-#: 21 on (export/gemm_biases.py): the last bit may differ between the two.
-INT8_ACTIVATIONS = ("openvino", "tensorrt")
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +72,33 @@ def test_every_opset_of_a_target_computes_the_same(tmp_path, converted, small_im
         for opset in range(17, newest + 1)
     }
     np.testing.assert_allclose(outputs[18], simulated, rtol=1e-2, atol=1e-2)
-    gemm_until = 20 if batch and target in INT8_ACTIVATIONS else newest
     for opset, output in outputs.items():
-        same = outputs[18 if opset <= gemm_until else gemm_until + 1]
-        np.testing.assert_array_equal(output, same, err_msg=f"opset {opset}")
+        np.testing.assert_array_equal(output, outputs[18], err_msg=f"opset {opset}")
 
 
-@pytest.mark.parametrize("target", INT8_ACTIVATIONS)
-def test_int8_activations_open_with_a_fixed_batch_from_opset_21_on(tmp_path, converted, small_images, target):
-    """Where all sizes are known ONNX Runtime makes Gemm of a product and its bias, and an invalid node of that."""
-    model = model_for(converted, target)
-    before = exported(model, tmp_path / "before.onnx", small_images, target, 20, 1)
-    after = exported(model, tmp_path / "after.onnx", small_images, target, 21, 1)
-    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
-    biases = {value.name: value.dims for value in onnx.load(tmp_path / "after.onnx").graph.initializer}
+@pytest.mark.parametrize(
+    ("target", "opset"), [("openvino", 17), ("openvino", 21), ("tensorrt", 21), ("generic", 20), ("generic", 21)]
+)
+def test_a_fixed_batch_runs_as_integers_too(tmp_path, converted, small_images, target, opset):
+    """Where all sizes are known ONNX Runtime would make a float Gemm of a product and its bias, or an invalid node."""
+    model, path = model_for(converted, target), tmp_path / "m.onnx"
+    logits = exported(model, path, small_images, target, opset, 4)
+    assert not runtime_graph(load_file(path)).float_products
+    biases = {value.name: list(value.dims) for value in onnx.load(path).graph.initializer}
     assert biases["blocks.0.mlp.fc1.bias"] == [1, 128]
+    np.testing.assert_array_equal(exported(model, path, small_images, target, 18, None), logits)
+    biases = {value.name: list(value.dims) for value in onnx.load(path).graph.initializer}
+    assert biases["blocks.0.mlp.fc1.bias"] == [128]
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_the_batch_may_be_fixed_when_the_file_is_opened(tmp_path, converted, small_images, target):
+    path = tmp_path / "m.onnx"
+    ptq.export_onnx(model_for(converted, target), path, small_images[:1], target=target, opset=21)
+    options = quiet_options(1)
+    options.add_free_dimension_override_by_name("batch", 1)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"image": small_images[:1].numpy()})[0].shape == (1, 5)
 
 
 @pytest.mark.skipif(newest_in_runtime() == newest_opset(), reason="this ONNX Runtime has every opset that onnx has")

@@ -151,7 +151,7 @@ TARGET = Target(
         zero_points_to_zero,  # first: it puts the Clips there that the next step looks for
         bound_in_front_of_division,  # before pairs are many: one bound for all copies
         separate_pairs,
-        keep_biases_out_of_gemm,  # int8 codes: whoever checks the file does so in ONNX Runtime
+        keep_biases_out_of_gemm,  # for whoever checks the file in ONNX Runtime; last: it looks at codes
     ),
     check_openvino,
 )
