@@ -24,6 +24,7 @@ from ptq4vit_fx.errors import PTQWarning, failure, some_names
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.containers import INT8, UINT8, without_zero_points
 from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.gemm_biases import keep_biases_out_of_gemm
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, PRODUCTS, QUANTIZE
 from ptq4vit_fx.export.targets.generic import check_generic
 from ptq4vit_fx.plan import QuantPlan
@@ -150,6 +151,7 @@ TARGET = Target(
         zero_points_to_zero,  # first: it puts the Clips there that the next step looks for
         bound_in_front_of_division,  # before pairs are many: one bound for all copies
         separate_pairs,
+        keep_biases_out_of_gemm,  # for whoever checks the file in ONNX Runtime; last: it looks at codes
     ),
     check_openvino,
 )
