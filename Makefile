@@ -7,7 +7,7 @@ QUICK := pipeline quantizers search screening operators qconfig passes canonical
 # The oldest releases that installation accepts.
 OLDEST := torch==2.9.1 torchvision==0.24.1 timm==1.0.20
 
-.PHONY: setup demo quick test test-all test-oldest coverage what-works lint clean
+.PHONY: setup demo quick test test-all test-oldest coverage what-works fuzz lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -44,6 +44,11 @@ coverage: setup
 
 what-works: setup
 	cd tests && ../$(BIN)/python -m brought
+
+# Readers of files on inputs that nobody would write: SECONDS in all, ten minutes by default.
+fuzz: SECONDS ?= 600
+fuzz: setup
+	cd tests && ../$(BIN)/python -m fuzz $(SECONDS) ../docs/fuzzing.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.files import write_file
 from ptq4vit_fx.tools.digits import CHECKPOINT, build_model, load_digits_images
 
 SEED = 0
@@ -113,8 +113,7 @@ def main() -> None:
     print(f"train accuracy: {accuracy(model, train_images, train_labels):.2%}")
     print(f"test accuracy:  {accuracy(model, *load_digits_images('test')):.2%}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out, "train_digits_vit") as temporary:
-        save_file(model.state_dict(), temporary)
+    write_file(out, save(model.state_dict()), "train_digits_vit")
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 

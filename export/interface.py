@@ -47,11 +47,13 @@ def interface_of(
     """Return the interface of a converted model's file: with the names that were chosen, or the usual ones.
 
     outputs: names of the model's own, which are then the file's outputs in that order; or a new name for each.
-    Raises PTQError if names are too few, too many, empty or the same; warns of numbers that a model returns.
+    Raises PTQError if names are too few, too many, empty or the same, and on complex outputs; warns of numbers that a
+    model returns.
     """
     parameters = [node.name for node in converted.graph.nodes if node.op == "placeholder"]
     taken = _chosen("input_names", inputs, parameters if len(parameters) > 1 else [IMAGE])
-    own = list(results_of(converted, say=outputs is None))
+    results = results_of(converted, say=outputs is None)
+    own = list(results)
     if not own:
         do = "return a tensor from forward"
         raise failure("export_onnx", "the model's output", expected="a tensor at least", got="none", do=do)
@@ -64,11 +66,21 @@ def interface_of(
             do = f"choose among {', '.join(own)}, or give each of them a new name, in this order"
             got = f"{', '.join(given)}, of which {moved[0]} is another one's own name"
             raise failure("export_onnx", "output_names", expected="names of the model's, or new ones", got=got, do=do)
+    for name in own:
+        _check_real(name, results[name])
     every = [*taken, *given]
     if len(set(every)) < len(every):
         do = "rename one of them"
         raise failure("export_onnx", "names", expected="names that differ", got=", ".join(every), do=do)
     return Interface(tuple(taken), dict(zip(own, given, strict=True)))
+
+
+def _check_real(name: str, result: Result) -> None:
+    """Raise PTQError on a complex output: ONNX has none, and the exporter writes real tensors of another size."""
+    if result.value.dtype.is_complex:
+        do = "return torch.view_as_real(x), or x.abs(), from forward, or leave it out with output_names="
+        got = str(result.value.dtype)
+        raise failure("export_onnx", f"output {name}", expected="real numbers, as ONNX has them", got=got, do=do)
 
 
 def _chosen(argument: str, given: Sequence[str] | None, usual: list[str]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ptq4vit_fx.inputs.records import Place, read_as, read_json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,9 +39,12 @@ def write_metadata(model: ir.Model, values: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version = "ptq4vit_fx", values[VERSION_KEY]
 
 
-def own_outputs(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return output -> its name in the converted model; {} of a file that does not say it."""
-    return dict(json.loads(metadata.get(OUTPUTS_KEY, "{}")))
+def own_outputs(metadata: Mapping[str, str], operation: str, file: str) -> dict[str, str]:
+    """Return output -> its name in the converted model; {} of a file that does not say it.
+
+    operation, file: what reads it, and from where, for the PTQError that any other content of that entry is.
+    """
+    return cast("dict[str, str]", _entry(metadata, OUTPUTS_KEY, dict[str, str], operation, file))
 
 
 def encode_scales(scales: NDArray[Any]) -> str:
@@ -48,7 +52,30 @@ def encode_scales(scales: NDArray[Any]) -> str:
     return base64.b64encode(scales.astype("<f4").tobytes()).decode()
 
 
-def calibrated_scales(metadata: Mapping[str, str]) -> dict[str, NDArray[np.float32]]:
-    """Return site -> the calibrated scales, shape (count,), that no initializer of the file holds."""
-    coded = json.loads(metadata.get(SCALES_KEY, "{}"))
-    return {site: np.frombuffer(base64.b64decode(text), "<f4") for site, text in coded.items()}
+def calibrated_scales(metadata: Mapping[str, str], operation: str, file: str) -> dict[str, NDArray[np.float32]]:
+    """Return site -> the calibrated scales, shape (count,), that no initializer of the file holds.
+
+    operation, file: as for `own_outputs`. Raises PTQError on anything else in that entry.
+    """
+    coded = _entry(metadata, SCALES_KEY, dict[str, str], operation, file)
+    scales = {}
+    for site, text in coded.items():
+        try:
+            scales[site] = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+        except ValueError as error:
+            place = Place(operation, f"{file}: {SCALES_KEY}").at(site)
+            raise place.refusal("float32 numbers in base64", str(error)) from error
+    return scales
+
+
+def provenance(metadata: Mapping[str, str], operation: str, file: str) -> dict[str, Any]:
+    """Return the facts about the calibration and the preprocessing, {} of a file that has none.
+
+    operation, file: as for `own_outputs`. Raises PTQError on what is no mapping.
+    """
+    return cast("dict[str, Any]", _entry(metadata, PROVENANCE_KEY, dict[str, Any], operation, file))
+
+
+def _entry(metadata: Mapping[str, str], key: str, kind: Any, operation: str, file: str) -> Any:
+    place = Place(operation, f"{file}: {key}")
+    return read_as(kind, read_json(metadata.get(key, "{}"), place), place)

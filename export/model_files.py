@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
-import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.nodes import name_of
-from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.files import alone, check_readable, check_writable, flush, move, not_a_file, workplace
+from ptq4vit_fx.inputs.sizes import check_fits
 
 #: Weights above this leave the protobuf file, whose limit is 2^31 bytes: https://protobuf.dev/programming-guides/proto-limits
 #: (16 MiB stay for nodes and names).
@@ -27,35 +30,103 @@ PROTOBUF_LIMIT = 2**31 - 2**24
 INLINE_BYTES = 1024
 #: Where a tensor starts in the data file: a page, so that runtimes can map it into memory.
 ALIGNMENT = 4096
+#: Bytes of a name on the file systems in use.
+LONGEST_NAME = 255
 #: Hexadecimal digits of the weights' hash in the name of a data file.
 HASH_DIGITS = 16
+#: A value of so many bytes may take one in a file: an integer that is small, such as the sizes of shapes.
+SMALLEST_VALUE = 8
+
+OPERATION = "read ONNX file"
+
+#: Whether this thread reads a file that anybody may have written.
+_READING = ContextVar("ptq4vit_fx_reading", default=False)
+for _name in ("onnx_ir.serde", "onnx_ir._core", "onnx_ir._graph_containers", "onnx_ir.external_data"):
+    logging.getLogger(_name).addFilter(lambda _: not _READING.get())
 
 
 def load_file(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX file; weights beside it are read when they are needed.
 
-    Raises PTQError if it is no ONNX model, or if weights are missing.
+    Raises PTQError if it is no ONNX model, if weights are missing, lie outside of its folder or are no files, and if
+    it says that it holds more than it does, or than memory does.
     """
-    try:
+    size = check_readable(path, OPERATION, "an ONNX model").stat().st_size
+    if size > 2**31 - 1:
+        do = "write it with its weights beside it, as onnx.save does with save_as_external_data"
+        expected, got = "an ONNX model, which has less than 2 GiB without the weights beside it", f"{size} bytes"
+        raise failure(OPERATION, str(path), expected=expected, got=got, do=do)
+    check_fits(OPERATION, str(path), 2 * size, what="a file of that size", do="read it where there is more")
+    with unreadable(OPERATION, path, "an ONNX model"):
         model = ir.load(path)
-        folder = Path(path).resolve().parent
-        for tensor in tensors_of(model):
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            if not Path(tensor.path).resolve().is_relative_to(folder):
-                raise PermissionError(f"the weights {tensor.name} lie outside of the file's folder, at {tensor.path}")
-            end = tensor.nbytes + (tensor.offset or 0)
-            if os.path.getsize(tensor.path) < end:
-                raise EOFError(f"{tensor.path} ends in front of byte {end}, where {tensor.name} does")
-    except Exception as error:
-        raise failure(
-            "read ONNX file",
-            str(path),
-            expected="an ONNX model",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            do="check the path",
-        ) from error
+        external = [tensor.path for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor)]
+        if not all(map(os.path.exists, external)):
+            model = ir.load(Path(path).resolve())  # of a link: its weights lie beside it, or beside what it leads to
+        _check_tensors(model, Path(path), size)
     return model
+
+
+@contextmanager
+def unreadable(operation: str, path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """Turn whatever reading a file of somebody else raises inside into a PTQError that names the file.
+
+    What onnx_ir logs meanwhile, with names of the file as they are, is not heard.
+    """
+    do = "export the file again: it is damaged, or another program wrote or changed it"
+    before = _READING.set(True)
+    try:
+        with foreign(operation, str(path), expected=expected, do=do):
+            yield
+    finally:
+        _READING.reset(before)
+
+
+def _check_tensors(model: ir.Model, path: Path, size: int) -> None:
+    """Raise PTQError on tensors whose values are not where they should be. size: bytes of the file."""
+    folder, beside = path.resolve().parent, 0
+    for tensor in (*tensors_of(model), *_inner_tensors(model)):
+        got = ""
+        if any(length < 0 for length in tensor.shape.numpy()):
+            got = f"a tensor {tensor.name} of shape {tuple(tensor.shape.numpy())}"
+        elif isinstance(tensor, ir.ExternalTensor):
+            got = _misplaced(tensor, folder)
+            beside += tensor.nbytes
+        elif tensor.nbytes > SMALLEST_VALUE * size:
+            got = f"a tensor {tensor.name} of {tensor.nbytes} bytes in a file of {size}"
+        if got:
+            do = "copy it again with the files beside it, or export it again"
+            raise failure(OPERATION, str(path), expected="an ONNX model with its weights", got=got, do=do)
+    check_fits(OPERATION, str(path), beside, what="the weights beside it", do="read it where there is more")
+
+
+def _inner_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Yield the tensors of the nodes' attributes, of graphs inside of nodes, and of functions."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.as_tensor()
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    yield from attribute.as_tensors()
+                elif attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                    is_one = attribute.type == ir.AttributeType.GRAPH
+                    for inner in (attribute.as_graph(),) if is_one else attribute.as_graphs():
+                        yield from (v.const_value for v in inner.initializers.values() if v.const_value is not None)
+
+
+def _misplaced(tensor: ir.ExternalTensor, folder: Path) -> str:
+    """Return what is wrong with the place of a tensor beside a file, "" if its bytes are there."""
+    if not Path(tensor.path).resolve().is_relative_to(folder):
+        return f"the weights {tensor.name} lie outside of the file's folder, at {tensor.path}"
+    other = not_a_file(tensor.path)
+    if other:
+        return f"the weights {tensor.name} at {tensor.path}: {other}"
+    offset, length = tensor.offset or 0, tensor.length
+    if offset < 0 or (length is not None and length != tensor.nbytes):
+        return f"the weights {tensor.name}, {tensor.nbytes} bytes, in {length} bytes from {offset} on"
+    end = tensor.nbytes + offset
+    return f"{tensor.path} ends in front of byte {end}, where {tensor.name} does" * (os.path.getsize(tensor.path) < end)
 
 
 def tensors_of(model: ir.Model) -> list[ir.TensorProtocol]:
@@ -89,48 +160,60 @@ def write_model(model: ir.Model, path: str | os.PathLike[str], operation: str) -
     before are removed at the end. Raises PTQError if the folder is not writable, onnx.checker.ValidationError if the
     model is not valid ONNX.
     """
-    target = check_writable(path, operation)
-    before = data_files(target)
-    if is_too_large(model):
-        size, data = _write_with_data(model, target)
-        before.discard(data)
-    else:
-        message = message_of(model)
-        onnx.checker.check_model(message, full_check=True)
-        with atomic_path(target, operation) as temporary:
-            onnx.save(message, temporary)
-        size = target.stat().st_size
-    for stale in before:
-        stale.unlink()
+    target, is_large = check_writable(path, operation), is_too_large(model)
+    content = b"" if is_large else _checked(message_of(model))
+    needed = len(content) or sum(tensor.nbytes + ALIGNMENT for tensor in tensors_of(model))
+    with workplace(target, operation, needed) as folder:
+        written = folder / target.name
+        data = [save_with_data(model, written)] if is_large else []
+        if is_large:
+            onnx.checker.check_model(str(written), full_check=True)
+        else:
+            written.write_bytes(content)
+        for file in (written, *data):  # which may take long, and keeps nobody waiting
+            flush(file)
+        size = sum(file.stat().st_size for file in (written, *data))
+        with alone(target):
+            _move_all(written, data, target)
     return size
+
+
+def _checked(message: onnx.ModelProto) -> bytes:
+    onnx.checker.check_model(message, full_check=True)
+    content: bytes = message.SerializeToString()
+    return content
+
+
+def _move_all(written: Path, data: Sequence[Path], target: Path) -> None:
+    """Give the data file its name, then the model, and remove the data files of what was there before.
+
+    A data file is named by its content: whatever is interrupted, the model at `target` finds the weights that it was
+    written with. Nobody else may do this to the same path meanwhile.
+    """
+    own = [target.with_name(file.name) for file in data]
+    new = [file for file in own if not file.exists()]
+    for file, place in zip(data, own, strict=True):
+        move(file, place)
+    try:
+        move(written, target)
+    except OSError:
+        for place in new:
+            place.unlink()
+        raise
+    for stale in data_files(target) - set(own):
+        with suppress(OSError):  # the model is complete
+            stale.unlink()
 
 
 def data_files(path: Path) -> set[Path]:
     """Return the data files that `write_model` left for this path: `<name>.<hash of the weights>.data`."""
-    return set(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * HASH_DIGITS}.data"))
+    return set(path.parent.glob(f"{glob.escape(_data_stem(path.name))}.{'[0-9a-f]' * HASH_DIGITS}.data"))
 
 
-def _write_with_data(model: ir.Model, path: Path) -> tuple[int, Path]:
-    """Write both files into a temporary folder, check them there, move them; return their size and the data's path.
-
-    The data file is named by its content and moved first: whatever is interrupted, the model at `path` finds the
-    weights that it was written with.
-    """
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        written = save_with_data(model, temporary)
-        data = path.with_name(written.name)
-        is_new = not data.exists()
-        onnx.checker.check_model(str(temporary), full_check=True)
-        size = temporary.stat().st_size + written.stat().st_size
-        os.replace(written, data)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if is_new:
-                data.unlink()
-            raise
-    return size, data
+def _data_stem(name: str) -> str:
+    """Return how the names of the data files of a model start: its own, a hash of that where it leaves no room."""
+    name_bytes, more = os.fsencode(name), HASH_DIGITS + len("..data")
+    return name if len(name_bytes) + more <= LONGEST_NAME else hashlib.sha256(name_bytes).hexdigest()
 
 
 def save_with_data(model: ir.Model, path: Path) -> Path:
@@ -141,7 +224,7 @@ def save_with_data(model: ir.Model, path: Path) -> Path:
     copy = model.clone()
     weights = {value: value.const_value for value in copy.graph.initializers.values() if value.const_value is not None}
     large = {value: tensor for value, tensor in weights.items() if tensor.nbytes >= INLINE_BYTES}
-    digest, unnamed = hashlib.sha256(), path.with_name(f"{path.name}.data")
+    digest, unnamed = hashlib.sha256(), path.with_name("unnamed.data")
     places = []
     with open(unnamed, "wb") as file:
         for tensor in large.values():
@@ -151,10 +234,10 @@ def save_with_data(model: ir.Model, path: Path) -> Path:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             places.append((file.tell(), len(content)))
             file.write(content)
-    data = unnamed.rename(path.with_name(f"{path.name}.{digest.hexdigest()[:HASH_DIGITS]}.data"))
+    data = unnamed.rename(path.with_name(f"{_data_stem(path.name)}.{digest.hexdigest()[:HASH_DIGITS]}.data"))
     for (value, tensor), (offset, length) in zip(large.items(), places, strict=True):
         value.const_value = ir.ExternalTensor(
             data.name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name_of(value)
         )
-    onnx.save(message_of(copy, beside={name_of(value) for value in large}), path)
+    path.write_bytes(message_of(copy, beside={name_of(value) for value in large}).SerializeToString())
     return data

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ptq4vit_fx import names
 from ptq4vit_fx.export.contract import rewrite
 from ptq4vit_fx.export.nodes import PAIR, QUANTIZE, add_constant, input_of, maker, name_of, scope_of
+from ptq4vit_fx.passes.graph.marks import NO_MODULE
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
@@ -39,7 +40,7 @@ def name_nodes(model: ir.Model) -> int:
 
 
 def _innermost(scopes: str) -> str:
-    found = [name for name in ast.literal_eval(scopes)[:-1] if name and not name.startswith("_")]
+    found = [name for name in ast.literal_eval(scopes)[:-1] if name and name != NO_MODULE]
     return str(found[-1]) if found else ""
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq4vit_fx import names
+from ptq4vit_fx.errors import failure
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 #: Operators that make codes of values and values of codes: input, scale, zero point.
@@ -87,12 +88,27 @@ def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def add_constant(model: ir.Model, name: str, values: Array | ir.TensorProtocol) -> ir.Value:
-    """Return the initializer of that name; where there is none yet, one with these values is added."""
+    """Return the initializer of that name; where there is none yet, one with these values is added.
+
+    Raises PTQError if the name is that of other values: whoever reads them would compute something else.
+    """
     if name not in model.graph.initializers:
         value = ir.Value(name=name)
         set_constant(value, values)
         model.graph.initializers.add(value)
-    return model.graph.initializers[name]
+    found = model.graph.initializers[name]
+    if not _holds(found, values):
+        got, do = "other values under that name", "report this as a bug"
+        raise failure("export_onnx", f"constant {name}", expected="one meaning of every name", got=got, do=do)
+    return found
+
+
+def _holds(constant: ir.Value, values: Array | ir.TensorProtocol) -> bool:
+    """Return whether a constant has exactly these values, in their type and shape."""
+    if constant.const_value is values:
+        return True
+    mine, theirs = array(constant), values if isinstance(values, np.ndarray | np.generic) else values.numpy()
+    return mine.dtype == theirs.dtype and np.array_equal(mine, theirs, equal_nan=mine.dtype.kind == "f")
 
 
 def set_constant(value: ir.Value, values: Array | ir.TensorProtocol) -> None:

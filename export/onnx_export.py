@@ -19,6 +19,7 @@ from ptq4vit_fx.batches import example_for
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
+from ptq4vit_fx.export.float_types import compute_in_float32
 from ptq4vit_fx.export.interface import (
     Interface,
     compute_outputs,
@@ -60,6 +61,7 @@ STEPS = (
     drop_saturate,  # before the opset: 17 has no such attribute
     to_opset,  # before the target, whose steps spell what they add for the opset that the file has
     to_file_format,  # behind the opset, whose format it is
+    compute_in_float32,  # behind both, of which it depends what a runtime has
 )
 
 

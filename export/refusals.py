@@ -91,16 +91,10 @@ def _place(text: str, graphs: list[Graph]) -> str:
         nodes = [node for name in names for node in every if name in node.name and node.op.startswith("call")]
     if not nodes:
         return "the model"
-    scopes = [scope for scope in map(_scope, nodes) if scope]
+    scopes = [scope for scope in map(scope_of, nodes) if scope]
     lines = [line for line in map(line_of, nodes) if line]
     parts = [f"module {scopes[0]!r}" if scopes else "the model's own forward", *lines[:1]]
     return ", ".join(parts) if lines else f"{parts[0]}, {nodes[0].name}"
-
-
-def _scope(node: Node) -> str:
-    """Return the innermost module of a node; of an exported one, the last that is the model's."""
-    scope = scope_of(node)
-    return "" if scope.startswith("_") else scope
 
 
 def line_of(node: Node) -> str:

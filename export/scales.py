@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.metadata import PLAN_KEY, calibrated_scales
-from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.nodes import array
 from ptq4vit_fx.names import RANGES, Site, branch, tensor
 from ptq4vit_fx.plan import QuantPlan
@@ -39,20 +40,25 @@ def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
     lacks a scale that the plan promises.
     """
     model = load_file(path)
+    with unreadable("read_scales", path, "a file that export_onnx wrote"):
+        return _scales_of(model, str(path))
+
+
+def _scales_of(model: ir.Model, path: str) -> dict[Site, SiteScales]:
     plan = model.metadata_props.get(PLAN_KEY)
     if plan is None:
         do = "pass a file that export_onnx wrote"
-        raise failure("read_scales", str(path), expected="a quantization plan", got="none in its metadata", do=do)
+        raise failure("read_scales", path, expected="a quantization plan", got="none in its metadata", do=do)
 
     def read(scope: str) -> NDArray[np.float32]:
         name = tensor(scope, "scale")
         if name not in model.graph.initializers:
             do = "export the file again"
-            raise failure("read_scales", str(path), expected=f"an initializer {name}", got="none", do=do)
+            raise failure("read_scales", path, expected=f"an initializer {name}", got="none", do=do)
         return array(model.graph.initializers[name])
 
-    scales, elsewhere = {}, calibrated_scales(model.metadata_props)
-    for site, quantizer in QuantPlan.from_json(plan).quantizers.items():
+    scales, elsewhere = {}, calibrated_scales(model.metadata_props, "read_scales", path)
+    for site, quantizer in QuantPlan.from_json(plan, "read_scales", path).quantizers.items():
         if isinstance(quantizer, TwinUniform):
             scales[site] = SiteScales(quantizer, *(read(branch(site, part)) for part in RANGES))
         elif site in elsewhere:

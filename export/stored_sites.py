@@ -11,7 +11,7 @@ from ptq4vit_fx import names
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import calibrated_scales
-from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, QUANTIZE, Array
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, PRODUCTS, QUANTIZE, Array
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class StoredSite:
     calibrated: Array | None = None
 
 
-def stored_sites(model: ir.Model) -> dict[str, StoredSite]:
+def stored_sites(model: ir.Model, operation: str = "read sites", file: str = "the file") -> dict[str, StoredSite]:
     """Return site -> where it is; the two branches of a twin are `<site>_fine` and `<site>_coarse`.
+
+    operation, file: what reads them, and from where, for the PTQError that its metadata may end in.
 
     Equal quantizers of the same values are one pair of nodes in the file, because the exporter merges them: separate
     projections of q, k and v that chose the same scale, for example. Such a site is found through its product.
@@ -44,6 +46,8 @@ def stored_sites(model: ir.Model) -> dict[str, StoredSite]:
     found: dict[str, StoredSite] = {}
     for node in graph:
         scope = nodes.scope_of(node)
+        if node.op_type in PAIR and not all(map(nodes.is_constant, node.inputs[1:])):
+            continue  # another program's: its scale is computed
         if node.op_type == DEQUANTIZE and nodes.is_constant(node.inputs[0]):
             if scope in found and names.is_part(nodes.name_of(node)):
                 found[scope] = _joined(found[scope], _read(node, node))
@@ -54,7 +58,7 @@ def stored_sites(model: ir.Model) -> dict[str, StoredSite]:
     for site, name in _through_products(graph).items():
         if name in found:
             found.setdefault(site, found[name])
-    for site, scales in calibrated_scales(model.metadata_props).items():
+    for site, scales in calibrated_scales(model.metadata_props, operation, file).items():
         if site in found:
             found[site] = replace(found[site], calibrated=scales)
     return found

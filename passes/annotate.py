@@ -21,6 +21,7 @@ from ptq4vit_fx.passes.graph.contract import attach, graph_pass
 from ptq4vit_fx.passes.graph.dataflow import downstream, is_stored, origin, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
 from ptq4vit_fx.passes.graph.opaque import OPAQUE
+from ptq4vit_fx.passes.graph.own_names import RENAMED
 from ptq4vit_fx.passes.graph.rewriter import rename
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -42,6 +43,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
     Raises PTQError if a rule of the mapping matches nothing (it lists near names) or if no product is left to
     quantize. Warns once, with names and reasons, of the products that stay float.
     """
+    closed = [graph_module.meta.get(RENAMED, {}).get(path, path) for path in closed]
     products = _name_products(graph_module)
     _check_rules(mapping, [(op.name, op.kind) for _, op in products])
     group_counts = _attention_operands_per_weight(products)

@@ -11,6 +11,9 @@ from ptq4vit_fx.passes.from_aten import SAME_ARGUMENTS
 from ptq4vit_fx.passes.graph.activations import SPELLINGS
 from ptq4vit_fx.passes.graph.contract import graph_pass
 from ptq4vit_fx.passes.graph.dataflow import moves_only, origin, overwrites
+from ptq4vit_fx.passes.graph.opaque import is_foreign
+from ptq4vit_fx.passes.graph.rewriter import Writer
+from ptq4vit_fx.passes.graph.shapes import WRITTEN
 from ptq4vit_fx.passes.graph.stages import Stage
 
 
@@ -20,7 +23,8 @@ def replace_in_place(graph_module: GraphModule) -> int:
 
     Calibration keeps operands until the search: a call that changes them later would change what is searched. All that
     reads x afterwards reads the result. Where another view of the same memory is read afterwards, the call is left
-    alone, and so are writes into a part (copy_, setitem).
+    alone, and so are writes into a part (copy_, setitem). If one of these writes into what the caller gives, all of the
+    graph reads a copy of it: whoever runs the graph keeps his images.
     """
     order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
     count = 0
@@ -32,7 +36,27 @@ def replace_in_place(graph_module: GraphModule) -> int:
         for user in [user for user in changed.users if order[user] > order[node]]:
             user.replace_input_with(changed, node)
         count += 1
-    return count
+    return count + _copy_written_inputs(graph_module)
+
+
+def _copy_written_inputs(graph_module: GraphModule) -> int:
+    """Put a clone behind every input that the graph still writes into; return how many."""
+    nodes = list(graph_module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    written = [node for node in inputs if node.meta.get(WRITTEN)]
+    if not written or not any(_may_write(node) for node in nodes):
+        return 0
+    for node in written:
+        readers = list(node.users)
+        copy = Writer(inputs[-1].next)(torch.clone, node)
+        for reader in readers:
+            reader.replace_input_with(node, copy)
+    return len(written)
+
+
+def _may_write(node: Node) -> bool:
+    """Return whether a call changes what it is given, as far as its name tells; of closed code nothing is known."""
+    return overwrites(node) or node.kwargs.get("out") is not None or node.op == "call_module" or is_foreign(node.target)
 
 
 def _changed_argument(node: Node) -> Node | None:

@@ -15,18 +15,19 @@ from torch.nn.modules import module as global_hooks
 
 from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import PTQError, failure, near_names
-from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of, random_numbers_kept
+from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
 from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy, is_float32
+from ptq4vit_fx.passes.graph.own_names import traced_module
+from ptq4vit_fx.passes.graph.randomness import random_numbers_kept
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.symbolic_sizes import symbolic_sizes
-from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.passes.graph.untouched import untouched
 from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, specializations, trace_by_export, warn_of_largest_batch
 
@@ -132,7 +133,7 @@ def _by_fx(root: nn.Module, call: ModelCall, leaf_modules: Sequence[str]) -> Gra
         with untouched(root):
             graph = tracer.trace(root)
             name_inputs(graph, call.names)
-            return TracedModule(root, graph, class_name=name)
+            return traced_module(root, graph, name)
     except Exception as error:  # noqa: BLE001 - it is part of the sentence if the other tracer fails too
         return failed(error, root)
 

@@ -21,9 +21,10 @@ from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.marks import NO_MODULE
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
+from ptq4vit_fx.passes.graph.own_names import traced_module
 from ptq4vit_fx.passes.graph.silence import silence
-from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.torch_state import without_fast_attention
 
 
@@ -69,7 +70,7 @@ def trace_by_export(
     _hold_constants(root, program)
     graph = _plain_graph(program, call.names)
     name_inputs(graph, call.names)
-    graph_module = TracedModule(root, graph, class_name=type(root).__name__)
+    graph_module = traced_module(root, graph, type(root).__name__)
     largest = [int(r.upper) for r in program.range_constraints.values() if batch is not None and r.upper.is_Integer]
     if largest:
         graph_module.meta[LARGEST_BATCH] = min(largest)
@@ -157,7 +158,7 @@ def _stack(node: Node) -> dict[str, tuple[str, Any]]:
     """Return the module stack as torch.fx's tracer writes it: path -> (path, type)."""
     stack = node.meta.get("nn_module_stack", {})
     own = [(_own(path), kind) for path, kind in stack.values()]
-    return {path: (path, kind) for path, kind in own if path and not path.startswith("_empty")}
+    return {path: (path, kind) for path, kind in own if path and path != NO_MODULE}
 
 
 def _inline(graph: Graph, region: GraphModule, operands: list[Any]) -> Any:

@@ -12,13 +12,14 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import first_item
 from ptq4vit_fx.calibrating.calibrator import CalibrationOptions, run_calibration
+from ptq4vit_fx.calibrating.fit import check_fits, check_weights
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
-from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu, plan_of
+from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu
 from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.staged_model import calibrated_alone, model_at
@@ -114,34 +115,21 @@ def calibrate(
     options = CalibrationOptions(images, seed, progress, *devices, loss, memory_limit, checkpoint, sequential)
     with calibrated_alone(prepared):
         calibration = run_calibration(prepared, data, options)
-    load_calibration(prepared, calibration)
+    check_fits(prepared, calibration, "calibrate")
+    attach(prepared, calibration=calibration)
     return calibration
 
 
 @independent_of_caller()
 def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
-    """Set the scales of a prepared model; return it. Raises PTQError if the calibration is of another plan."""
+    """Set the scales of a prepared model; return it.
+
+    Raises PTQError if the calibration is of another plan or of other weights, lacks a site, or holds scales that no
+    calibration gives: zero, negative, infinite, of another dtype, shape or axis than the operand has.
+    """
     prepared = model_at(Stage.OBSERVED, prepared, "load_calibration", "call prepare_fx first")
-    plan = plan_of(prepared)
-    if calibration.plan.quantizers != plan.quantizers:
-        mine, theirs = plan.quantizers, calibration.plan.quantizers
-        first = next(key for key in (*mine, *theirs) if mine.get(key) != theirs.get(key))
-        raise failure(
-            "load_calibration",
-            f"site {first}",
-            expected=f"{mine.get(first, 'no such site in this model')}",
-            got=f"{theirs.get(first, 'no such site in the calibration')}",
-            do="prepare with the recipe and the model that were calibrated",
-        )
-    missing = [key for key in plan.quantizers if key not in calibration.params]
-    if missing:
-        raise failure(
-            "load_calibration",
-            f"site {missing[0]}",
-            expected="scales of every site",
-            got=f"a checkpoint that lacks {len(missing)} of {len(plan.quantizers)} sites",
-            do="finish it with calibrate(prepared, images, checkpoint=path)",
-        )
+    check_fits(prepared, calibration, "load_calibration")
+    check_weights(prepared, calibration, "load_calibration")
     return attach(prepared, calibration=calibration)
 
 

@@ -6,23 +6,26 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.files import atomic_path
+from ptq4vit_fx.errors import PTQError, PTQWarning, failure, quoted, reason_of, some_names
+from ptq4vit_fx.files import write_file
+from ptq4vit_fx.inputs.records import Place, read_as, read_json
+from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
 from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
 from ptq4vit_fx.remarks import Remark, remarks
 
-FORMAT = "ptq4vit_fx calibration 1"
+FORMAT = "ptq4vit_fx calibration 2"
+#: What files of before said. One bit that flips makes neither name of the other.
+FORMAT_WITHOUT_DIGEST = "ptq4vit_fx calibration 1"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class Calibration:
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, QuantPlan) or not isinstance(self.params, dict):
+            expected, do = "a QuantPlan and a dictionary, site -> parameters", "pass prepared.plan and that"
+            got = f"{type(self.plan).__name__} and {type(self.params).__name__}"
+            raise failure("Calibration", "plan and params", expected=expected, got=got, do=do)
+
     def with_result(self, op_name: str, result: SearchResult, seconds: float) -> Calibration:
         """Return this calibration with the result of one more product."""
         sites = {operand: site(op_name, operand) for operand in OPERANDS}
@@ -97,52 +106,72 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to one safetensors file, its plan and provenance as JSON in the header.
 
-        Written under a temporary name and moved. Raises PTQError if the folder is not writable.
+        The file has a digest of its content, and appears whole or not at all. Raises PTQError if it cannot be written,
+        if the provenance is no JSON, and on parameters that `load` would refuse.
         """
+        self.check("save calibration", "calibration")
         named = ((stored(key, role), x) for key, params in self.params.items() for role, x in params.tensors().items())
-        tensors = {name: tensor.cpu() for name, tensor in named}
-        axes = {key: params.axis for key, params in self.params.items()}
-        names = ("distances", "snr", "shares", "without_gradient", "seconds", "provenance")
-        record = {"axes": axes} | {name: getattr(self, name) for name in names}
-        metadata = {"format": FORMAT, "plan": self.plan.to_json(), "record": json.dumps(record)}
-        with atomic_path(path, "save calibration") as temporary:
-            save_file(tensors, temporary, metadata)
+        figures = {entry.name: getattr(self, entry.name) for entry in fields(_Record) if entry.name != "axes"}
+        record = _Record(axes={key: params.axis for key, params in self.params.items()}, **figures)
+        try:
+            texts = {"format": FORMAT, "plan": self.plan.to_json(), "record": json.dumps(asdict(record))}
+        except (TypeError, ValueError, RecursionError) as error:
+            expected, do = "figures and a provenance that JSON can hold", "leave out what is neither text nor number"
+            raise failure("save calibration", str(path), expected=expected, got=reason_of(error), do=do) from error
+        place = Place("save calibration", "record", do="leave that out of the provenance")
+        read_as(_Record, read_json(texts["record"], place), place)
+        write_file(path, sealed(dict(named), texts), "save calibration")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
-        """Read a file that `save` wrote. Raises PTQError if it is missing or something else."""
-        try:
-            with safe_open(os.fspath(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise failure(
-                "Calibration.load",
-                str(path),
-                expected="a safetensors file written by Calibration.save",
-                got=str(error),
-                do="check the path",
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise failure(
-                "Calibration.load",
-                str(path),
-                expected=FORMAT,
-                got=repr(metadata.get("format")),
-                do="calibrate again with this version",
-            )
-        record = json.loads(metadata["record"])
-        plan = QuantPlan.from_json(metadata["plan"])
-        return Calibration(
-            plan=plan,
-            params=_params(plan, tensors, record["axes"]),
-            distances={key: (value[0], value[1]) for key, value in record["distances"].items()},
-            snr=record["snr"],
-            shares=record.get("shares", {}),  # files of before have none
-            without_gradient=tuple(record.get("without_gradient", ())),
-            seconds=record["seconds"],
-            provenance=record["provenance"],
+        """Read a file that `save` wrote; warns (PTQWarning) if it is of a version before files had a digest.
+
+        Raises PTQError if it is missing, something else, damaged, or holds parameters that no calibration gives.
+        """
+        place = Place(
+            "Calibration.load", str(path), do="check the path, or calibrate again: the file is not what was saved"
         )
+        file = read_sealed(path, place)
+        if file.texts.get("format") != (FORMAT if file.sealed else FORMAT_WITHOUT_DIGEST):
+            found = quoted(file.texts.get("format")) + ("" if file.sealed else " without a digest")
+            raise place.refusal(FORMAT, found)
+        if file.texts.keys() != {"format", "plan", "record"}:
+            raise place.refusal("a plan and a record", some_names(file.texts))
+        plan = QuantPlan.from_json(file.texts["plan"], place.operation, f"{place.subject}: plan")
+        at_record = place.at("record")
+        record: _Record = read_as(_Record, read_json(file.texts["record"], at_record), at_record)
+        figures = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name != "axes"}
+        calibration = Calibration(plan, _params(plan, file.tensors, record.axes, place), **figures)
+        calibration.check(place.operation, place.subject)
+        if not file.sealed:
+            lacks = "has no digest, as files of before: damage would not be noticed; save it again"
+            warnings.warn(f"{place.operation}: {place.subject} {lacks}", PTQWarning, stacklevel=2)
+        return calibration
+
+    def check(self, operation: str, subject: str) -> None:
+        """Raise PTQError on parameters that no calibration with this plan gives, and on figures of no product.
+
+        operation, subject: what looks at it, and where it is from, for that error.
+        """
+        place = Place(operation, subject, do="calibrate again")
+        for op in self.plan.ops:
+            for operand in OPERANDS:
+                key = site(op.name, operand)
+                if key in self.params:
+                    params, axis = self.params[key], op.scale_axis(operand)
+                    self.plan.quantizers[key].check(params, place.at(key))
+                    if params.axis not in (None, axis):
+                        raise place.at(key).refusal(f"scales along the axis {axis}", f"along {params.axis}")
+                elif op.name in self.distances:
+                    raise place.at(key).refusal("parameters, as its product has a distance", "none")
+        products = {op.name for op in self.plan.ops}
+        for names, known in (
+            (self.params, self.plan.quantizers.keys()),
+            (self.snr, self.plan.quantizers.keys() | products),
+            ((*self.distances, *self.shares, *self.without_gradient, *self.seconds), products),
+        ):
+            for strange in sorted(set(names) - known)[:1]:
+                raise place.at(strange).refusal("a site or a product of the plan beside it", "another")
 
     def fingerprint(self) -> str:
         """Return a short hash of every parameter: equal calibrations have equal fingerprints."""
@@ -150,7 +179,7 @@ class Calibration:
         for key in sorted(self.params):
             digest.update(key.encode())
             for tensor in self.params[key].tensors().values():
-                digest.update(_bytes(tensor))
+                digest.update(bytes_of(tensor))
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
@@ -193,26 +222,40 @@ class Calibration:
         return rows
 
 
-def _params(plan: QuantPlan, tensors: dict[str, Tensor], axes: dict[str, int | None]) -> dict[Site, QParams]:
+@dataclass(frozen=True)
+class _Record:
+    """What a file says as JSON beside its plan; fields of `Calibration`, and the axis of every site's scales."""
+
+    axes: dict[Site, int | None]
+    distances: dict[str, tuple[float, float]]
+    snr: dict[str, float]
+    seconds: dict[str, float]
+    provenance: dict[str, Any]
+    shares: dict[str, float] = field(default_factory=dict)  # files of before have none
+    without_gradient: tuple[str, ...] = ()
+
+
+def _params(
+    plan: QuantPlan, tensors: dict[str, Tensor], axes: dict[str, int | None], place: Place
+) -> dict[Site, QParams]:
     """Return the parameters of every site of which there are tensors, in their order."""
     found: dict[Site, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, role = site_and_role(name)
         found.setdefault(key, {})[role] = tensor
-    strange = next((key for key in found if key not in plan.quantizers), None)
-    if strange is not None:
-        do = "calibrate again with this version"
-        raise failure("Calibration.load", strange, expected="a site of the plan in the same file", got="another", do=do)
-    return {key: plan.quantizers[key].params_from(own, axes.get(key)) for key, own in found.items()}
+    for strange in sorted(found.keys() - plan.quantizers.keys()):
+        raise place.at(strange).refusal("a site of the plan in the same file", "another")
+    for without in sorted(found.keys() ^ axes.keys()):
+        raise place.at(without).refusal("tensors and an axis", "one of them alone")
+    try:
+        return {key: plan.quantizers[key].params_from(own, axes[key]) for key, own in found.items()}
+    except PTQError as error:
+        raise place.with_reason(error) from error
 
 
 def fingerprint_tensors(tensors: Iterable[Tensor]) -> str:
     """Return a short hash of the values of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()

@@ -3,15 +3,74 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+#: Colours of terminals, which runtimes write into what they say.
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+#: Characters of a sentence of somebody else, and of one of ours; both are cut in their middle: files hold long names.
+LONGEST_REASON, LONGEST = 400, 4000
 
 
 class PTQError(ValueError):
     """Everything that this package raises on purpose: the message is one sentence for the person who reads it."""
 
+    def __init__(self, *words: object) -> None:
+        super().__init__(*map(_sentence, words))
+
 
 class PTQWarning(UserWarning):
     """Something was left float, skipped or will run slowly: named, with the reason."""
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*map(_sentence, words))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text that a terminal shows and does not obey: whatever Python's repr escapes is escaped here too.
+
+    These are control characters, marks that turn the direction of text, line separators and the bytes of names that are
+    no UTF-8. keep: characters that stay, such as the ends of lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def _sentence(words: object) -> str:
+    text = printable(str(words))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return `Type: what it says` of what a library raised, on one line, without colours, cut in its middle.
+
+    Of an error that was raised from another it is the first one, which knows what happened.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(ANSI.sub("", str(error)).split())
+    if len(text) > LONGEST_REASON:
+        text = f"{text[: LONGEST_REASON // 3]} ... {text[-2 * LONGEST_REASON // 3 :]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def foreign(operation: str, subject: str, *, expected: str, do: str) -> Iterator[None]:
+    """Turn whatever is raised inside, where what somebody else made is read, into a PTQError that names it.
+
+    A file that was cut, forged or written by another program lets its readers raise anything. A PTQError that names the
+    subject passes; in front of another one it is named.
+    """
+    try:
+        yield
+    except PTQError as error:
+        if printable(subject) in str(error):
+            raise
+        raise PTQError(f"{operation}: {subject}: {error}") from error
+    except Exception as error:
+        raise failure(operation, subject, expected=expected, got=reason_of(error), do=do) from error
 
 
 def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -> PTQError:
@@ -19,11 +78,21 @@ def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -
     return PTQError(f"{operation}: {subject}: expected {expected}, got {got}; {do}")
 
 
+#: Characters of a value that a sentence quotes.
+QUOTED = 60
+
+
+def quoted(value: object) -> str:
+    """Return a value as a sentence quotes it: one line, not long, no control characters."""
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+
+
 def unknown_name(operation: str, subject: str, name: str, known: Iterable[str], *, besides: str = "") -> PTQError:
     """Build the error of a name that is none of the known ones; besides: what else would have been accepted."""
     names = list(known)
     expected, do = f"one of {', '.join(names)}{besides}", f"did you mean {near_names(name, names, 1)}?"
-    return failure(operation, subject, expected=expected, got=repr(name), do=do)
+    return failure(operation, subject, expected=expected, got=quoted(name), do=do)
 
 
 def near_names(name: str, known: Iterable[str], count: int = 5) -> str:

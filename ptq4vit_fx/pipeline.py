@@ -28,10 +28,13 @@ from ptq4vit_fx.passes.lower_activations import lower_activations
 from ptq4vit_fx.passes.lower_linears import lower_linears
 from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
 from ptq4vit_fx.passes.lower_products import lower_products
+from ptq4vit_fx.passes.multiply_in_float32 import multiply_in_float32
 from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
 from ptq4vit_fx.passes.open_einsum import open_einsum
+from ptq4vit_fx.passes.open_vector_products import open_vector_products
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
+from ptq4vit_fx.passes.slice_pieces import slice_pieces
 from ptq4vit_fx.qconfig import QConfigMapping
 
 Pass = Callable[[GraphModule], GraphModule]
@@ -101,12 +104,15 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
         (from_aten, "first, so that nothing behind it asks which tracer made the graph"),
         (remove_identities, "an identity between two calls would hide a pattern"),
         (open_einsum, "a product inside of an einsum must be seen; needs shapes, which einsum's labels stand for"),
+        (open_vector_products, "a product has rows and columns from here on; needs shapes, which tell a vector"),
         (
             decompose_attention,
             "softmax and both products of attention must be seen; its calls are spelled later",
         ),
         (canonicalize, "behind all that writes calls: from here on there is one spelling of each"),
         (replace_in_place, "behind the one spelling, whose `inplace` it looks for; calibration keeps operands"),
+        (slice_pieces, "behind what makes writes pure: pieces that nobody writes into any more stay as they are"),
+        (multiply_in_float32, "in front of folding, which then stores weights as the float32 that they are read as"),
         (fold_constants, "a computed weight is an attribute for the plan; nothing may write into it any more"),
         (partial(annotate, mapping=mapping, closed=closed), "products have their final form, so they get their names"),
         (insert_observers, "one behind each product that was planned"),

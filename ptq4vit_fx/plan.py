@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vit_fx.activations import SourceActivation
+from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
+from ptq4vit_fx.errors import failure, quoted, unknown_name
+from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_from_dict, quantizer_to_dict
+from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_to_dict
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class QuantOp:
     """A product out = f(lhs, rhs). The rhs of a linear or conv2d is its weight.
 
     stride, padding, dilation and groups are the convolution's; padding is a pair or "same" / "valid".
+    Raises PTQError on a source that is no known activation, and on sizes that no convolution has.
     """
 
     name: str
@@ -30,13 +34,28 @@ class QuantOp:
     rhs_source: SourceActivation | None = None
     rhs_is_weight: bool = False
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | str = (0, 0)
+    padding: tuple[int, int] | Literal["same", "valid"] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        for source in (self.lhs_source, self.rhs_source):
+            if source is not None and source not in NEGATIVE_RANGE:
+                raise unknown_name("QuantOp", "source", source, NEGATIVE_RANGE)
+        padding = (0, 0) if isinstance(self.padding, str) else self.padding
+        if min(*self.stride, *self.dilation, self.groups) < 1 or min(padding) < 0:
+            do = "write those that torch.nn.functional.conv2d takes"
+            raise failure("QuantOp", "convolution", expected="positive sizes", got=quoted(self), do=do)
 
     def source(self, operand: Operand) -> SourceActivation | None:
         """Return the activation function that this operand comes out of, if any."""
         return self.lhs_source if operand == "lhs" else self.rhs_source
+
+    def scale_axis(self, operand: Operand) -> int:
+        """Return the dimension along which several scales of an operand lie: a weight's columns, else the heads."""
+        if operand == "lhs" or not self.rhs_is_weight:
+            return -3
+        return -1 if self.kind == "matmul" else 0
 
     def compute(self, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product of two operands, shaped as in the graph."""
@@ -60,6 +79,7 @@ class QuantPlan:
     """What `annotate` decided: the products in execution order, a quantizer per site, the search per product.
 
     recipe: the name of the mapping that it was made from; rules that were added to it show in the quantizers alone.
+    Raises PTQError if two products have one name, or if the sites are not both operands of every product.
     """
 
     ops: tuple[QuantOp, ...]
@@ -67,6 +87,18 @@ class QuantPlan:
     searches: dict[str, SearchSettings] = field(default_factory=dict)
     float_ops: tuple[FloatOp, ...] = ()
     recipe: str = field(default="custom", compare=False)
+
+    def __post_init__(self) -> None:
+        names = [op.name for op in self.ops]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            do = "name them apart"
+            raise failure("QuantPlan", quoted(repeated[0]), expected="one product of that name", got="more", do=do)
+        sites = {site(name, operand) for name in names for operand in OPERANDS}
+        for strange in sorted(sites ^ self.quantizers.keys())[:1]:
+            expected = "a quantizer for both operands of every product, and for nothing else"
+            got = "none" if strange in sites else "a quantizer of no operand"
+            raise failure("QuantPlan", quoted(strange), expected=expected, got=got, do="give each operand its own")
 
     def op(self, name: str) -> QuantOp:
         """Return the product called `name`; KeyError if there is none."""
@@ -87,16 +119,13 @@ class QuantPlan:
         return json.dumps(record, indent=1)
 
     @staticmethod
-    def from_json(text: str) -> QuantPlan:
-        """Return the plan that `to_json` wrote."""
-        record: dict[str, Any] = json.loads(text)
-        return QuantPlan(
-            ops=tuple(_op_from_dict(op) for op in record["ops"]),
-            quantizers={key: quantizer_from_dict(value) for key, value in record["quantizers"].items()},
-            searches={key: SearchSettings(**value) for key, value in record["searches"].items()},
-            float_ops=tuple(FloatOp(**op) for op in record["float_ops"]),
-            recipe=record.get("recipe", "custom"),
-        )
+    def from_json(text: str, operation: str = "QuantPlan.from_json", subject: str = "plan") -> QuantPlan:
+        """Return the plan that `to_json` wrote; raises PTQError, and nothing else, on any other text.
+
+        operation, subject: what reads it, and from which file, for that error.
+        """
+        place = Place(operation, subject)
+        return cast("QuantPlan", read_as(QuantPlan, read_json(text, place), place))
 
     def table(self) -> str:
         """Return a text table: product, kind, quantizer of each operand; then what stays float, with the reason."""
@@ -107,10 +136,3 @@ class QuantPlan:
         rows += [(op.name, "float", op.reason, "") for op in self.float_ops]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows)
-
-
-def _op_from_dict(record: dict[str, Any]) -> QuantOp:
-    for key in ("stride", "padding", "dilation"):
-        if isinstance(record[key], list):
-            record[key] = tuple(record[key])
-    return QuantOp(**record)

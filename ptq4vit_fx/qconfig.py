@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         get_metric(self.metric)
         for name, valid, expected in (
-            ("alpha and beta", 0 <= self.alpha < self.beta, "0 <= alpha < beta"),
+            ("alpha and beta", 0 <= self.alpha < self.beta < math.inf, "0 <= alpha < beta"),
             ("n", self.n >= 1, "at least 1"),
             ("rounds", self.rounds >= 1, "at least 1"),
             ("max_shift", 0 <= self.max_shift <= 20, "0 to 20"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,22 @@ def float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+#: Calls of a tracer, a copy or an exporter for one call of the model's own.
+DEEPER = 8
+
+
+@held_together
+@contextlib.contextmanager
+def deeper_calls() -> Iterator[None]:
+    """Let whoever walks through a model of nested modules go as deep as the model itself does."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(DEEPER * before)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 @held_together
 @contextlib.contextmanager
 def without_fast_attention() -> Iterator[None]:
@@ -101,6 +118,7 @@ def independent_of_caller() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(float32_by_default())
+        stack.enter_context(deeper_calls())
         yield
 
 

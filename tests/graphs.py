@@ -23,17 +23,17 @@ QUICK = {"n": 2, "rounds": 1, "screen_rows": 16, "confirm": 1, "max_shift": 3}
 class Call(nn.Module):
     """A function of the input, and modules that it may use."""
 
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module | nn.Parameter) -> None:
         super().__init__()
         self.function = function
         for name, module in modules.items():
-            self.add_module(name, module)
+            setattr(self, name, module)
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
 
 
-def model_of(function: Callable[..., Any], **modules: nn.Module) -> nn.Module:
+def model_of(function: Callable[..., Any], **modules: nn.Module | nn.Parameter) -> nn.Module:
     torch.manual_seed(0)
     return Call(function, **modules).eval()
 

@@ -179,6 +179,25 @@ def test_out_is_checked_before_the_work(workspace, out):
     assert "calibrate" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        (["--out", "-"], "'-': expected a file, got standard output, which is not supported"),
+        (["--out", "{w}/new/"], "expected the path of a file, got that of a folder"),
+        (["--out", ""], "expected the path of a file, got that of a folder"),
+        (["--out", "/dev/null"], "writable folder, got a device; choose another path"),
+        (["--out", "{w}/m.onnx", "--checkpoint", "{w}/none/scales"], "quantize --checkpoint: "),
+    ],
+)
+def test_what_is_no_file_is_refused_before_the_work(workspace, options, got):
+    before = sorted(workspace.rglob("*"))
+    result = run("quantize", *(a.format(w=workspace) for a in (*GOOD, *options)))
+    assert result.exit_code == 1
+    assert got in result.output
+    assert "calibrate" not in result.output
+    assert sorted(workspace.rglob("*")) == before
+
+
 def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
     searched: list[str] = []
 

@@ -119,6 +119,15 @@ def test_names_that_another_program_repeats_are_no_fault_of_a_step():
     assert add_to_subtract(model).count == 1
 
 
+def test_a_constant_is_added_once_and_no_other_under_its_name():
+    model, values = model_of(), np.array([1, 2], np.int8)
+    added = add_constant(model, "codes", values)
+    assert add_constant(model, "codes", values.copy()) is added
+    for other in (values + 1, values.astype(np.uint8), values[:1]):
+        with pytest.raises(ptq.PTQError, match="constant codes: expected one meaning of every name"):
+            add_constant(model, "codes", other)
+
+
 def test_steps_get_what_their_parameters_name():
     @rewrite(nothing="")
     def add_opset(model, opset):

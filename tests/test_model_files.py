@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Thread
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,6 +22,7 @@ from ptq4vit_fx.export import model_files
 from ptq4vit_fx.export.model_files import data_files, load_file, message_of, write_model
 from ptq4vit_fx.export.nodes import array
 from ptq4vit_fx.export.proof.runtime import open_model, optimized
+from ptq4vit_fx.files import move
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -81,3 +92,137 @@ def test_a_data_file_that_was_cut_is_refused_when_it_is_read(tmp_path, small_lim
     data.write_bytes(data.read_bytes()[:kept])
     with pytest.raises(ptq.PTQError, match=r"read ONNX file: .*model\.onnx: .*ends in front of byte"):
         load_file(tmp_path / "model.onnx")
+
+
+def model_of(value):
+    """Return the two products with other weights."""
+    model = two_products()
+    first = model.graph.initializers["first"]
+    first.const_value = ir.Tensor(np.full((3, 40), value, np.float32))
+    return model
+
+
+def test_writers_of_one_path_beside_each_other_all_end_and_leave_one_model(tmp_path, small_limit):
+    path = tmp_path / "model.onnx"
+    models = [model_of(value) for value in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda model: [write_model(model, path, "test") for _ in range(8)], models))
+    values = array(load_file(path).graph.initializers["first"])
+    assert set(values.flat) in [{float(value)} for value in range(6)]
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", next(iter(data_files(path))).name}
+
+
+def test_a_writer_waits_while_another_has_moved_its_weights_but_not_its_model(tmp_path, small_limit, monkeypatch):
+    path = tmp_path / "model.onnx"
+    others: list[Thread] = []
+    second = Thread(target=write_model, args=(model_of(2), path, "test"))
+
+    def moving(source, target):
+        if not others:
+            others.append(second)
+            move(source, target)
+            second.start()
+            second.join(1.0)  # it cannot end before this writer has
+            assert second.is_alive()
+            return
+        move(source, target)
+
+    monkeypatch.setattr(model_files, "move", moving)
+    write_model(model_of(1), path, "test")
+    second.join()
+    assert set(array(load_file(path).graph.initializers["first"]).flat) == {2.0}
+    assert len(data_files(path)) == 1
+
+
+def test_a_model_that_cannot_be_moved_leaves_the_old_one_with_its_weights(tmp_path, small_limit, monkeypatch):
+    path = tmp_path / "model.onnx"
+    write_model(model_of(1), path, "test")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for model in (model_of(2), model_of(1)):
+        with pytest.raises(ptq.PTQError, match=r"^test: .*model\.onnx: expected .*Input/output error"):
+            write_model(model, path, "test")
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_data_files_lie_beside_what_a_link_leads_to(tmp_path, small_limit):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.onnx").symlink_to("there/model.onnx")
+    write_model(model_of(1), tmp_path / "link.onnx", "test")
+    assert (tmp_path / "link.onnx").is_symlink()
+    (data,) = data_files(tmp_path / "there" / "model.onnx")
+    assert {file.name for file in (tmp_path / "there").iterdir()} == {"model.onnx", data.name}
+    for path in ("link.onnx", "there/model.onnx"):
+        assert set(array(load_file(tmp_path / path).graph.initializers["first"]).flat) == {1.0}
+
+
+def test_a_data_file_has_room_for_its_name(tmp_path, small_limit):
+    for name in ("x" * 233, "y" * 234, "z" * 255):
+        path = tmp_path / name
+        for value in (1, 2):
+            write_model(model_of(value), path, "test")
+            assert set(array(load_file(path).graph.initializers["first"]).flat) == {float(value)}
+        (data,) = data_files(path)
+        assert len(os.fsencode(data.name)) <= 255
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+KILLED = """
+import itertools, sys
+sys.path.insert(0, {tests!r})
+import test_model_files as here
+from ptq4vit_fx.export import model_files
+model_files.PROTOBUF_LIMIT, model_files.INLINE_BYTES = 100, 64
+models = [here.model_of(value) for value in range(3)]
+for number in itertools.count():
+    model_files.write_model(models[number % 3], {path!r}, "test")
+    number or print(flush=True)
+"""
+
+
+def kill_writers(folder, delays):
+    path = folder / "model.onnx"
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
+    for delay in delays:
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        assert len(set(array(load_file(path).graph.initializers["first"]).flat)) == 1
+    write_model(model_of(1), path, "test")
+    assert {file.name for file in folder.iterdir()} == {"model.onnx", *(file.name for file in data_files(path))}
+    assert len(data_files(path)) == 1
+
+
+def test_a_writer_killed_anywhere_leaves_a_model_with_its_weights(tmp_path, small_limit):
+    kill_writers(tmp_path, [0.001, 0.004])
+
+
+@pytest.mark.sweep
+def test_writers_killed_at_many_places_leave_a_model_with_its_weights(tmp_path, small_limit):
+    kill_writers(tmp_path, np.random.default_rng(0).uniform(0, 0.03, 20))
+
+
+def test_a_temporary_folder_without_room_is_a_sentence(tmp_path, small_limit, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    real = Path.write_bytes
+
+    def full(path, data):
+        if path.suffix == ".onnx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        ptq.PTQError, match=r"expected room for .* bytes, got No space left .*or set TMPDIR to a folder"
+    ):
+        open_model(two_products())
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -353,8 +354,8 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, converted, sm
         raise OSError("disk full")
 
     monkeypatch.setattr(model_files, "PROTOBUF_LIMIT", limit)
-    monkeypatch.setattr(onnx, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(ptq.PTQError, match="disk full"):
         ptq.export_onnx(converted, tmp_path / "model.onnx", small_images[:1])
     assert not list(tmp_path.iterdir())
 

@@ -242,3 +242,14 @@ def test_parameters_may_have_any_name(name, exported, small_images):
         torch.testing.assert_close(traced(small_images, small_images), model(small_images, small_images))
     prepared = ptq.prepare_fx(model, QUICK, (small_images, small_images))
     ptq.calibrate(prepared, [{name: small_images, "image": small_images}], progress=False)
+
+
+def test_models_are_as_deep_as_python_lets_them_be(small_vit, small_images, tmp_path):
+    """A tracer, a copy and an exporter make several calls for one call of the model's own."""
+    model: nn.Module = small_vit
+    for _ in range(150):
+        model = nn.Sequential(model)
+    before = sys.getrecursionlimit()
+    converted = ptq.quantize(model.eval(), small_images, qconfig_mapping=QUICK, progress=False)
+    ptq.export_onnx(converted, tmp_path / "model.onnx", small_images)
+    assert sys.getrecursionlimit() == before

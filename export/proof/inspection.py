@@ -11,10 +11,10 @@ import onnx_ir as ir
 import onnxruntime
 
 from ptq4vit_fx import names
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import failure, printable
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
-from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.nodes import DEQUANTIZE, array, kind_of, name_of
 from ptq4vit_fx.export.proof.instructions import Instructions, cpu_instructions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
@@ -67,8 +67,8 @@ class FileReport:
     wide_weights: int
 
     def to_json(self) -> str:
-        """Return everything as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        """Return everything as JSON text, of which a terminal obeys nothing: names come out of the file."""
+        return json.dumps(asdict(self), indent=1).replace("\x7f", r"\u007f")
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in self.inputs.items())
@@ -88,7 +88,7 @@ class FileReport:
         lines.append(str(self.cpu))
         if self.cpu.saturates:
             lines.append(f"  {self._saturation()}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _saturation(self) -> str:
         if not self.wide_weights:
@@ -105,25 +105,31 @@ def inspect_file(path: str | os.PathLike[str]) -> FileReport:
     Raises PTQError if the file does not come from this package, or if a site of its plan is not in its graph.
     """
     model = load_file(path)
+    with unreadable("inspect", path, "a file that export_onnx wrote"):
+        return _report(model, str(path))
+
+
+def _report(model: ir.Model, path: str) -> FileReport:
     properties = model.metadata_props
     if PLAN_KEY not in properties:
         raise failure(
             "inspect",
-            str(path),
+            path,
             expected="a file with a quantization plan",
             got="none in its metadata",
             do="pass a file that export_onnx wrote",
         )
-    plan = QuantPlan.from_json(properties[PLAN_KEY])
-    stored = stored_sites(model)
+    plan = QuantPlan.from_json(properties[PLAN_KEY], "inspect", path)
+    graph = _with_planned_reasons(runtime_graph(model), plan)  # first: the runtime knows what is wrong with a graph
+    stored = stored_sites(model, "inspect", path)
     return FileReport(
-        version=properties[VERSION_KEY],
-        target=properties[TARGET_KEY],
-        calibration=properties[CALIBRATION_KEY],
+        version=properties.get(VERSION_KEY, "unknown"),
+        target=properties.get(TARGET_KEY, "unknown"),
+        calibration=properties.get(CALIBRATION_KEY, "unknown"),
         inputs={name_of(value): _shape(value) for value in model.graph.inputs},
-        sites=tuple(_record(site, quantizer, stored) for site, quantizer in plan.quantizers.items()),
+        sites=tuple(_record(site, quantizer, stored, path) for site, quantizer in plan.quantizers.items()),
         float_ops=plan.float_ops,
-        graph=_with_planned_reasons(runtime_graph(model), plan),
+        graph=graph,
         runtime=onnxruntime.__version__,
         cpu=cpu_instructions(),
         wide_weights=_wide_weights(model),
@@ -145,13 +151,13 @@ def _shape(value: ir.Value) -> tuple[int | str, ...]:
     return tuple(size if isinstance(size, int) else "any" for size in value.shape or ())
 
 
-def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite]) -> SiteRecord:
+def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite], path: str) -> SiteRecord:
     scopes = [names.branch(site, part) for part in (names.RANGES if isinstance(quantizer, TwinUniform) else (None,))]
     missing = [scope for scope in scopes if scope not in stored]
     if missing:
         raise failure(
             "inspect",
-            f"site {missing[0]}",
+            f"{path}: site {missing[0]}",
             expected="a quantizer or a weight of that name in the graph",
             got="none",
             do="export the file again: another program has rewritten its graph or its names",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.nodes import Array
-from ptq4vit_fx.export.proof.outputs import feed, filled
+from ptq4vit_fx.export.proof.outputs import filled, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
@@ -116,14 +116,21 @@ def compare_layers(
     file with a dynamic batch must do both. A file of a fixed batch runs whole batches, the last one filled up. plain:
     `open_session(path)`.
     """
+    with unreadable("verify_onnx", path, "the sites of this model"):
+        return _compare(converted, str(path), plain, batches, images)
+
+
+def _compare(
+    converted: GraphModule, path: str, plain: onnxruntime.InferenceSession, batches: Iterable[Inputs], images: int
+) -> Layers:
     model = exact_here(load_file(path))
-    stored = stored_sites(model)
+    stored = stored_sites(model, "verify_onnx", path)
     read = tuple({site.tensor for site in stored.values() if site.codes is None})
     add_outputs(model, read)
     session = open_model(model)
     simulation = _Simulation(copy.deepcopy(converted).cpu(), stored)
-    fixed = session.get_inputs()[0].shape[0]
-    at_once = fixed if isinstance(fixed, int) else 1
+    fixed = fixed_batch("verify_onnx", path, session)
+    at_once = fixed or 1
     waiting, disturbed = _first_images(batches, images, cut=at_once != fixed), False
     while waiting:
         whole = waiting.pop(0)
@@ -131,9 +138,9 @@ def compare_layers(
         if len(whole[0]) > at_once:
             waiting.insert(0, tuple(x[at_once:] for x in whole))
         batch = filled(batch, at_once if at_once == fixed else 0)
-        fed = feed(session, batch)
-        logits = plain.run(None, fed)
-        outputs = session.run(None, fed)
+        fed = [x.cpu().numpy() for x in batch]
+        logits = run("verify_onnx", path, plain, fed)
+        outputs = run("verify_onnx", path, session, fed)
         disturbed |= any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(logits, outputs, strict=False))
         if at_once != fixed:
             at_once = max(1, CODES_AT_ONCE * len(batch[0]) // max(1, sum(array.nbytes for array in outputs)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,17 @@ from onnxruntime import InferenceSession
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import PTQError, failure, reason_of
 from ptq4vit_fx.export.metadata import own_outputs
+from ptq4vit_fx.inputs.sizes import check_fits
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 
 Array = NDArray[Any]
+
+FLOAT_BYTES = 4
+#: An image is held by PyTorch, by NumPy and by the runtime.
+COPIES = 3
 
 
 @dataclass
@@ -80,21 +86,54 @@ def outputs_of_file(path: str, session: InferenceSession, batches: list[Inputs],
     """
     names = own_names(path, session, own)
     images = Images(path)
-    for batch, kept in pieces(batches, session):
-        try:
-            results = session.run(None, feed(session, batch))
-        except Exception as error:
-            raise _refused(path, session, batch, error) from error
+    for batch, kept in pieces(batches, fixed_batch("verify_onnx", path, session)):
+        results = run("verify_onnx", path, session, [x.cpu().numpy() for x in batch])
         images.add(dict(zip(names, results, strict=True)), len(batch[0]), kept)
     return images.outputs()
+
+
+def run(operation: str, path: str, session: InferenceSession, inputs: Sequence[Array]) -> list[Array]:
+    """Return the outputs of a file; inputs: its own, in their order.
+
+    Raises PTQError if the runtime refuses them or fails, and on outputs that are no arrays of numbers.
+    """
+    try:
+        entries = [entry.name for entry in session.get_inputs()]
+        results: list[Array] = session.run(None, dict(zip(entries, inputs, strict=True)))
+    except Exception as error:
+        raise _refused(operation, path, session, inputs, error) from error
+    for entry, result in zip(session.get_outputs(), results, strict=True):
+        if not isinstance(result, np.ndarray) or result.dtype.kind not in "fiub":
+            do = "export it with output_names= of the others"
+            raise failure(operation, f"{path}: output {entry.name}", expected="numbers", got=entry.type, do=do)
+    return results
+
+
+def fixed_batch(operation: str, path: str, session: InferenceSession) -> int | None:
+    """Return the only number of images that a file takes, None if it takes any.
+
+    Raises PTQError on a file without inputs, and on a number that no memory holds.
+    """
+    shapes = [entry.shape for entry in session.get_inputs()]
+    size = shapes[0][0] if shapes and shapes[0] else None
+    if not shapes or (isinstance(size, int) and size < 1):
+        got = f"inputs of shape {' and '.join(map(str, shapes))}" if shapes else "no inputs"
+        do = "export it again from an example of one image or more"
+        raise failure(operation, path, expected="a file that takes images", got=got, do=do)
+    if not isinstance(size, int):
+        return None
+    values = sum(math.prod(length for length in shape if isinstance(length, int)) for shape in shapes)
+    what = f"the {size} images that the file takes at once"
+    check_fits(operation, path, COPIES * FLOAT_BYTES * values, what=what, do="export it with a smaller batch=")
+    return size
 
 
 def own_names(path: str, session: InferenceSession, own: list[str]) -> list[str]:
     """Return the names that the outputs of a file have in the converted model: by what it says, or by their order."""
     found = [entry.name for entry in session.get_outputs()]
-    said = own_outputs(session.get_modelmeta().custom_metadata_map)
+    said = own_outputs(session.get_modelmeta().custom_metadata_map, "verify_onnx", path)
     names = [said.get(name, name) for name in found]
-    if set(names) <= set(own):
+    if set(names) <= set(own) and len(set(names)) == len(names) > 0:
         return names
     if len(found) == len(own):
         return own
@@ -102,13 +141,12 @@ def own_names(path: str, session: InferenceSession, own: list[str]) -> list[str]
     raise failure("verify_onnx", path, expected=f"outputs {', '.join(own)}", got=", ".join(found), do=do)
 
 
-def pieces(batches: list[Inputs], session: InferenceSession) -> Iterator[tuple[Inputs, int]]:
-    """Yield batches as the file takes them, with the number of images that count."""
-    size = session.get_inputs()[0].shape[0] if session.get_inputs()[0].shape else None
+def pieces(batches: list[Inputs], size: int | None) -> Iterator[tuple[Inputs, int]]:
+    """Yield batches as a file of such a fixed batch takes them, with the number of images that count."""
     for batch in batches:
-        for start in range(0, len(batch[0]), size) if isinstance(size, int) else (0,):
-            part = tuple(x[start : start + size] for x in batch) if isinstance(size, int) else batch
-            yield filled(part, size if isinstance(size, int) else 0), len(part[0])
+        for start in (0,) if size is None else range(0, len(batch[0]), size):
+            part = batch if size is None else tuple(x[start : start + size] for x in batch)
+            yield filled(part, size or 0), len(part[0])
 
 
 def filled(batch: Inputs, size: int) -> Inputs:
@@ -117,17 +155,13 @@ def filled(batch: Inputs, size: int) -> Inputs:
     return tuple(torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in batch) if missing else batch
 
 
-def feed(session: InferenceSession, batch: Inputs) -> dict[str, Array]:
-    """Return what a session is fed: its inputs are those of the model, in order."""
-    names = [entry.name for entry in session.get_inputs()]
-    return {name: x.cpu().numpy() for name, x in zip(names, batch, strict=True)}
-
-
-def _refused(path: str, session: InferenceSession, batch: Inputs, error: Exception) -> PTQError:
-    given, reason = ", ".join(str(tuple(x.shape)) for x in batch), " ".join(str(error).split())
+def _refused(
+    operation: str, path: str, session: InferenceSession, inputs: Sequence[Array], error: Exception
+) -> PTQError:
+    given, reason = ", ".join(f"{x.shape} {x.dtype}" for x in inputs), reason_of(error)
     if isinstance(error, (InvalidArgument, ValueError)):
-        wanted = ", ".join(f"{entry.name} {entry.shape}" for entry in session.get_inputs())
+        wanted = ", ".join(f"{entry.name} {entry.shape} {entry.type}" for entry in session.get_inputs())
         do = "pass images of the size that was exported"
-        return failure("verify_onnx", path, expected=f"inputs of shape {wanted}", got=f"{given} ({reason})", do=do)
+        return failure(operation, path, expected=f"inputs of shape {wanted}", got=f"{given} ({reason})", do=do)
     do = "look at that node in the file; if it is a reshape that fixes the number of images, export with batch="
-    return failure("verify_onnx", path, expected=f"a file that runs on inputs {given}", got=reason, do=do)
+    return failure(operation, path, expected=f"a file that runs on inputs {given}", got=reason, do=do)

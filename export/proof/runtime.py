@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,17 +12,26 @@ import onnxruntime
 
 from ptq4vit_fx.export.containers import to_unsigned, to_unsigned_weights
 from ptq4vit_fx.export.integer_products import to_integer_products, to_qdq_products
-from ptq4vit_fx.export.model_files import is_too_large, load_file, message_of, save_with_data
+from ptq4vit_fx.export.model_files import (
+    is_too_large,
+    load_file,
+    message_of,
+    save_with_data,
+    tensors_of,
+    unreadable,
+)
+from ptq4vit_fx.files import scratch
 
 
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
     exact: open what `exact_here` makes of it; with exact=False the file runs as it is. threads: 0 lets the runtime
-    choose. Raises PTQError if the file cannot be read.
+    choose. Raises PTQError if the file cannot be read, or if the runtime refuses it.
     """
     model = load_file(path)
-    return open_model(exact_here(model) if exact else model, threads)
+    with unreadable("open in ONNX Runtime", path, "a model that it opens"):
+        return open_model(exact_here(model) if exact else model, threads)
 
 
 def open_model(
@@ -38,20 +45,22 @@ def open_model(
     options, providers = options or quiet_options(threads), ["CPUExecutionProvider"]
     if not is_too_large(model):
         return onnxruntime.InferenceSession(message_of(model).SerializeToString(), options, providers=providers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch("open in ONNX Runtime", sum(tensor.nbytes for tensor in tensors_of(model))) as folder:
+        path = folder / "model.onnx"
         save_with_data(model, path)
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def exact_here(model: ir.Model) -> ir.Model:
-    """Return a copy with the same values that no kernel of this CPU gets wrong.
+    """Return a model with the same values that no kernel of this CPU gets wrong.
 
-    On a CPU whose u8 x s8 kernels saturate, int8 weights and activations are uint8 in it, which takes the slower
-    kernels that do not; elsewhere nothing is changed.
+    On a CPU whose u8 x s8 kernels saturate it is a copy whose int8 weights and activations are uint8, which takes the
+    slower kernels that do not; elsewhere it is the model itself.
     """
+    if not products_saturate():
+        return model
     copy = model.clone()
-    for step in (to_qdq_products, to_unsigned, to_unsigned_weights, to_integer_products) if products_saturate() else ():
+    for step in (to_qdq_products, to_unsigned, to_unsigned_weights, to_integer_products):
         step(copy)
     return copy
 
@@ -59,15 +68,15 @@ def exact_here(model: ir.Model) -> ir.Model:
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it raises says the same; its log shows names of the file as they are
     return options
 
 
 def optimized(model: ir.Model) -> ir.Model:
     """Return the graph that ONNX Runtime makes of a model on this machine, without its large weights."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("optimize in ONNX Runtime", sum(tensor.nbytes for tensor in tensors_of(model))) as folder:
         options = quiet_options()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
         if is_too_large(model):  # the optimized copy is too large as well
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, "optimized.data")

@@ -8,7 +8,7 @@ whether a file computes what was simulated takes these functions from the same l
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 
+from ptq4vit_fx.export.float_types import compute_in_float32
 from ptq4vit_fx.export.proof.runtime import open_model
 
+#: The types that the runtime and NumPy have; what is in another one is left to PyTorch.
+TYPES = (torch.float32, torch.float64, torch.float16)
 #: The newest opset in which one of these functions changed (Gelu).
 OPSET = 20
 
@@ -30,8 +33,8 @@ class RuntimeFunctions(Interpreter):
     """Runs a converted model in PyTorch, but layer_norm, softmax and gelu in ONNX Runtime's kernels.
 
     An addition in front of one of them runs in the same session, because the runtime may fuse the two into a kernel
-    with another last bit (SkipLayerNormalization, BiasGelu). The result is float32 on the CPU; all other nodes run as
-    they are.
+    with another last bit (SkipLayerNormalization, BiasGelu). The result is on the CPU; all other nodes run as they
+    are, and so do functions of values in several types, or in one that is not of TYPES.
     """
 
     def __init__(self, converted: GraphModule) -> None:
@@ -56,7 +59,10 @@ class RuntimeFunctions(Interpreter):
 
     def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         translation = self._translations.get(target)
-        return super().call_function(target, args, kwargs) if translation is None else translation(*args, **kwargs)
+        if translation is not None and _type_of((*args, *kwargs.values())) in TYPES:
+            return translation(*args, **kwargs)
+        plain = tuple(x.lhs + x.rhs if isinstance(x, _Sum) else x for x in args)
+        return super().call_function(target, plain, kwargs)
 
     def _layer_norm(
         self,
@@ -66,11 +72,14 @@ class RuntimeFunctions(Interpreter):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        scale = torch.ones(tuple(normalized_shape)) if weight is None else weight
-        offset = torch.zeros(tuple(normalized_shape)) if bias is None else bias
+        dtype = _type_of((x,))
+        scale = torch.ones(tuple(normalized_shape), dtype=dtype) if weight is None else weight
+        offset = torch.zeros(tuple(normalized_shape), dtype=dtype) if bias is None else bias
         return self._run("LayerNormalization", x, scale, offset, axis=-len(normalized_shape), epsilon=eps)
 
-    def _softmax(self, x: Tensor | _Sum, dim: int = -1, **_: Any) -> Tensor:
+    def _softmax(self, x: Tensor | _Sum, dim: int = -1, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        if dtype not in (None, _type_of((x,))):
+            x = (x.lhs + x.rhs if isinstance(x, _Sum) else x).to(dtype)
         return self._run("Softmax", x, axis=dim)
 
     def _gelu(self, x: Tensor | _Sum, approximate: str = "none") -> Tensor:
@@ -79,10 +88,10 @@ class RuntimeFunctions(Interpreter):
     def _run(self, name: str, x: Tensor | _Sum, *others: Tensor, **attributes: Any) -> Tensor:
         first = [x.lhs, x.rhs] if isinstance(x, _Sum) else [x]
         arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in (*first, *others)]
-        shapes = tuple(array.shape for array in arrays)
-        key = (name, len(first), shapes, *attributes.items())
+        shapes, kind = tuple(array.shape for array in arrays), ir.DataType.from_numpy(arrays[0].dtype)
+        key = (name, len(first), shapes, kind, *attributes.items())
         if key not in self._sessions:
-            self._sessions[key] = _session(name, len(first), shapes, attributes)
+            self._sessions[key] = _session(name, len(first), shapes, kind, attributes)
         return torch.from_numpy(self._sessions[key].run(None, {f"x{i}": array for i, array in enumerate(arrays)})[0])
 
 
@@ -100,13 +109,22 @@ def _is_sum_for_one_user(node: Any) -> bool:
     return len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args) and not node.kwargs
 
 
+def _type_of(arguments: Iterable[Any]) -> torch.dtype | None:
+    """Return the type of the tensors among arguments, None if they have several."""
+    tensors = [t for x in arguments for t in ((x.lhs, x.rhs) if isinstance(x, _Sum) else (x,)) if isinstance(t, Tensor)]
+    types = {tensor.dtype for tensor in tensors}
+    return types.pop() if len(types) == 1 else None
+
+
 def _session(
-    name: str, terms: int, shapes: tuple[tuple[int, ...], ...], attributes: dict[str, Any]
+    name: str, terms: int, shapes: tuple[tuple[int, ...], ...], kind: ir.DataType, attributes: dict[str, Any]
 ) -> onnxruntime.InferenceSession:
     """Return a session that runs one operator on inputs x0, x1, ..., the first two added if terms is 2."""
-    inputs = [ir.val(f"x{number}", ir.DataType.FLOAT, shape) for number, shape in enumerate(shapes)]
+    inputs = [ir.val(f"x{number}", kind, shape) for number, shape in enumerate(shapes)]
     nodes = [ir.node("Add", inputs[:2])] if terms == 2 else []
     first = nodes[0].outputs[0] if nodes else inputs[0]
-    nodes.append(ir.node(name, [first, *inputs[terms:]], attributes, outputs=[ir.val("y", ir.DataType.FLOAT)]))
+    nodes.append(ir.node(name, [first, *inputs[terms:]], attributes, outputs=[ir.val("y", kind)]))
     graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": OPSET}, name=name)
-    return open_model(ir.Model(graph, ir_version=9))
+    model = ir.Model(graph, ir_version=9)
+    compute_in_float32(model)  # as in every file
+    return open_model(model)

@@ -12,7 +12,8 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import batches_for
-from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.errors import failure, printable
+from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
 from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_model
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
@@ -67,7 +68,7 @@ class Comparison:
         )
 
 
-@np.errstate(invalid="ignore")  # infinity on one side alone
+@np.errstate(invalid="ignore", over="ignore")  # infinity, or numbers close to it
 def compare(simulated: Array, actual: Array) -> Comparison:
     """Compare two sets of logits, (images, classes) float32 each; or of other outputs (images, ...) of any type."""
     tiny = np.finfo(np.float32).tiny
@@ -193,7 +194,7 @@ class VerifyReport:
             f"{len(self.graph.integer_products)} products run as integers, {len(self.graph.float_products)} in float"
         )
         lines += [f"  float: {name}: {reason}" for name, reason in self.graph.float_products.items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _explanation(self) -> str:
         if self.simulation.bit_equal == 1.0:
@@ -204,6 +205,16 @@ class VerifyReport:
                 "the two libraries round the functions differently, and quantizers amplify the last bit"
             )
         return "more than these functions differs: other float operators, or products that stay float (see below)"
+
+
+def _check_sizes(path: str, simulated: Mapping[str, Array], actual: Mapping[str, Array]) -> None:
+    """Raise PTQError if an output of a file has other numbers of images or values than that of the model."""
+    for name, theirs in actual.items():
+        mine = simulated[name]
+        if (len(mine), mine.size) != (len(theirs), theirs.size):
+            got, do = f"{theirs.shape}", "pass the file that was exported from this model"
+            subject = f"{path}: output {name}"
+            raise failure("verify_onnx", subject, expected=f"the model's shape {mine.shape}", got=got, do=do)
 
 
 @independent_of_caller()
@@ -226,10 +237,13 @@ def verify_onnx(
     actual = outputs_of_file(str(path), session, batches, list(simulated))
     plain = open_session(path, exact=False) if saturating else None
     default = actual if plain is None else outputs_of_file(str(path), plain, batches, list(simulated))
+    _check_sizes(str(path), simulated, actual)
+    with unreadable("verify_onnx", path, "a graph of products"):
+        graph = runtime_graph(load_file(path))
     return VerifyReport(
         simulation=compare_outputs(simulated, actual),
         same_functions=compare_outputs(alike, actual),
-        graph=runtime_graph(load_file(path)),
+        graph=graph,
         saturating=saturating,
         default_agreement=compare_outputs(simulated, default).agreement,
         code_comparison=compare_layers(here, path, session, batches, layers) if layers > 0 else None,

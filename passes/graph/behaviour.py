@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.passes.graph.causes import place_of, rejected
+from ptq4vit_fx.passes.graph.causes import rejected
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.model_call import ModelCall
 from ptq4vit_fx.passes.graph.outputs import is_dense
+from ptq4vit_fx.passes.graph.randomness import RandomCalls, drawn, generator_states, random_numbers_kept
 from ptq4vit_fx.torch_state import without_fast_attention
 
 #: Where a traced GraphModule keeps the Behaviour of its model until it is prepared.
@@ -32,8 +31,8 @@ DIFFERENCE = 1e-3
 AMPLIFIED = 30.0
 LAST_BIT = 2.0**-22
 
-#: Operators that torch tags as random, whether they drop anything or not.
-FUSED = "_scaled_dot_product"
+#: So many forwards of the same images are compared where generators have moved: a draw decides now and then only.
+REPEATED = 16
 
 #: Rows of the second batch, or two for an example of as many.
 ROWS = 3
@@ -66,7 +65,7 @@ class Behaviour:
             on = f"on a batch of {len(run.inputs[0])}"
             try:
                 with measuring(self.model):
-                    outputs = tensors_of(graph_module(*run.inputs))
+                    outputs = tensors_of(graph_module(*(x.clone() for x in run.inputs)))
             except Exception as error:  # noqa: BLE001 - whatever it raises, the model does not
                 return f"{type(error).__name__} {on}: {error}".splitlines()[0]
             if [x.shape for x in outputs] != [x.shape for x in run.outputs]:
@@ -78,7 +77,7 @@ class Behaviour:
         return None
 
     def _made_of_the_last_bit(self, run: Run) -> float:
-        moved = tuple(x * (1 + LAST_BIT) if x.is_floating_point() else x for x in run.inputs)
+        moved = tuple(x * (1 + LAST_BIT) if x.is_floating_point() else x.clone() for x in run.inputs)
         with measuring(self.model):
             return distance(tensors_of(self.call(self.model, *moved)), run.outputs)
 
@@ -98,7 +97,7 @@ def sizes_on_another_batch(graph_module: GraphModule, nodes: Collection[Node]) -
             return result
 
     with measuring(behaviour.model):
-        Sizes(graph_module).run(*behaviour.runs[1].inputs)
+        Sizes(graph_module).run(*(x.clone() for x in behaviour.runs[1].inputs))
     return sizes
 
 
@@ -124,12 +123,6 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """Run a model as it is traced: without gradients and fused layers; the caller's random numbers stay his."""
     with exclusive(), random_numbers_kept(model), torch.no_grad(), without_fast_attention():
         yield
-
-
-def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Give back the state of torch's random generators behind what a model draws, on the CPU and on its devices."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices=list(devices))
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
@@ -175,17 +168,22 @@ def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -
     inputs = tuple(x.detach().to(device, torch.float32 if x.is_floating_point() else x.dtype).clone() for x in example)
     try:
         with measuring(model):
+            before = generator_states(model)
             output = replace(call, keys=True)(model, *(x.clone() for x in inputs))
+            after = generator_states(model)
             call = replace(call, keys=is_dense(output))
-            first, again = Run(inputs, tensors_of(output)), _run(model, call, inputs)
+            first = Run(inputs, tensors_of(output))
+            differs = any(_differ(_run(model, call, inputs), first) for _ in range(1 if after == before else REPEATED))
     except PTQError:
         raise
     except Exception as error:
         raise rejected(model, inputs, error) from error
-    if [x.shape for x in first.outputs] != [x.shape for x in again.outputs] or (
-        distance(again.outputs, first.outputs) > DIFFERENCE
-    ):
-        raise _random(model, call, inputs)
+    if not first.outputs:
+        got, do = f"an output without one, {type(output).__name__}", "return the tensors that the model computes"
+        raise failure("prepare_fx", type(model).__name__, expected="a tensor in the output", got=got, do=do)
+    generator = drawn(before, after)
+    if differs or generator:
+        raise _random(model, call, inputs, generator)
     try:
         with measuring(model):
             second = _run(model, call, other_rows(inputs))
@@ -218,29 +216,22 @@ def _other_rows(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([row.roll(number, -1) * (1 - number / 8) for number, row in enumerate(x)])
 
 
-def _random(model: nn.Module, call: ModelCall, inputs: tuple[Tensor, ...]) -> PTQError:
-    with measuring(model), _RandomCalls(model) as calls:
-        call(model, *inputs)
+def _differ(run: Run, first: Run) -> bool:
+    if [x.shape for x in run.outputs] != [x.shape for x in first.outputs]:
+        return True
+    return distance(run.outputs, first.outputs) > DIFFERENCE
+
+
+def _random(model: nn.Module, call: ModelCall, inputs: tuple[Tensor, ...], generator: str) -> PTQError:
+    """Return the error of a model that computes something else each time; generator: that it draws from, if known."""
+    with measuring(model), RandomCalls(model) as calls:
+        call(model, *(x.clone() for x in inputs))
     got = "two outputs for the same images, without a random operator of torch"
     do = "take out what it keeps from one forward to the next, or draws from numpy or random"
-    if calls.found:
+    if generator:
+        got, do = f"a forward that draws from {generator}", "switch that off in evaluation mode (if self.training: ...)"
+    elif calls.found:
         got = f"two outputs for the same images: {calls.found[0]}"
         do = "switch that off in evaluation mode (F.dropout takes training=self.training)"
     expected = "a model that computes the same twice in evaluation mode"
     return failure("prepare_fx", type(model).__name__, expected=expected, got=got, do=do)
-
-
-class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operator that draws random numbers: its name, and where it is called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.found = model, list[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        drops = not name.startswith(FUSED) or any(isinstance(x, float) and x > 0 for x in args)
-        if torch.Tag.nondeterministic_seeded in func.tags and drops:
-            place = place_of(traceback.walk_stack(None), self.model)
-            self.found.append(f"{name} is random in {place}")
-        return func(*args, **(kwargs or {}))

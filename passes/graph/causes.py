@@ -133,9 +133,23 @@ NUMPY = Cause(
     "a forward that computes with torch",
     "compute with torch what that line computes with NumPy, or keep its module closed with leaf_modules=",
 )
+ITERATION = Cause(
+    r"Proxy object cannot be iterated",
+    "a forward that goes through its inputs as tensors",
+    "take one tensor per input where the line takes a list of them, and compute on it whole; or keep its module closed "
+    "with leaf_modules=",
+)
+TYPE = Cause(
+    r"[Uu]nexpected type .*Proxy|Proxy.*(should|must) be|should be .*(Tensor|PIL).*Proxy",
+    "a forward that does not look at the type of its tensors",
+    "leave the check of the type out of that line (of torchvision's transforms, those of v2 do without), or keep its "
+    "module closed with leaf_modules=",
+)
 #: Exceptions of tracers, in their order.
 TRACING = (
     BATCH,
+    ITERATION,
+    TYPE,
     Cause(
         r"[Ff]ake impl|Unsupported|meta kernel|not implemented for Meta|'Meta' (device|backend)",
         "operators that torch.export knows the shapes of",
@@ -181,10 +195,14 @@ def failed(error: BaseException, model: nn.Module, places: Sequence[str] = ()) -
     return Failed(place_of(frames_of(error), model), said(error), cause, error)
 
 
+#: Causes of the second tracer that may be another's consequence: the first one tells more.
+LATE = (VALUES, UNTRACEABLE, DIFFERS)
+
+
 def neither(last: Failed, first: Failed | None) -> PTQError:
     """Return the error of a model that no tracer gets through; what names the cause is told first."""
     main, other = last, first
-    if first is not None and last.cause in (VALUES, UNTRACEABLE, DIFFERS) and first.cause is not DIFFERS:
+    if first is not None and last.cause in LATE and first.cause is not DIFFERS:
         main, other = first, last
     error = failure("trace", main.where, expected=main.cause.expected, got=main.got, do=main.cause.do)
     if other is None:

@@ -111,7 +111,9 @@ def calibration_of(graph_module: GraphModule) -> Calibration | None:
 
 def stage_of(graph_module: GraphModule) -> Stage | None:
     """Return the stage of a graph, None if no pass of this package has touched it."""
-    return graph_module.meta.get("ptq4vit_stage")
+    # A subclass of another package may have no meta: torchvision's feature extractor never calls GraphModule.__init__.
+    meta: dict[str, Any] = getattr(graph_module, "meta", {})
+    return meta.get("ptq4vit_stage")
 
 
 def history(graph_module: GraphModule) -> tuple[Rewrite, ...]:

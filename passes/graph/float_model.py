@@ -28,6 +28,8 @@ QUANTIZED = (
     "bitsandbytes",
     "torchao",
 )
+#: Modules of torch.ao that prepare a model for quantization, where they stand in it or around its weights.
+OBSERVING = ("torch.ao.quantization.fake_quantize", "torch.ao.quantization.observer", "torch.ao.nn.qat")
 
 
 def float_model(model: Any) -> nn.Module:
@@ -92,6 +94,9 @@ def _check_module(path: str, module: nn.Module) -> None:
     if type(module).__module__.startswith(QUANTIZED):
         got = f"{type(module).__module__}.{type(module).__name__}, which is quantized already"
         raise _refusal(where, got, "pass the model before its quantization")
+    if any(kind.__module__.startswith(OBSERVING) for kind in type(module).__mro__):
+        got = f"a {type(module).__name__}: the model is prepared for quantization"
+        raise _refusal(where, got, "pass the model as it was before prepare_qat, prepare or prepare_fx")
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from ptq4vit_fx.product_forms import PRODUCTS, ProductKind
 _PRODUCT = "ptq4vit_op"
 #: torch's own key: path -> (path, type), the innermost last.
 SCOPES = "nn_module_stack"
+#: What torch.export writes as the scope of nodes that it made itself: the one scope that is no path of the model.
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 def kind_of(node: Node) -> ProductKind | None:
@@ -47,7 +49,7 @@ def scope_of(node: Node) -> str:
 
 def scopes_of(node: Node) -> list[str]:
     """Return the scopes of a node, the innermost last."""
-    return [path for path, _ in node.meta.get(SCOPES, {}).values()]
+    return [path for path, _ in node.meta.get(SCOPES, {}).values() if path != NO_MODULE]
 
 
 def put_in_scope(node: Node, like: Node, scope: str | None = None) -> Node:

@@ -48,14 +48,14 @@ class OperatorWatch(TorchDispatchMode):
 
     def hidden_in(self, node: Node, operands: Any, result: Any) -> str:
         """Return what the node that ran since `start` hides, "" if nothing."""
-        if self.opaque or self.computes or not _is_foreign(node.target):
+        if self.opaque or self.computes or not is_foreign(node.target):
             return self.opaque
         reads = sum(isinstance(x, Tensor) for x in tree_leaves(operands))
         makes = any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(result))
         return str(getattr(node.target, "__name__", node.target)) if reads > 1 and makes else ""
 
 
-def _is_foreign(target: Any) -> bool:
+def is_foreign(target: Any) -> bool:
     """Return whether this is a function of neither torch nor Python: of an extension, or of the model's own."""
     if not isinstance(target, types.FunctionType | types.BuiltinFunctionType):
         return False

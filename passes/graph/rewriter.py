@@ -35,6 +35,10 @@ class Writer:
         """Insert a call of a function."""
         return self._insert(self.place.graph.call_function, function, args, kwargs)
 
+    def method(self, name: str, *args: Any) -> Node:
+        """Insert a call of a method of the first argument."""
+        return self._insert(self.place.graph.call_method, name, args)
+
     def module(self, path: str, *args: Any) -> Node:
         """Insert a call of a module of the graph."""
         return self._insert(self.place.graph.call_module, path, args)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -34,12 +34,16 @@ CALL = "ptq4vit_call"
 #: Where a GraphModule keeps the results of calls that were computed.
 KNOWN = "ptq4vit_known_results"
 EXAMPLE_BATCH = "ptq4vit_example_batch"
+#: Where a placeholder notes that the graph writes into the tensor that it is given.
+WRITTEN = "ptq4vit_written"
 
 #: Results other than tensors that are kept as they are.
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
-#: torch.nn's modules that are one product; others (nn.MultiheadAttention) are several, and can be opened.
-SINGLE_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+#: torch.nn's modules that are one operator; others (nn.MultiheadAttention) are several, and can be opened.
+SINGLE_PRODUCTS = (nn.Linear, nn.Bilinear, nn.LSTM, nn.modules.conv._ConvNd)
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Shape:
 def shape_of(node: Node) -> tuple[int, ...]:
     """Return the shape of a node's value on the example, () for what is no tensor."""
     return tuple(getattr(node.meta.get(RESULT), "shape", ()))
+
+
+def dtype_of(node: Node) -> torch.dtype | None:
+    """Return the type of a node's value on the example, None for what is no tensor."""
+    return getattr(node.meta.get(RESULT), "dtype", None)
 
 
 def is_tensor(node: Any) -> TypeGuard[Node]:
@@ -71,17 +80,43 @@ def _count_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
     return 2 * math.prod(outer) * rows * key[-2] * (inner + value[-1])
 
 
-#: FlopCounterMode knows the fused attention of every device but this one.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention}
+def _count_first(first: torch.Size, *_: Any, **__: Any) -> int:
+    """Return two per value of the first operand, the least that an operator does which multiplies and adds them."""
+    return 2 * math.prod(first)
+
+
+def _count_distances(first: torch.Size, second: torch.Size, p: float = 2, *_: Any, **__: Any) -> int:
+    """Return the operations of all pairs' distances, (..., n, dim) and (..., m, dim); only 2-norms multiply."""
+    return 2 * math.prod(first) * second[-2] if p == 2 else 0
+
+
+#: Operators that multiply and add, with their floating-point operations, or the least of them: FlopCounterMode knows
+#: matrix products of two matrices, convolutions, and the fused attention of other devices.
+UNCOUNTED: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    aten._cdist_forward: _count_distances,
+    aten._euclidean_dist: _count_distances,
+    **dict.fromkeys(
+        (
+            *(aten.mv, aten.addmv, aten.dot, aten.vdot, aten.addbmm, aten._int_mm, aten._sparse_addmm),
+            *(aten._trilinear, aten.conv_tbc),
+            *(aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn),
+            *(aten.linalg_matrix_exp, aten.linalg_householder_product, aten._linalg_solve_ex, aten.linalg_inv_ex),
+            *(aten.linalg_solve_triangular, aten.triangular_solve, aten.cholesky_solve, aten.cholesky_inverse),
+        ),
+        _count_first,
+    ),
+}
 
 
 @exclusive()
 def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> None:
     """Run the graph on the example and note every result. Raises PTQError if the model rejects the example."""
     device = _device(graph_module, example_inputs[0].device)
+    given = [x.to(device).clone() for x in example_inputs]
     try:
         with torch.no_grad(), without_fast_attention(), _flop_counter() as counter, OperatorWatch() as watch:
-            _Recorder(graph_module, counter, watch, whole=True).run(*(x.to(device) for x in example_inputs))
+            _Recorder(graph_module, counter, watch, whole=True).run(*given)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise failure(
             "prepare_fx",
@@ -91,6 +126,10 @@ def record_shapes(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -
             do="use the model's input size, or create it with img_size=",
         ) from error
     graph_module.meta[EXAMPLE_BATCH] = len(example_inputs[0])
+    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+    for node, now, before in zip(placeholders, given, example_inputs, strict=False):
+        # a tensor counts what writes into it or a view of it, except through x.data
+        node.meta[WRITTEN] = now._version > 0 or not torch.equal(now.nan_to_num(), before.to(device).nan_to_num())
 
 
 def propagate_shapes(graph_module: GraphModule, pass_name: str) -> None:
@@ -209,7 +248,7 @@ def _key(graph_module: GraphModule, node: Node, call: tuple[Any, ...]) -> tuple[
 
 
 def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    return FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
 
 def _device(graph_module: GraphModule, otherwise: torch.device) -> torch.device:

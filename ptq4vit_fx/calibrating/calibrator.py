@@ -18,10 +18,11 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
+from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weights_fingerprint
 from ptq4vit_fx.calibrating.losses import Loss, get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import PTQWarning, failure, printable
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.metrics import get_metric
@@ -32,7 +33,7 @@ from ptq4vit_fx.search.search_op import search_op
 from ptq4vit_fx.torch_state import full_precision_convolutions, intra_op_threads, single_threaded_pool
 
 #: What a checkpoint must share with the calibration that resumes it.
-IDENTITY = ("images_fingerprint", "weights_fingerprint", "seed", "loss", "sequential")
+IDENTITY = ("images_fingerprint", WEIGHTS_FINGERPRINT, "seed", "loss", "sequential")
 
 #: So many products are searched at the same time on a GPU, where most of the time goes into calls.
 GPU_SEARCHES = 2
@@ -126,7 +127,7 @@ def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOpt
     provenance = {
         "images": _images(batches),
         "images_fingerprint": fingerprint_tensors(x for batch in batches for x in batch),
-        "weights_fingerprint": fingerprint_tensors(prepared.state_dict().values()),
+        WEIGHTS_FINGERPRINT: weights_fingerprint(prepared),
         "seed": options.seed,
         "loss": loss,
         "sequential": options.sequential,
@@ -135,11 +136,11 @@ def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOpt
     }
     results = Calibration(plan, {}, provenance=provenance)
     if options.checkpoint is not None:
-        results = _resumed(results, options.checkpoint)
+        results = _resumed(prepared, results, options.checkpoint)
     return _Run(prepared, plan, options, devices, results)
 
 
-def _resumed(mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibration:
+def _resumed(prepared: GraphModule, mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibration:
     """Return what the checkpoint holds, or the empty calibration if there is none yet."""
     path = check_writable(checkpoint, "calibrate checkpoint=")
     if not path.exists():
@@ -155,6 +156,7 @@ def _resumed(mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibrati
             got=f"another {' and '.join(other).replace('_fingerprint', '')}",
             do="choose another path or delete the file",
         )
+    check_shapes(prepared, saved, f"calibrate: checkpoint {path}")
     return saved
 
 
@@ -177,8 +179,9 @@ class _Schedule:
 
 def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
     options, devices, left, images = run.options, run.devices, run.left, _images(batches)
-    limit = default_memory_limit(devices.model) if options.memory_limit is None else options.memory_limit
-    budget = MemoryBudget.of(run.prepared, limit)
+    limit, chosen = options.memory_limit, options.memory_limit is not None
+    limit = default_memory_limit(devices.model) if limit is None else limit
+    budget = MemoryBudget.of(run.prepared, limit, chosen=chosen)
     threads = intra_op_threads() if devices.search.type == "cpu" else GPU_SEARCHES
     searches = budget.searches(left, images, threads)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
@@ -208,7 +211,7 @@ class _Show(Protocol):
 @contextmanager
 def _progress(run: _Run) -> Iterator[_Show]:
     bar = Progress(
-        TextColumn("calibrate {task.description}"),
+        TextColumn("calibrate {task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("products,"),
@@ -217,7 +220,7 @@ def _progress(run: _Run) -> Iterator[_Show]:
     )
 
     def show(what: str, advance: int = 0) -> None:
-        bar.update(task, description=what, advance=advance)
+        bar.update(task, description=printable(what), advance=advance)
 
     with bar:
         total = len(run.plan.ops)

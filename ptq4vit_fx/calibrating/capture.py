@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.losses import Loss, check_gradient, loss_values
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.observer import ProductObserver
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product, to_product
@@ -46,6 +47,7 @@ def capture(
     """
     captured = {op.name: Captured() for op in ops}
     weights = {op.name for op in ops if op.rhs_is_weight}
+    is_written = any(overwrites(node) for node in prepared.graph.nodes)  # perhaps an operand, after it was read
 
     def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         seen = captured[name]
@@ -54,13 +56,13 @@ def capture(
         if name not in weights and out.ndim > 2:  # broadcast operands are stored once per image, like the others
             lhs = lhs.expand(*out.shape[:-2], *lhs.shape[-2:])
             rhs = rhs.expand(*out.shape[:-2], *rhs.shape[-2:])
-        seen.lhs.append(lhs.detach())
+        seen.lhs.append(lhs.detach().clone() if is_written else lhs.detach())
         if name not in weights or not seen.rhs:
-            seen.rhs.append(rhs.detach())
+            seen.rhs.append(rhs.detach().clone() if is_written else rhs.detach())
         seen.bias = None if bias is None else bias.detach()
         if with_gradient:
             if not out.requires_grad:  # nothing before this product is differentiated: start here
-                out = out.detach().requires_grad_(True)
+                out = out.detach().requires_grad_(True).clone()  # no leaf: the graph may write into it
             out.register_hook(accumulate(seen))  # type: ignore[no-untyped-call]
         return out
 
@@ -84,10 +86,22 @@ def capture(
     with recording(prepared, captured, record), recording(prepared, finished, record_quantized):
         for batch in batches:
             with torch.set_grad_enabled(with_gradient):
-                output = prepared(*batch)
+                output = _forward(prepared, batch)
             if with_gradient:
                 _differentiate(loss, output, len(batch[0]))
     return captured
+
+
+def _forward(prepared: GraphModule, batch: Inputs) -> Any:
+    """Run the model; raises PTQError where it cannot run: it has run without gradients, on images of this size."""
+    try:
+        return prepared(*batch)
+    except (PTQError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        expected, got = "a forward that runs with gradients", (str(error).splitlines() or [""])[0]
+        do = "write that call without changing a tensor in place, or keep its module closed with leaf_modules="
+        raise failure("calibrate", "the prepared model", expected=expected, got=got, do=do) from error
 
 
 def _differentiate(loss: Loss, output: Any, images: int) -> None:

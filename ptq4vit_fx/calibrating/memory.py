@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,21 @@ import psutil
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.errors import PTQWarning, some_names
+from ptq4vit_fx.batches import FIXED_BATCH
+from ptq4vit_fx.errors import PTQWarning, failure, some_names
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.plan import QuantOp
 
 #: Share of the limit that is planned with. The rest is for what the allocator keeps: ViT-L/16 planned with all of 8 GiB
 #: peaked at 8.4, planned with 0.8 of them at 7.8 (docs/calibration.md).
 PLANNED_SHARE = 0.8
+
+#: Bytes of the limit that are not planned with: steps of two searches, kernels' buffers, and pieces that the allocator
+#: keeps took 120 to 190 MiB of models of 64 pixels, however little of them was captured at a time (docs/limits.md).
+RESERVED = 150 << 20
+
+#: Searching a weight takes about this many times the bytes of the weight and of the Gram matrix of its inputs.
+WEIGHT_FACTOR = 2.6
 
 #: Searching an op takes about this many times the bytes that were captured for it: the batches put together, the
 #: float output, the quantized operand that is held fixed, the distances of a chunk.
@@ -44,17 +53,23 @@ class MemoryBudget:
     """Bytes that calibration may take beside the model, and what an image costs.
 
     limit: the part of memory_limit that is planned with. captured: op name -> bytes per image of operands and gradient.
-    backward: bytes per image of a forward and backward.
+    weights: op name -> bytes that searching its weight takes.
+    backward: bytes per image of a forward and backward. at_once: images that a forward takes at least. chosen: whether
+    the user set the limit, which then holds.
     """
 
     limit: int
     captured: dict[str, int]
+    weights: dict[str, float]
     backward: int
+    at_once: int
+    chosen: bool
 
     @staticmethod
-    def of(prepared: GraphModule, limit: int) -> MemoryBudget:
+    def of(prepared: GraphModule, limit: int, *, chosen: bool = True) -> MemoryBudget:
         """Return the budget of a prepared model, from the shapes recorded on its example."""
         captured: dict[str, int] = {}
+        weights: dict[str, float] = {}
         total = 0
         images = max(1, int(prepared.meta["ptq4vit_example_batch"]))
         for node in prepared.graph.nodes:
@@ -65,48 +80,72 @@ class MemoryBudget:
             if name is not None and node.op == "call_function":
                 tensors = [node, node.args[0]] + ([] if node.args[1].op == "get_attr" else [node.args[1]])
                 captured[name] = sum(_bytes(tensor) for tensor in tensors) // images
-        return MemoryBudget(round(PLANNED_SHARE * limit), captured, round(BACKWARD_FACTOR * total / images))
+                weights[name] = WEIGHT_FACTOR * _weight_search(node.args[1])
+        at_once = prepared.meta.get(FIXED_BATCH) or 1
+        backward = round(BACKWARD_FACTOR * total / images)
+        planned = round(PLANNED_SHARE * max(0, limit - RESERVED))
+        return MemoryBudget(planned, captured, weights, backward, at_once, chosen)
 
     def split(self, batches: Sequence[Inputs]) -> list[Inputs]:
         """Return the batches, cut so that forward and backward of one take their share of the limit at most."""
-        size = max(1, int(BACKWARD_SHARE * self.limit / max(1, self.backward)))
-        if self.backward > BACKWARD_SHARE * self.limit:
-            self._warn("forward and backward of one image", self.backward)
+        least = self.at_once * self.backward
+        size = self.at_once * max(1, int(BACKWARD_SHARE * self.limit / max(1, least)))
+        if least > BACKWARD_SHARE * self.limit:
+            what = "one image" if self.at_once == 1 else f"{self.at_once} images, which the model takes at once,"
+            self._does_not_hold(f"forward and backward of {what}", least, least / BACKWARD_SHARE)
         return [part for batch in batches for part in zip(*(torch.split(x, size) for x in batch), strict=True)]
 
     def searches(self, ops: Sequence[QuantOp], images: int, threads: int) -> int:
         """Return how many products may be searched at the same time, at most `threads`, at least one."""
-        largest = SEARCH_FACTOR * images * max((self.captured.get(op.name, 0) for op in ops), default=0)
+        largest = max((self._search(op, images) for op in ops), default=0.0)
         return max(1, min(threads, int(SEARCH_SHARE * self.limit / max(1.0, largest))))
+
+    def _search(self, op: QuantOp, images: int) -> float:
+        return SEARCH_FACTOR * images * self.captured.get(op.name, 0) + self.weights.get(op.name, 0.0)
 
     def groups(self, ops: Sequence[QuantOp], images: int, searches: int = 1) -> list[list[QuantOp]]:
         """Split the ops, in order, into groups whose capture and searches fit into the limit; at least one op each."""
         groups: list[list[QuantOp]] = []
         held, too_large = 0.0, {}
-        largest = max((self.captured.get(op.name, 0) for op in ops), default=0) * images
+        largest = max((self._search(op, images) for op in ops), default=0.0)
         for op in ops:
             need = self.captured.get(op.name, 0) * images
-            searching = SEARCH_FACTOR * (need if searches == 1 else searches * largest)
+            searching = self._search(op, images) if searches == 1 else searches * largest
             room = self.limit - max(searching, BACKWARD_SHARE * self.limit)
             if need > room:
-                too_large[op.name] = round((1 + SEARCH_FACTOR) * need)
+                too_large[op.name] = need + self._search(op, images)
             if not groups or held + need > room:
                 groups.append([])
                 held = 0.0
             groups[-1].append(op)
             held += need
         if too_large:
-            self._warn(some_names(too_large), max(too_large.values()))
+            most = max(too_large.values())
+            self._does_not_hold(some_names(too_large), most, most)
         return groups
 
-    def _warn(self, what: str, need: int) -> None:
-        limit = self.limit / PLANNED_SHARE
-        warnings.warn(
-            f"calibrate: {what} takes about {need / 2**20:.0f} MiB, memory_limit is {limit / 2**20:.0f} MiB: "
-            "it will be exceeded; use fewer images or raise it",
-            PTQWarning,
-            stacklevel=3,
-        )
+    def _does_not_hold(self, what: str, need: float, least: float) -> None:
+        """Say that `what` takes more than the limit allows; least: bytes that must be planned with."""
+        limit, least = (size / PLANNED_SHARE + RESERVED for size in (self.limit, least))
+        text = f"{what} takes about {_mib(need)}"
+        if self.chosen:
+            do = f"raise it to {_mib(least)} or more, or use fewer or smaller images"
+            raise failure("calibrate", "memory_limit", expected=f"{_mib(least)}, as {text}", got=_mib(limit), do=do)
+        message = f"calibrate: {text}, half of the free memory is {_mib(limit)}: more will be taken; use fewer images"
+        warnings.warn(message, PTQWarning, stacklevel=3)
+
+
+def _mib(size: float) -> str:
+    return f"{math.ceil(size / 2**20):,} MiB"
+
+
+def _weight_search(rhs: torch.fx.Node) -> int:
+    """Return the bytes of a weight (columns, inner) and of the Gram matrix (inner, inner), 0 of what is no weight."""
+    shape = getattr(rhs.meta.get("tensor_meta"), "shape", None)
+    if rhs.op != "get_attr" or not shape:
+        return 0
+    inner = int(shape.numel()) // int(shape[0])
+    return 4 * inner * (int(shape[0]) + inner)
 
 
 def _bytes(node: torch.fx.Node) -> int:

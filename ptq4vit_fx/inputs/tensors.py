@@ -35,7 +35,7 @@ def as_input(value: Any, operation: str, subject: str) -> Tensor:
     if x.ndim == 0:
         do = "give it the batch as first dimension"
         raise failure(operation, subject, expected="a tensor whose first dimension is the batch", got="a scalar", do=do)
-    x = x.clone() if x.is_inference() else x
+    x = x.clone() if x.is_inference() else x.resolve_neg()
     return x.float() if x.is_floating_point() else x
 
 
@@ -76,6 +76,8 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name, do = "an image of pillow", "preprocess it as the model expects: transform(image)[None]"
     elif is_shape(value):
         name, do = f"a shape, {tuple(value)}", "pass a tensor of that shape: torch.randn(shape)"
+    elif isinstance(value, (tuple, list)) and value and all(isinstance(x, (str, bytes)) for x in value):
+        name, do = f"{type(value).__name__} of {len(value)} texts", "put the images first, or pass a mapping by name"
     elif isinstance(value, (tuple, list)):
         name = f"{type(value).__name__} of {len(value)}"
         do = "put images of one size together: torch.stack(images)" if value else "pass one image or more"
@@ -85,6 +87,8 @@ def _no_tensor(value: Any, operation: str, subject: str) -> PTQError:
         name = "None"
     elif by_name(value) is not None:
         do = "pass the tensors that are in it"
+        if "example_inputs[" in subject:  # forward itself takes a mapping
+            do = "wrap the model in a module whose forward has a parameter for each tensor in it, and pass these"
     elif hasattr(value, "__iter__") or hasattr(value, "__next__"):
         do = "pass one batch of it: next(iter(loader))"
     elif callable(value):

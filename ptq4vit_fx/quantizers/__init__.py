@@ -12,16 +12,16 @@ the methods below, and a class of parameters of its own, a `QParams`. A method r
     fake_quantize(x, params)    decode(codes(x, params), params), without the integer detour
     threshold(params)           where its two ranges meet, None if it has one range
     params_from(tensors, axis)  the parameters whose `tensors()` and `axis` these are
+    check(params, place)        raises PTQError on parameters that no calibration gives, whoever made them
     describe()                  a short name for tables
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from dataclasses import fields as dataclass_fields
-from typing import Any
+from typing import Any, cast
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.records import Place, read_as
 from ptq4vit_fx.quantizers.kind import QParams, check_bits, usable_scale
 from ptq4vit_fx.quantizers.twin import TwinParams, TwinUniform
 from ptq4vit_fx.quantizers.uniform import Uniform, UniformParams
@@ -50,23 +50,10 @@ def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
     return {"kind": type(quantizer).__name__, **asdict(quantizer)}
 
 
-def quantizer_from_dict(record: dict[str, Any]) -> Quantizer:
-    """Return the quantizer of a dictionary; raises PTQError on an unknown kind or field."""
-    fields = dict(record)
-    kind = fields.pop("kind", None)
-    if kind not in KINDS:
-        raise failure(
-            "quantizer_from_dict",
-            "kind",
-            expected=" or ".join(KINDS),
-            got=repr(kind),
-            do="save the plan again with this version",
-        )
-    unknown = sorted(set(fields) - {field.name for field in dataclass_fields(KINDS[kind])})
-    if unknown:
-        expected, do = "fields that this version knows", "read it with the version that wrote it"
-        raise failure("quantizer_from_dict", kind, expected=expected, got=", ".join(unknown), do=do)
-    return KINDS[kind](**fields)
+def quantizer_from_dict(record: Any) -> Quantizer:
+    """Return the quantizer of a dictionary; raises PTQError on an unknown kind or field, or another value in one."""
+    place = Place("quantizer_from_dict", "record", do="read it with the version that wrote it")
+    return cast("Quantizer", read_as(Quantizer, record, place))
 
 
 def describe_quantizer(quantizer: Quantizer) -> str:

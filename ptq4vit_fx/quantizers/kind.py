@@ -9,7 +9,8 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import PTQError, failure, unknown_name
+from ptq4vit_fx.inputs.records import Place
 
 #: How many scales an operand has: one, one per head (axis -3), per output channel, or per group of output channels.
 Granularity = Literal["tensor", "head", "channel", "group"]
@@ -72,3 +73,32 @@ def check_bits(what: str, bits: int) -> None:
     """Raise PTQError unless bits is an integer from 2 to 8."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise failure(what, "bits", expected="an integer from 2 to 8", got=repr(bits), do="choose 8, 6 or 4")
+
+
+def check_choice(what: str, field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise PTQError unless a field has one of its values."""
+    if value not in choices:
+        raise unknown_name(what, field, value, choices)
+
+
+def check_kind(kind: type[Own], params: QParams, place: Place) -> Own:
+    """Return the parameters; raises PTQError that names the place if they are not of the quantizer's kind."""
+    if isinstance(params, kind):
+        return params
+    raise place.refusal(kind.__name__, type(params).__name__)
+
+
+def check_scale(scale: Tensor, most: int, place: Place) -> None:
+    """Raise PTQError unless scales are float32, positive, normal, and `most` steps of the largest a finite float32.
+
+    A denormal scale has fewer bits than its codes need, and hardware may take it for zero.
+    """
+    if not isinstance(scale, Tensor):
+        raise place.refusal("float32 scales", type(scale).__name__)
+    if scale.dtype is not torch.float32 or scale.numel() == 0 or scale.is_meta or scale.layout is not torch.strided:
+        raise place.refusal("float32 scales", f"{scale.dtype} of shape {tuple(scale.shape)}, {scale.device.type}")
+    limits = torch.finfo(torch.float32)
+    low, high = (float(bound) for bound in torch.aminmax(scale.detach()))
+    if not (low >= limits.tiny and high * most <= limits.max):
+        expected = f"normal positive scales, of which {most} steps are a finite float32"
+        raise place.refusal(expected, f"{low:.4g} to {high:.4g}" if low < high else f"{low:.4g}")

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE
-from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, named_tensors, own_params, usable_scale
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.records import Place
+from ptq4vit_fx.quantizers.kind import (
+    Granularity,
+    QParams,
+    check_bits,
+    check_choice,
+    check_kind,
+    check_scale,
+    named_tensors,
+    own_params,
+    usable_scale,
+)
 
 TwinForm = Literal["softmax", "gelu"]
 
@@ -73,6 +85,10 @@ class TwinUniform:
 
     def __post_init__(self) -> None:
         check_bits("TwinUniform", self.bits)
+        check_choice("TwinUniform", "form", self.form, get_args(TwinForm))
+        if not (self.minimum > 0 or self.form == "softmax") or not 0 <= self.minimum < math.inf:
+            expected, do = "above 0, how far below zero the activation goes", "write that, or leave minimum out"
+            raise failure("TwinUniform", "minimum", expected=expected, got=repr(self.minimum), do=do)
 
     @property
     def levels(self) -> int:
@@ -97,7 +113,7 @@ class TwinUniform:
         floor = self.minimum / self.steps
         coarse = usable_scale(coarse_scale.clamp_min(floor), 2 * self.steps)
         ratio = coarse.double() / floor
-        shift = torch.floor(torch.log2(ratio) + 1e-9)
+        shift = torch.floor(torch.log2(ratio) + 1e-9).clamp_min(0)  # the floor as a float32 may be below itself
         return TwinParams((coarse.double() / torch.exp2(shift)).float(), coarse)
 
     def threshold(self, params: QParams) -> Tensor:
@@ -147,6 +163,21 @@ class TwinUniform:
     def params_from(self, tensors: Mapping[str, Tensor], axis: int | None = None) -> TwinParams:
         """Return the parameters with these tensors; a twin has no axis."""
         return TwinParams(**named_tensors(tensors, ("fine_scale", "coarse_scale"), self))
+
+    def check(self, params: QParams, place: Place) -> None:
+        """Raise PTQError unless these are scales that the form has: what `softmax_params` or `gelu_params` returns."""
+        own = check_kind(TwinParams, params, place)
+        for name, scale in own.tensors().items():
+            check_scale(scale, 2 * self.steps, place.at(name))
+            if scale.ndim:
+                raise place.at(name).refusal("a scale of shape ()", f"shape {tuple(scale.shape)}")
+        fine, coarse = float(own.fine_scale), float(own.coarse_scale)
+        if fine > coarse or math.frexp(fine)[0] != math.frexp(coarse)[0]:
+            raise place.refusal("a coarse scale of 2^m fine scales, m >= 0", f"{own.describe()}")
+        if self.form == "softmax" and coarse != float(torch.tensor(1.0 / self.steps)):
+            raise place.at("coarse_scale").refusal(f"1/{self.steps}, for values up to 1", f"{coarse:.8g}")
+        if self.form == "gelu" and fine * self.steps < self.minimum * (1 - 1e-6):
+            raise place.at("fine_scale").refusal(f"steps down to {-self.minimum:.4g}", f"{self.steps} of {fine:.4g}")
 
     def describe(self) -> str:
         """Return a name such as `twin4/softmax`."""

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.quantizers.kind import Granularity, QParams, check_bits, named_tensors, own_params, usable_scale
+from ptq4vit_fx.errors import failure, quoted
+from ptq4vit_fx.inputs.records import Place
+from ptq4vit_fx.quantizers.kind import (
+    Granularity,
+    QParams,
+    check_bits,
+    check_choice,
+    check_kind,
+    check_scale,
+    named_tensors,
+    own_params,
+    usable_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class Uniform:
     that of GELU is. granularity: one scale per tensor, per head (axis -3 of an attention operand), per output channel
     of a weight, or per group of a weight's rows; `groups` is filled in by annotation (3 for a fused q/k/v projection).
 
-    Raises PTQError on other bits, a negative minimum, and a minimum of a signed grid or of several scales.
+    Raises PTQError on other bits or another granularity, a negative minimum, and a minimum of a signed grid or of
+    several scales.
     """
 
     bits: int = 8
@@ -66,7 +80,11 @@ class Uniform:
 
     def __post_init__(self) -> None:
         check_bits("Uniform", self.bits)
-        if self.minimum < 0 or (self.minimum and (self.signed or self.granularity != "tensor")):
+        check_choice("Uniform", "granularity", self.granularity, get_args(Granularity))
+        if self.groups < 1:
+            do = "leave it out, annotation counts them"
+            raise failure("Uniform", "groups", expected="1 or more", got=repr(self.groups), do=do)
+        if not 0 <= self.minimum < math.inf or (self.minimum and (self.signed or self.granularity != "tensor")):
             expected = "0 or more, and 0 if signed or if the granularity is not tensor"
             do = "write Uniform(bits, signed=False, minimum=...), or leave minimum out"
             raise failure("Uniform", "minimum", expected=expected, got=repr(self), do=do)
@@ -114,6 +132,15 @@ class Uniform:
     def params_from(self, tensors: Mapping[str, Tensor], axis: int | None = None) -> UniformParams:
         """Return the parameters with these tensors."""
         return UniformParams(**named_tensors(tensors, ("scale",), self), axis=axis)
+
+    def check(self, params: QParams, place: Place) -> None:
+        """Raise PTQError unless these are a scale without an axis or, if not per tensor, one per entry of an axis."""
+        own = check_kind(UniformParams, params, place)
+        check_scale(own.scale, self.top, place.at("scale"))
+        along = own.scale.ndim == 1 and type(own.axis) is int and self.granularity != "tensor"
+        if not along and (own.scale.ndim, own.axis) != (0, None):
+            expected = "a scale of shape ()" + ("" if self.granularity == "tensor" else ", or several along an axis")
+            raise place.at("scale").refusal(expected, f"shape {tuple(own.scale.shape)}, axis {quoted(own.axis)}")
 
     def describe(self) -> str:
         """Return a name such as `uniform8/head`."""

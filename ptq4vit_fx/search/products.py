@@ -186,6 +186,6 @@ def site_params(
         return UniformParams(scale.reshape(()).clone())
     _, heads, _, columns = rhs_shape
     if not is_weight:
-        return UniformParams(scale.reshape(heads).clone(), axis=-3)
+        return UniformParams(scale.reshape(heads).clone(), axis=op.scale_axis("lhs"))
     full: Any = groups.expand(scale, heads, columns).expand(heads, 1, columns).reshape(-1)
-    return UniformParams(full.clone(), axis=-1 if op.kind == "matmul" else 0)
+    return UniformParams(full.clone(), axis=op.scale_axis("rhs"))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure, some_names, unknown_name
+from ptq4vit_fx.errors import LONGEST_REASON, PTQError, failure, reason_of, some_names, unknown_name
+from ptq4vit_fx.files import not_a_file
+from ptq4vit_fx.inputs.sizes import check_fits
 
 EXPECTED = "a state dict of this model"
 DEFAULT_ADVICE = "pass the checkpoint of this model, and --model-arg for its size and classes"
@@ -26,6 +27,11 @@ WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_m
 
 #: Entries that hold averaged weights, which are those that were validated; timm prefers them too.
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa|teacher|averaged)(?![a-z])")
+
+#: A file that says that it unpacks to more than so many times its size is a bomb: torch.save packs nothing.
+LARGEST_EXPANSION = 20
+#: Mappings in a checkpoint; one may hold itself, many times.
+MOST_MAPPINGS = 1000
 
 #: Suffixes of files that hold no state dict -> what they are, and what to do.
 OTHER_FILES = {
@@ -73,23 +79,31 @@ def load_weights(model: nn.Module, path: Path, entry: str | None = None) -> str:
 
 def read_checkpoint(path: Path) -> Any:
     """Return what a file holds, objects of unknown classes as stand-ins. Raises PTQError on a file of another kind."""
-    got, do = _other_file(path)
-    if got:
-        raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do)
     try:
-        if path.suffix == ".safetensors" or _start(path)[8:9] == b"{":
-            return dict(load_file(path))
-        loaded = _load(path)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-        got = f"a damaged or truncated file ({reason[0][:200]})"
+        got, do = _other_file(path)
+        if not got:
+            do = "load it where there is more"
+            check_fits("load weights", str(path), path.stat().st_size, what="the file", do=do)
+            loaded = dict(load_file(path)) if _is_safetensors(path) else _load(path)
+    except PTQError:
+        raise
+    except Exception as error:
+        got = f"a damaged or truncated file ({_reason(error)})"
         do = "copy or download it again, or save the state dict alone: torch.save(model.state_dict(), path)"
         raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do) from error
+    if got:
+        raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do)
     if isinstance(loaded, StandIn):
         got = f"a whole pickled object of class {type(loaded).origin}"
         do = "save the weights alone where that class is at hand: torch.save(model.state_dict(), path)"
         raise failure("load weights", str(path), expected=EXPECTED, got=got, do=do)
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong, without torch's advice to load the file in a way that runs what is in it."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+    return lines[0].strip()[:LONGEST_REASON] if lines else reason_of(error)
 
 
 class StandIn:
@@ -133,10 +147,9 @@ def _load(path: Path) -> Any:
 
 def _other_file(path: Path) -> tuple[str, str]:
     """Return what a file is that holds no state dict, and what to do; two empty texts if it may hold one."""
-    if not path.exists():
-        return "no such file", "check the path"
-    if path.is_dir():
-        return "a folder", "pass the .safetensors or .pth file in it"
+    other = not_a_file(path)
+    if other:
+        return other, "pass the .safetensors or .pth file in it" if other == "a folder" else "check the path"
     start = _start(path)
     if not start:
         return "an empty file", "copy or download it again"
@@ -147,7 +160,10 @@ def _other_file(path: Path) -> tuple[str, str]:
     if path.suffix.lower() in OTHER_FILES:
         return OTHER_FILES[path.suffix.lower()]
     if zipfile.is_zipfile(path):
-        names = zipfile.ZipFile(path).namelist()
+        with zipfile.ZipFile(path) as archive:
+            names, unpacked = archive.namelist(), sum(entry.file_size for entry in archive.infolist())
+        if unpacked > LARGEST_EXPANSION * path.stat().st_size:
+            return f"an archive of {unpacked} bytes in {path.stat().st_size}", "save it again with torch.save"
         if any(name.endswith("/constants.pkl") for name in names):
             return "a TorchScript archive", "save the state dict of the module that it was made of"
         if not any(name.endswith("data.pkl") for name in names):
@@ -155,21 +171,35 @@ def _other_file(path: Path) -> tuple[str, str]:
     return "", ""
 
 
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors" or _start(path)[8:9] == b"{"
+
+
 def _start(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(64)
 
 
-def _state_dicts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every mapping of tensors by name in a checkpoint, with the keys that lead to it."""
-    if not isinstance(value, Mapping):
-        return
-    tensors = {key: x for key, x in value.items() if isinstance(key, str) and isinstance(x, Tensor)}
-    if tensors:
-        yield ".".join(path) or "the file itself", tensors
-    for key, inner in value.items():
-        if isinstance(key, str):
-            yield from _state_dicts(inner, (*path, key))
+def _state_dicts(value: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every mapping of tensors by name in a checkpoint, with the keys that lead to it.
+
+    The first MOST_MAPPINGS are looked at. Only tensors that hold their values count: others cannot become weights.
+    """
+    waiting = [(value, "")]
+    for _ in range(MOST_MAPPINGS):
+        mapping, path = waiting.pop()
+        named = {key: x for key, x in mapping.items() if isinstance(key, str)} if isinstance(mapping, Mapping) else {}
+        tensors = {key: x for key, x in named.items() if _is_plain(x)}
+        if tensors:
+            yield path or "the file itself", tensors
+        inner = [(x, f"{path}.{key}".removeprefix(".")) for key, x in named.items() if isinstance(x, Mapping)]
+        waiting += reversed(inner)
+        if not waiting:
+            return
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and not (x.is_quantized or x.is_meta or x.is_nested)
 
 
 def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:

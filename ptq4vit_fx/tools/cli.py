@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 from rich.console import Console
 
-from ptq4vit_fx.errors import PTQError, PTQWarning, failure
+from ptq4vit_fx.errors import PTQError, PTQWarning, failure, printable
 from ptq4vit_fx.files import check_writable
 
 if TYPE_CHECKING:
     from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, emoji=False)
+
+
+def _say(text: object, *, highlight: bool = True) -> None:
+    """Print lines in which names out of files stand: a terminal obeys nothing of them, and any encoding takes them."""
+    shown = printable(str(text), keep="\n").encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(shown, highlight=highlight)
 
 
 @contextmanager
@@ -28,19 +34,18 @@ def _readable_errors(checkpoint: Path | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=PTQWarning)
-        warnings.showwarning = lambda message, *_, **__: console.print(f"warning: {message}", markup=False)
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
         try:
             yield
         except PTQError as error:
-            console.print(f"error: {error}", markup=False)
+            _say(f"error: {error}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
             kept = checkpoint is not None and checkpoint.exists()
-            console.print(
+            _say(
                 f"interrupted: finished products are in {checkpoint}, the same command goes on from there"
                 if kept
                 else "interrupted: nothing was written",
-                markup=False,
             )
             raise typer.Exit(130) from interrupt
 
@@ -49,7 +54,7 @@ def _readable_errors(checkpoint: Path | None = None) -> Iterator[None]:
 def quantize(
     model: Annotated[str, typer.Argument(help="timm model name")],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
-    out: Annotated[Path, typer.Option(help="ONNX file to write")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
     weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
     weights_entry: Annotated[
         str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
@@ -89,6 +94,8 @@ def quantize(
         mapping = _mapping(recipe, twins, w_bits, a_bits)
         # Before the download and the minutes, not after:
         check_writable(out, "quantize --out")
+        if checkpoint is not None:
+            check_writable(checkpoint, "quantize --checkpoint")
         check_target(target, opset, batch)
         if target == "tensorrt" and recipe == "ptq4vit":
             expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
@@ -97,24 +104,24 @@ def quantize(
         said: list[str] = []
         network = create_model(model, weights, model_arg or [], entry=weights_entry, said=said)
         for line in said:
-            console.print(line, markup=False)
+            _say(line)
         preprocessing = data_config(network)
         skipped: list[str] = []
         channels = preprocessing["input_size"][0]
         if channels == 1:
             mean, std = (preprocessing[key][0] for key in ("mean", "std"))
-            console.print(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
+            _say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
         with console.status("read images"):
             pixels = load_images(folder, timm.data.create_transform(**preprocessing), images, skipped, channels)
         if skipped:
-            console.print(said_of_skipped(skipped), markup=False)
+            _say(said_of_skipped(skipped))
         prepared = ptq4vit_fx.prepare_fx(network, mapping, pixels[:1])
         batches = list(torch.split(pixels, batch_size))
         limit = None if memory_limit is None else round(memory_limit * 2**30)
         ptq4vit_fx.calibrate(prepared, batches, seed=seed, loss=loss, checkpoint=checkpoint, memory_limit=limit)
         if twins == "auto":
             prepared, choice = ptq4vit_fx.choose_twins(prepared, batches, seed=seed, loss=loss, memory_limit=limit)
-            console.print(str(choice), markup=False)
+            _say(str(choice))
         origin = {"model": model, "recipe": recipe, "preprocessing": preprocessing}
         calibration = calibration_of(prepared)
         assert calibration is not None
@@ -128,13 +135,12 @@ def quantize(
             shown = pixels if batch is None else pixels[torch.arange(-(-len(pixels) // batch) * batch) % len(pixels)]
             verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(shown, batch or batch_size)))
         plan = plan_of(prepared)
-        console.print(
+        _say(
             f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "
             f"{len(pixels)} images ({len(skipped)} skipped), "
             f"calibrated in {calibration.provenance['seconds']:.1f} s",
-            markup=False,
         )
-        console.print(f"{exported}\n{verified}", markup=False)
+        _say(f"{exported}\n{verified}")
 
 
 def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
@@ -167,7 +173,7 @@ def evaluate(
     with _readable_errors():
         from ptq4vit_fx.tools.evaluation import evaluate_file
 
-        console.print(str(evaluate_file(file, data, model, batch_size, console)), markup=False)
+        _say(str(evaluate_file(file, data, model, batch_size, console)))
 
 
 @app.command()
@@ -180,7 +186,7 @@ def inspect(
         from ptq4vit_fx.export.proof.inspection import inspect_file
 
         report = inspect_file(file)
-        console.print(report.to_json() if as_json else str(report), markup=False, highlight=not as_json)
+        _say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
 @app.command()
@@ -203,6 +209,6 @@ def coverage(
         from ptq4vit_fx.tools.families import FAMILIES, find_family
 
         families = [find_family(name) for name in family] if family else FAMILIES
-        rows = run_coverage(families, out, lambda line: console.print(line, markup=False))
+        rows = run_coverage(families, out, _say)
     if any(row.problem for row in rows):
         raise typer.Exit(1)

@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_traced
-from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.verify import verify_onnx
-from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.files import check_writable, make_folder, write_file
 from ptq4vit_fx.names import is_inside
 from ptq4vit_fx.passes.fold_constants import FOLDED_LAYERS
 from ptq4vit_fx.passes.graph.activations import activation_of
@@ -188,11 +187,7 @@ def _deploy(converted: GraphModule, images: Tensor, expected: Expected) -> dict[
 
 def run_coverage(families: Iterable[Family], out: Path, say: Callable[[str], None]) -> list[Row]:
     """Cover the families one after the other, and write coverage.md and coverage.json into the folder `out`."""
-    try:  # before the minutes, not after
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        do = "choose another path"
-        raise failure("coverage --out", str(out), expected="a folder", got=str(error), do=do) from error
+    make_folder(out, "coverage --out")  # before the minutes, not after
     check_writable(out / "coverage.md", "coverage --out")
     rows = []
     for family in families:
@@ -200,6 +195,5 @@ def run_coverage(families: Iterable[Family], out: Path, say: Callable[[str], Non
         say(f"{rows[-1].family}: {rows[-1].problem or 'works'}, {rows[-1].seconds:.1f} s")
     texts = {"coverage.md": markdown(rows), "coverage.json": json.dumps([asdict(row) for row in rows], indent=1)}
     for name, text in texts.items():
-        with atomic_path(out / name, "coverage --out") as temporary:
-            Path(temporary).write_text(f"{text}\n", encoding="utf-8")
+        write_file(out / name, f"{text}\n".encode(), "coverage --out")
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -22,9 +23,10 @@ from ptq4vit_fx import recipes
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
 from ptq4vit_fx.calibrating.capture import capture
 from ptq4vit_fx.calibrating.losses import pseudo_label
+from ptq4vit_fx.errors import printable
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.files import atomic_path, check_writable
+from ptq4vit_fx.files import check_writable, make_folder, write_file
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.quantizers import TwinUniform, Uniform, UniformParams
 from ptq4vit_fx.tools.digits import load_digits_images, load_digits_model
@@ -53,9 +55,8 @@ def run_demo(folder: Path, console: Console) -> None:
 
     Export is single-threaded Python, so the runs are spread over processes, one thread each.
     """
-    if not folder.is_dir():
-        check_writable(folder, "demo --out")
-        folder.mkdir()
+    make_folder(folder, "demo --out")
+    check_writable(folder / PICTURE, "demo --out")
     test, labels = load_digits_images("test")
     table = Table(title=f"digits ViT, {len(test)} test images, {CALIBRATION_IMAGES} calibration images")
     for column in ("recipe", "bits", "float", "simulated", "ONNX Runtime", "file", "calibrated in"):
@@ -80,7 +81,7 @@ def run_demo(folder: Path, console: Console) -> None:
             f"{run.seconds:.1f} s",
         )
     console.print(table)
-    console.print(f"picture: {folder / PICTURE}", markup=False)
+    console.print(printable(f"picture: {folder / PICTURE}"), markup=False, emoji=False)
 
 
 def _start_worker() -> None:
@@ -153,5 +154,6 @@ def draw_grids(path: Path) -> None:
             axes.set_title(f"{op.name}, after {source}\n{name} grid, {twin.bits} bits, {len(grid)} levels in use")
             axes.set_xlabel("value")
             axes.set_ylabel("count (log)")
-    with atomic_path(path, "save picture") as temporary:
-        figure.savefig(temporary, dpi=100)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    write_file(path, picture.getvalue(), "save picture")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,19 +19,22 @@ from rich.progress import track
 from torch import Tensor
 
 from ptq4vit_fx.errors import PTQWarning, failure, some_names
-from ptq4vit_fx.export.metadata import PROVENANCE_KEY
+from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.inputs.sizes import check_fits
 from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (
     ImageFolder,
-    are_numbers,
     at_size,
+    class_number,
+    class_numbers,
     data_config,
     list_images,
     read_images,
     said_of_skipped,
 )
+from ptq4vit_fx.tools.preprocessing import recorded
 from ptq4vit_fx.torch_state import independent_of_caller
 
 
@@ -65,13 +68,15 @@ def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, co
     labels, skipped = np.asarray(folder.labels), list[str]()
     correct = images = 0
     bar = track(folder.paths, "eval", console=console)
-    fixed = session.get_inputs()[0].shape[0]
-    size = fixed if isinstance(fixed, int) else batch_size
-    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
+    fixed = fixed_batch("eval", str(file), session)
+    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), fixed or batch_size):
         # A file of a fixed batch takes no other: repeat the last image, drop its results.
-        missing = fixed - len(pixels) if isinstance(fixed, int) else 0
-        full = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
-        logits = session.run([output], {session.get_inputs()[0].name: full})[0][: len(numbers)]
+        full = np.concatenate([pixels, pixels[-1:].repeat(fixed - len(pixels), 0)]) if fixed else pixels
+        logits = run("eval", str(file), session, [full])[output]
+        if logits.ndim != 2 or len(logits) != len(full) or not logits.shape[1]:
+            expected, do = f"logits ({len(full)} images, classes)", "pass a file that classifies images"
+            raise failure("eval", str(file), expected=expected, got=f"{logits.shape}", do=do)
+        logits = logits[: len(numbers)]
         _check_classes(folder, logits.shape[1], data)
         correct += int((logits.argmax(1) == labels[numbers]).sum())
         images += len(numbers)
@@ -90,8 +95,8 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
         config = data_config(timm.create_model(model, pretrained=False))
     else:
         properties = session.get_modelmeta().custom_metadata_map
-        config = json.loads(properties.get(PROVENANCE_KEY, "{}")).get("preprocessing")
-        if config is None:
+        known = recorded(properties, str(file))
+        if known is None:
             raise failure(
                 "eval",
                 str(file),
@@ -99,22 +104,23 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
                 got="no such record",
                 do="pass --model with the timm model that it was made from",
             )
+        config = known
     return at_size(config, tuple(session.get_inputs()[0].shape[1:]))
 
 
-def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> str:
-    """Return the output that classes are read from."""
+def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> int:
+    """Return the number of the output that classes are read from."""
     found = {entry.name: np.empty([0] * len(entry.shape)) for entry in session.get_outputs()}
     name = logits_in(found)
     if name is None:
         do = "export it with output_names= of that output alone"
         raise failure("eval", str(file), expected="an output `logits`", got=", ".join(found), do=do)
-    return name
+    return list(found).index(name)
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
     _check_names(folder, classes, data)
-    numbered = are_numbers(folder.classes)
+    numbered = bool(class_numbers(folder.classes))
     if max(folder.labels) >= classes or (len(folder.classes) != classes and not numbered):
         raise failure(
             "eval",
@@ -131,9 +137,9 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
     Warn if all are numbers, and their order as text, which is that of torchvision's ImageFolder, is another one.
     """
     names = folder.classes
-    numbers = [name for name in names if name.isdecimal()]
-    others = [name for name in names if not name.isdecimal()]
-    moved = [name for name in numbers if names.index(name) != int(name)]
+    numbers = {name: number for name in names if (number := class_number(name)) is not None}
+    others = [name for name in names if name not in numbers]
+    moved = [name for place, name in enumerate(names) if numbers.get(name, place) != place]
     if not others and moved and len(names) == classes:
         warnings.warn(
             f"eval: {data}: sub-folders are classes by their number; torchvision's ImageFolder sorts them as text, "
@@ -141,7 +147,7 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
             PTQWarning,
             stacklevel=4,
         )
-    if len(numbers) > len(others) > 0 and moved and all(int(name) < classes for name in numbers):
+    if len(numbers) > len(others) > 0 and moved and all(number < classes for number in numbers.values()):
         raise failure(
             "eval",
             str(data),
@@ -153,8 +159,8 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
 
 def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
     filled = set(folder.labels)
-    numbered = are_numbers(folder.classes)
-    empty = [n for i, n in enumerate(folder.classes) if (int(n) if numbered else i) not in filled]
+    numbers = class_numbers(folder.classes)
+    empty = [name for place, name in enumerate(folder.classes) if numbers.get(name, place) not in filled]
     if empty:
         warnings.warn(
             f"eval: {data}: {len(empty)} of {len(folder.classes)} sub-folders hold no image, and count as classes: "
@@ -165,10 +171,17 @@ def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
 
 
 def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
-    """Return the channels of the only input, an image batch; raises PTQError if it is something else."""
+    """Return the channels of the only input, an image batch; raises PTQError if it is something else.
+
+    Also on images that are too large for the memory.
+    """
     shapes = [entry.shape for entry in session.get_inputs()]
-    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES:
+    sides = [side for shape in shapes for side in shape[2:] if isinstance(side, int) and side > 0]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES or len(sides) != 2:
         expected = "a file of one input, images (batch, 1 or 3 channels, height, width)"
         do = "measure other models in Python"
         raise failure("eval", str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
+    fixed_batch("eval", str(file), session)
+    size = COPIES * FLOAT_BYTES * math.prod(shapes[0][1:])
+    check_fits("eval", str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
     return int(shapes[0][1])

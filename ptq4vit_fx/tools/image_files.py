@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import psutil
+from PIL import Image, ImageFile, ImageOps
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.files import not_a_file
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"])
+
+#: What Pillow may take a file for, whatever its name: of its other formats one starts a program (EPS).
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 #: Folders that programs leave behind, like all whose name starts with a dot.
 HIDDEN = frozenset(["__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information"])
@@ -19,16 +26,50 @@ HIDDEN = frozenset(["__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System
 #: Pillow's mode for so many channels of a model.
 MODES = {1: "L", 3: "RGB"}
 
+#: Bytes that a pixel takes on its way to 8 bits in every channel, from 8 bits and from more.
+BYTES_PER_PIXEL, BYTES_PER_WIDE_PIXEL = 12, 24
+
+#: The longer side over the shorter one. Scaled until the shorter one is that of a model, a thread becomes a wall.
+LONGEST_RATIO = 500
+
+#: Which folder it is, whatever links lead to it: its device and its number there.
+Identity = tuple[int, int]
+
 
 def opened(path: Path, channels: int) -> Image.Image:
     """Return an image upright, as its EXIF orientation says, with 8 bits in 1 or 3 channels.
 
     Of several frames it is the first. Raises whatever Pillow raises on a file that it cannot read, and ValueError on
-    values without a known range.
+    what is no file, on values without a known range, and on a size that the file or the memory cannot hold.
     """
-    with Image.open(path) as image:
+    other = not_a_file(path)
+    if other:
+        raise ValueError(other)
+    with Image.open(path, formats=_formats()) as image:
+        _check_size(image, os.path.getsize(path))
         upright = ImageOps.exif_transpose(image)
         return in_eight_bits(upright).convert(MODES[channels])
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_size(image: Image.Image, size: int) -> None:
+    """Raise ValueError before pixels are read that are not in the file, or that memory does not hold."""
+    width, height = image.size
+    pixels = width * height
+    need = pixels * (BYTES_PER_WIDE_PIXEL if image.mode.startswith(("I", "F")) else BYTES_PER_PIXEL)
+    free = psutil.virtual_memory().available
+    if max(width, height) > LONGEST_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {LONGEST_RATIO} times the other")
+    codecs = {tile[0] for tile in image.tile} if isinstance(image, ImageFile.ImageFile) else set()
+    if codecs == {"raw"} and pixels > 8 * size:
+        raise ValueError(f"{width} x {height} pixels, not compressed, in {size} bytes")
+    if need > free:
+        raise ValueError(f"{width} x {height} pixels take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
@@ -55,45 +96,69 @@ def visible(name: str) -> bool:
     return not name.startswith(".") and name not in HIDDEN
 
 
-def image_paths(folder: Path, *, per_subfolder: bool = False) -> list[Path]:
-    """Return the images of a folder, nested or flat, in the order of their paths; links are followed, cycles are not.
+@dataclass(frozen=True)
+class Contents:
+    """What is in a folder, at any depth: images in the order of their paths, and other files.
 
-    A folder that is there twice, through a link, is read once, or, per_subfolder, once in every sub-folder. Raises
-    PTQError on a folder that cannot be read.
+    folders: names of the folders in it. Of what is hidden, or was left behind by a program, there is nothing here.
     """
-    entries = _entries(folder)
-    seen = {folder.resolve()}
-    found = [path for path in entries if not path.is_dir() and _is_image(path)]
-    for path in entries:
-        if path.is_dir():
-            found += _walk(path, {folder.resolve()} if per_subfolder else seen)
-    return sorted(found)
+
+    images: tuple[Path, ...]
+    folders: tuple[str, ...]
+    others: tuple[Path, ...]
 
 
-def subfolders(folder: Path) -> list[str]:
-    """Return the names of the visible sub-folders, links to folders too, in order."""
-    return sorted(path.name for path in _entries(folder) if path.is_dir())
+def contents(folder: Path, *, per_subfolder: bool = False) -> Contents:
+    """List a folder once; links are followed, cycles are not.
+
+    A folder that is there twice, through a link, is read once, or, per_subfolder, once in every sub-folder. What has
+    the name of an image and is none, or is no file, is listed: `opened` says what it is. Raises PTQError on a folder
+    that cannot be read.
+    """
+    identity, top, files = _listed(folder)
+    seen = {identity}
+    for inner in top:
+        files += _walk(inner, {identity} if per_subfolder else seen)
+    files.sort(key=lambda path: path.split(os.sep))
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in files:
+        (images if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES else others).append(Path(path))
+    return Contents(tuple(images), tuple(os.path.basename(path) for path in top), tuple(others))
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in seen:
-        return
-    seen.add(real)
-    for path in _entries(folder):
-        if path.is_dir():
-            yield from _walk(path, seen)
-        elif _is_image(path):
-            yield path
+def _walk(folder: str, seen: set[Identity]) -> Iterator[str]:
+    """Yield the files in a folder, at any depth, but not those of a folder that was seen."""
+    waiting = [folder]
+    while waiting:
+        identity, folders, files = _listed(Path(waiting.pop()), seen)
+        seen.add(identity)
+        waiting += reversed(folders)
+        yield from files
 
 
-def _entries(folder: Path) -> list[Path]:
+def _listed(folder: Path, seen: Collection[Identity] = ()) -> tuple[Identity, list[str], list[str]]:
+    """Return which folder it is, and the paths of the folders and of what else is visible in it, ordered by name.
+
+    Of one that was seen nothing is listed.
+    """
     try:
-        return [Path(entry) for entry in sorted(os.scandir(folder), key=lambda e: e.name) if visible(entry.name)]
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            return identity, [], []
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if visible(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         do = "give yourself the right to read it, or leave it out"
         raise failure("read images", str(folder), expected="a readable folder", got=str(error), do=do) from error
+    folders = [entry.path for entry in entries if _is_folder(entry)]
+    inner = set(folders)
+    return identity, folders, [entry.path for entry in entries if entry.path not in inner]
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or path.is_symlink())  # broken links are said
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where one may not look
+        return False

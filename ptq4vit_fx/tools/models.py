@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure, near_names, some_names
+from ptq4vit_fx.errors import LONGEST_REASON, failure, near_names, printable, some_names
+from ptq4vit_fx.files import not_a_file
 from ptq4vit_fx.tools.checkpoints import load_weights
-from ptq4vit_fx.tools.image_files import IMAGE_SUFFIXES, MODES, image_paths, opened, subfolders
+from ptq4vit_fx.tools.image_files import IMAGE_SUFFIXES, MODES, contents, opened
+
+#: Digits of a class number: more would be a date or an identifier.
+DIGITS = 9
 
 
 def create_model(
@@ -53,7 +60,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             raise failure("read --model-arg", repr(argument), expected="key=value", got="no '='", do=do)
         try:
             parsed[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # brackets nested too deep
             parsed[key] = value
     return parsed
 
@@ -101,39 +108,51 @@ def list_images(folder: Path, *, limit: int | None = None, labelled: bool = Fals
     missing or holds no image.
     """
     do = "pass a folder that holds .jpg or .png files" + (" in one sub-folder per class" if labelled else "")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         got, do = _instead_of_a_folder(folder, do)
         raise failure("read images", str(folder), expected="a folder of images", got=got, do=do)
-    paths = image_paths(folder, per_subfolder=labelled)
-    if labelled:
-        paths = [p for p in paths if p.parent != folder]
+    found = contents(folder, per_subfolder=labelled)
+    paths = [path for path in found.images if not labelled or path.parent != folder]
     if not paths:
-        others = [path.name for path in folder.rglob("*") if path.is_file()]
+        others = [path.name for path in (*found.others, *found.images)]
         got = f"{len(others)} other files, such as {others[0]}" if others else "an empty folder"
         raise failure("read images", str(folder), expected="one image or more", got=got, do=do)
     if limit is not None and len(paths) > limit:
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
     if not labelled:
         return ImageFolder(tuple(paths))
-    classes = subfolders(folder)
-    numbers = {name: int(name) if are_numbers(classes) else classes.index(name) for name in classes}
-    return ImageFolder(tuple(paths), tuple(numbers[p.relative_to(folder).parts[0]] for p in paths), tuple(classes))
+    numbers = class_numbers(found.folders) or {name: number for number, name in enumerate(found.folders)}
+    counts = Counter(numbers.values())
+    same = [name for name in found.folders if counts[numbers[name]] > 1]
+    if same:
+        do = "put their images into one"
+        raise failure("read images", str(folder), expected="one sub-folder per class", got=some_names(same), do=do)
+    depth = len(folder.parts)
+    return ImageFolder(tuple(paths), tuple(numbers[path.parts[depth]] for path in paths), found.folders)
 
 
-def are_numbers(classes: Sequence[str]) -> bool:
-    """Return whether all sub-folders are named by a class number."""
-    return all(name.isdecimal() for name in classes)
+def class_numbers(classes: Sequence[str]) -> dict[str, int]:
+    """Return name -> class number if all sub-folders are named by one, else {}."""
+    numbers = {name: class_number(name) for name in classes}
+    found = {name: number for name, number in numbers.items() if number is not None}
+    return found if len(found) == len(numbers) else {}
+
+
+def class_number(name: str) -> int | None:
+    """Return the number that a sub-folder is named by, in digits of ASCII; None if it is named by something else."""
+    return int(name) if re.fullmatch(f"[0-9]{{1,{DIGITS}}}", name) else None
 
 
 def _instead_of_a_folder(path: Path, do: str) -> tuple[str, str]:
     """Return what is there where a folder is expected, and what to do about it."""
-    if not path.exists():
+    if not os.path.exists(path):
         return "no such folder", do
     if path.suffix.lower() in {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"}:
         return "an archive", "unpack it and pass the folder"
     if path.suffix.lower() in {".npy", ".npz", ".pt", ".pth", ".safetensors", ".h5", ".parquet"}:
         return "a file of arrays", "pass preprocessed arrays to ptq4vit_fx.quantize(model, images) in Python"
-    return "a file", "pass the folder that holds it" if path.suffix.lower() in IMAGE_SUFFIXES else do
+    do = "pass the folder that holds it" if path.suffix.lower() in IMAGE_SUFFIXES else do
+    return not_a_file(path) or "a file", do
 
 
 def read_images(
@@ -145,7 +164,7 @@ def read_images(
             tensor = transform(opened(path, channels))
         except Exception as error:  # noqa: BLE001 - a broken file raises anything: SyntaxError, struct.error, a bomb's own
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            skipped.append(f"{path}: {reason[0]}")
+            skipped.append(printable(f"{path}: {reason[0][:LONGEST_REASON]}"))
             continue
         yield number, tensor
 

@@ -405,3 +405,10 @@ def single_channels_last() -> None:
 def detector_targets() -> None:
     data = [{"image": pictures(), "labels": [{"boxes": torch.ones(1, 4)}] * 6}]
     ptq.quantize(tagged(), data, qconfig_mapping=QUICK, progress=False)
+
+
+@brought("data", "an imaginary part, whose negative is a bit of the tensor: fft(x).conj().imag")
+def negative_bit() -> None:
+    negative = torch.view_as_complex(torch.stack([pictures(), -pictures()], -1)).conj().imag
+    assert negative.is_neg()
+    pipeline(vit(), pictures(), example=negative[:1], data=[negative[:4], negative[4:]])

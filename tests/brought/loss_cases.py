@@ -173,7 +173,7 @@ def loss_of_one_head() -> None:
 
     for loss in (lambda out: out["scores"].square().sum(), lambda out: out["boxes"].square().sum()):
         prepared = ptq.prepare_fx(Wrapped(heads).eval(), QUICK, pictures(1))
-        ptq.calibrate(prepared, pictures(), loss=loss, progress=False, memory_limit=10**6)
+        ptq.calibrate(prepared, pictures(), loss=loss, progress=False, memory_limit=160 << 20)
 
 
 class TwoHeads(nn.Module):

@@ -346,3 +346,11 @@ def mixing() -> None:
             return super().forward(x + x.mean(0, keepdim=True))
 
     pipeline(Mixing(nn.Identity()).eval(), pictures())
+
+
+@brought("model", "torchvision's create_feature_extractor", quick=True)
+def feature_extractor() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = create_feature_extractor(vit(), return_nodes={"norm": "tokens", "head": "logits"})
+    pipeline(model.eval(), pictures())

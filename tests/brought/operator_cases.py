@@ -192,3 +192,74 @@ class Unknown(nn.Module):
 @brought("file", "a function of torch that ONNX does not have", refused="got prims::bessel_j0; write it out")
 def unknown_function() -> None:
     pipeline(Unknown().eval(), pictures())
+
+
+class Pooled(nn.Module):
+    """Tokens of a transformer, pooled by a function of the case's choice, and a vector as its parameter."""
+
+    def __init__(self, pool: Callable[[Tensor, Tensor], Tensor], length: int, layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net, self.pool, self.layer = vit(num_classes=0), pool, layer
+        self.vector = nn.Parameter(torch.randn(length, generator=torch.Generator().manual_seed(3)))
+        self.head = nn.Linear(48, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.net.forward_features(x), self.vector))  # type: ignore[no-any-return]
+
+
+def by_attention(tokens: Tensor, vector: Tensor) -> Tensor:
+    weights = (tokens @ vector).softmax(-1)
+    return (weights[:, None] @ tokens)[:, 0]
+
+
+@brought("model", "attention pooling with one query, a vector: tokens @ self.query", quick=True)
+def tokens_by_a_vector() -> None:
+    plan = plan_of(pipeline(Pooled(by_attention, 48).eval(), pictures()))
+    assert not plan.float_ops
+    assert len(plan.ops) == 16
+
+
+@brought("model", "a vector in front of the tokens: self.weights.softmax(0) @ tokens")
+def vector_by_tokens() -> None:
+    plan = plan_of(pipeline(Pooled(lambda tokens, v: v.softmax(0) @ tokens, 17).eval(), pictures()))
+    assert len(plan.ops) == 15
+
+
+@brought("model", "an nn.LSTM over the tokens: runs in float, listed")
+def lstm() -> None:
+    class Model(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.net.forward_features(x))[0][:, -1])  # type: ignore[no-any-return, misc]
+
+    model = Model(by_attention, 1, nn.LSTM(48, 48, batch_first=True))
+    (product,) = plan_of(pipeline(model.eval(), pictures())).float_ops
+    assert (product.name, product.reason) == ("layer", "LSTM is not supported")
+
+
+@brought("model", "an nn.Bilinear head: runs in float, listed")
+def bilinear() -> None:
+    class Model(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            f = self.net(x)
+            return self.layer(f, f)  # type: ignore[no-any-return, misc]
+
+    (product,) = plan_of(pipeline(Model(by_attention, 1, nn.Bilinear(48, 48, 7)).eval(), pictures())).float_ops
+    assert (product.name, product.reason) == ("layer", "Bilinear is not supported")
+
+
+@brought("model", "a head of prototypes: torch.cdist of the features, for any batch", quick=True)
+def distances_to_prototypes() -> None:
+    class Model(Pooled):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(by_attention, 1)
+            self.prototypes = nn.Parameter(torch.randn(7, 48, generator=torch.Generator().manual_seed(4)))
+            self.arguments = arguments
+
+        def forward(self, x: Tensor) -> Tensor:
+            return -torch.cdist(self.net(x), self.prototypes, **self.arguments)
+
+    (product,) = plan_of(pipeline(Model().eval(), pictures(30))).float_ops
+    assert product.name == "cdist"
+    pipeline(Model(p=2.0, compute_mode="use_mm_for_euclid_dist_if_necessary").eval(), pictures())
+    pipeline(Model(compute_mode="use_mm_for_euclid_dist").eval(), pictures())
+    pipeline(Model(p=1.0).eval(), pictures())

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
 from brought import brought
-from brought.pipeline import pictures, pipeline, vit
+from brought.pipeline import QUICK, pictures, pipeline, vit
 from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 
 
@@ -184,3 +184,25 @@ def fixed_batch() -> None:
     assert report.simulation.cosine > 0.999
     assert set(report.outputs) == {"logits", "anchors"}
     assert report.outputs["anchors"].bit_equal == 1
+
+
+@brought(
+    "task", "a complex output", refused="output spectrum: expected real numbers, as ONNX has them, got torch.complex64"
+)
+def complex_output() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = vit()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"scores": logits, "spectrum": torch.fft.rfft(logits)}
+
+    images = pictures()
+    prepared = ptq.prepare_fx(Spectrum().eval(), QUICK, images[:1])
+    ptq.calibrate(prepared, images, progress=False, loss=lambda output: output["scores"].square().sum())
+    converted = ptq.convert_fx(prepared)
+    with tempfile.TemporaryDirectory() as folder:
+        ptq.export_onnx(converted, Path(folder) / "scores.onnx", images[:1], output_names=["scores"])
+        ptq.export_onnx(converted, Path(folder) / "all.onnx", images[:1])

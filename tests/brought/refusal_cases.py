@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,3 +149,46 @@ def silence() -> None:
     finally:
         sys.stderr = before
     assert not recorder.text, recorder.text
+
+
+def _draw(forward: Any) -> None:
+    """Prepare a forward that flips images by chance, for many seeds: one that is accepted is traced one way."""
+    for seed in range(12):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        state = random.getstate()
+        try:
+            _prepare(Wrapped(forward), pictures(1))
+        except ptq.PTQError as error:
+            refusal = error
+        else:
+            raise AssertionError(f"accepted for seed {seed}")
+        assert random.getstate() == state
+    raise refusal
+
+
+@brought("tracing", "images flipped by random.random()", refused="a forward that draws from random", quick=True)
+def drawn_by_python() -> None:
+    _draw(lambda net, x: net(x.flip(-1)) if random.random() < 0.5 else net(x))
+
+
+@brought("tracing", "images flipped by numpy.random", refused="a forward that draws from numpy.random")
+def drawn_by_numpy() -> None:
+    _draw(lambda net, x: net(x.flip(-1)) if np.random.rand() < 0.1 else net(x))
+
+
+@brought("tracing", "images flipped by a generator of the model's", refused="draws from module '(root)', generator")
+def drawn_by_own_generator() -> None:
+    class Model(Wrapped):
+        generator = np.random.default_rng(0)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x.flip(-1) if self.generator.random() < 0.5 else x)
+
+    _prepare(Model(lambda net, x: net(x)), pictures(1))
+
+
+@brought("tracing", "images flipped by torch.rand", refused="rand is random in")
+def drawn_by_torch() -> None:
+    _draw(lambda net, x: net(x.flip(-1)) if torch.rand(()) < 0.5 else net(x))
