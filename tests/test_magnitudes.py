@@ -17,6 +17,7 @@ from torch import Tensor
 import ptq4vit_fx as ptq
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
 from ptq4vit_fx.export.proof.verify import compare
+from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import QParams, usable_scale
 from ptq4vit_fx.search.products import to_product
@@ -37,7 +38,9 @@ def arrays(*shape: int) -> Any:
     return st.one_of(some, alike.map(lambda pair: pair[0] * np.float32(pair[1])), constant).map(torch.from_numpy)
 
 
-def assert_usable(params: QParams) -> None:
+def assert_usable(params: QParams, quantizer: Any) -> None:
+    """Each is a normal positive float, and what a file of a calibration may hold."""
+    quantizer.check(params, Place("test", "parameters"))
     for scale in params.tensors().values():
         assert torch.isfinite(scale).all()
         assert (scale >= LIMITS.tiny).all(), scale
@@ -56,8 +59,14 @@ def test_the_initial_scale_of_any_range_is_usable(x, bits, signed, minimum):
     quantizer = Uniform(bits, signed=signed, minimum=0.0 if signed else minimum)
     scale = quantizer.initial_scale(x.abs().amax())
     params = quantizer.params_from({"scale": scale})
-    assert_usable(params)
+    assert_usable(params, quantizer)
     assert torch.isfinite(quantizer.fake_quantize(x.clone(), params)).all()
+
+
+@given(FLOATS, st.integers(2, 8), st.booleans())
+def test_the_twin_of_any_scale_is_usable(value, bits, wide):
+    quantizer = TwinUniform(bits, "gelu", wide=wide)
+    assert_usable(quantizer.gelu_params(torch.tensor(value)), quantizer)
 
 
 @given(st.data())
@@ -71,7 +80,7 @@ def test_what_a_search_of_any_operands_chooses_is_usable(data):
     op = QuantOp("fc", "linear", rhs_is_weight=True)
     result = search_op(op, to_product(op, lhs, rhs, None, gradient), left, right, chosen)
     for quantizer, x, params in ((left, lhs, result.lhs), (right, rhs, result.rhs)):
-        assert_usable(params)
+        assert_usable(params, quantizer)
         assert torch.isfinite(quantizer.fake_quantize(x.clone(), params)).all()
 
 
@@ -123,8 +132,8 @@ def test_a_model_of_extreme_weights_is_quantized(small_images, case, recipe):
     with torch.no_grad():
         change(model.get_parameter(name))
     converted = ptq.quantize(model, small_images, qconfig_mapping=recipe.with_search(n=20), progress=False)
-    for params in converted.calibration.params.values():
-        assert_usable(params)
+    for key, params in converted.calibration.params.items():
+        assert_usable(params, converted.plan.quantizers[key])
     with torch.inference_mode():
         expected, actual = model(small_images).double(), converted(small_images).double()
     assert (actual - expected).norm() < 0.1 * expected.norm()
@@ -135,8 +144,8 @@ def test_a_model_of_extreme_weights_is_quantized(small_images, case, recipe):
 )
 def test_constant_images_calibrate(images):
     converted = ptq.quantize(vit(), images, progress=False)
-    for params in converted.calibration.params.values():
-        assert_usable(params)
+    for key, params in converted.calibration.params.items():
+        assert_usable(params, converted.plan.quantizers[key])
     with torch.inference_mode():
         torch.testing.assert_close(converted(images), vit()(images), rtol=0, atol=0.05)
 

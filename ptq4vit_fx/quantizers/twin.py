@@ -113,7 +113,7 @@ class TwinUniform:
         floor = self.minimum / self.steps
         coarse = usable_scale(coarse_scale.clamp_min(floor), 2 * self.steps)
         ratio = coarse.double() / floor
-        shift = torch.floor(torch.log2(ratio) + 1e-9)
+        shift = torch.floor(torch.log2(ratio) + 1e-9).clamp_min(0)  # the floor as a float32 may be below itself
         return TwinParams((coarse.double() / torch.exp2(shift)).float(), coarse)
 
     def threshold(self, params: QParams) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ptq4vit_fx.names import Operand
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import QParams, Quantizer, TwinUniform
 from ptq4vit_fx.search.products import Product
 
 #: Largest magnitudes from 2^-20 to 2^20 are ordinary: errors of products are then within 2^-60 and 2^60.
@@ -57,6 +57,6 @@ def multiplied(quantizer: Quantizer, params: QParams, exponent: int) -> QParams:
     if not exponent:
         return params
     scales = {name: scale * math.ldexp(1.0, exponent) for name, scale in params.tensors().items()}
-    if isinstance(quantizer, Uniform):
-        scales = {name: quantizer.usable(scale) for name, scale in scales.items()}
-    return quantizer.params_from(scales, params.axis)
+    if isinstance(quantizer, TwinUniform):
+        return quantizer.gelu_params(scales["coarse_scale"])  # the fine scale as before: minimum and scale moved alike
+    return quantizer.params_from({name: quantizer.usable(scale) for name, scale in scales.items()}, params.axis)
