@@ -13,14 +13,13 @@ Sources, all in https://github.com/openvinotoolkit/openvino:
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
-from ptq4vit_fx.errors import PTQWarning, failure, some_names
+from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.containers import INT8, UINT8, without_zero_points
 from ptq4vit_fx.export.contract import Target, rewrite
@@ -127,7 +126,7 @@ def check_openvino(model: ir.Model) -> None:
     unsigned = [str(node.name) for node in model.graph if node.op_type in PRODUCTS and _is_unsigned_on_the_right(node)]
     if unsigned:
         reason = "the second operand has unsigned codes above 127, and OpenVINO multiplies int8 on that side only"
-        warnings.warn(f"{some_names(unsigned)} will run in float in OpenVINO: {reason}", PTQWarning, stacklevel=2)
+        warn(f"{some_names(unsigned)} will run in float in OpenVINO: {reason}")
 
 
 def _multiplies_weight(node: ir.Node) -> bool:
