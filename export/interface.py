@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +12,7 @@ import onnx_ir as ir
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx import names
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import failure, warn
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.contract import rewrite
 from ptq4vit_fx.passes.graph.outputs import Path, leaves, named
@@ -103,7 +102,7 @@ def results_of(graph_module: GraphModule, *, say: bool = False) -> dict[str, Res
     numbers = named(found, lambda result: isinstance(result.value, (bool, int, float, str)))
     if numbers and say:
         text = ", ".join(f"{name} ({result.value!r})" for name, result in numbers.items())
-        warnings.warn(f"not in the file, which holds tensors alone: {text}", PTQWarning, stacklevel=4)
+        warn(f"not in the file, which holds tensors alone: {text}")
     return named(found, lambda result: isinstance(result.value, Shape))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Graph, Node
 
 from ptq4vit_fx.errors import PTQError, failure
@@ -26,7 +27,6 @@ DATA = Cause(
     "sizes that do not depend on the values of pixels",
     "write selections by value (boolean masks, nonzero, unique) as torch.where or a multiplication, which keep sizes",
 )
-PACKAGE = Cause(r"ImportError|ModuleNotFoundError", "the packages that the exporter needs", "install that package")
 MEMORY = Cause(
     r"out of memory|MemoryError", "memory for a second copy of the model", "free memory, or export elsewhere"
 )
@@ -36,7 +36,7 @@ OTHER = Cause(
     "mend that line if it is the model's, else report this together with the model",
 )
 #: In their order: the first whose pattern is in the text of the exception or of one behind it.
-EXPORTING = (OPERATOR, DATA, PACKAGE, MEMORY, BATCH)
+EXPORTING = (OPERATOR, DATA, MEMORY, BATCH)
 
 _OPERATOR_NAME = re.compile(r"op='([\w.]+)', overload")
 _NODE = re.compile(r"(?:translating node|executing) %(\w+)")
@@ -48,6 +48,9 @@ def refused(error: BaseException, graphs: list[Graph], batch: int | None, only: 
     graphs: where a node that the exporter names is looked for. only: the one batch size that the model takes, if known.
     """
     chain = list(_chain(error))
+    missing = next((e for e in chain if isinstance(e, ImportError)), None)
+    if missing is not None:
+        return _without_package(missing)
     text = "\n".join(f"{type(e).__name__}: {e}" for e in chain)
     cause = cause_of(text, EXPORTING, OTHER)
     telling = next((e for e in reversed(chain) if str(e).strip()), error)
@@ -57,6 +60,18 @@ def refused(error: BaseException, graphs: list[Graph], batch: int | None, only: 
     if cause is BATCH and batch is not None:
         do = f"pass batch={only or ''}, the number of images that the forward is written for, which is not {batch}"
     return failure("export_onnx", _place(text, graphs), expected=cause.expected, got=got, do=do)
+
+
+def _without_package(error: ImportError) -> PTQError:
+    """Return the error of a package that torch's exporter imports, missing or too old for it, whatever the model is."""
+    package = (error.name or "onnxscript").split(".")[0]
+    return failure(
+        "export_onnx",
+        f"package {package}",
+        expected=f"a version that the exporter of torch {torch.__version__} knows",
+        got=said(error),
+        do=f"run: pip install --upgrade {package}",
+    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

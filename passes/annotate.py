@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -12,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
-from ptq4vit_fx.errors import PTQWarning, failure, near_names, some_names
+from ptq4vit_fx.errors import failure, near_names, some_names, warn
 from ptq4vit_fx.names import OPERANDS, Operand, identifier, is_inside, join, leaf_of, owner_of, site
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
@@ -86,13 +85,11 @@ def _warn_of(float_ops: list[FloatOp]) -> None:
     for float_op in float_ops:
         names.setdefault(float_op.reason, []).append(float_op.name)
     if len(float_ops) == 1:
-        warnings.warn(f"{float_ops[0].name} stays float: {float_ops[0].reason}", PTQWarning, stacklevel=8)
+        warn(f"{float_ops[0].name} stays float: {float_ops[0].reason}")
     elif float_ops:
         groups = [f"{some_names(same)} ({reason})" for reason, same in names.items()]
         said = some_names(groups, MOST_REASONS, "; ")
-        warnings.warn(
-            f"{len(float_ops)} products stay float, listed in plan.float_ops: {said}", PTQWarning, stacklevel=8
-        )
+        warn(f"{len(float_ops)} products stay float, listed in plan.float_ops: {said}")
 
 
 def _name_products(graph_module: GraphModule) -> list[tuple[Node, QuantOp]]:
@@ -255,6 +252,12 @@ def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
     return None
 
 
+def _setting(module: nn.Module) -> str:
+    """Return in words which setting of a module keeps it from being a product, "" if it is its type."""
+    mode = getattr(module, "padding_mode", "zeros")
+    return "" if mode == "zeros" else f"with padding_mode={mode!r} (write the padding as a layer, F.pad, in front) "
+
+
 def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
     """List what multiplied while shapes were recorded, or could have unseen, but is no QuantOp: nothing is unsaid."""
     found = []
@@ -270,6 +273,6 @@ def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
         module = graph_module.get_submodule(str(node.target))
         inside = [name for name, m in module.named_modules() if name and isinstance(m, nn.Linear | nn.Conv2d)]
         inside += [f"the operator {hidden}"] if hidden else []
-        reason = f"is not traced into; inside: {', '.join(inside)}" if inside else "is not supported"
+        reason = f"is not traced into; inside: {', '.join(inside)}" if inside else f"{_setting(module)}is not supported"
         found.append(FloatOp(str(node.target), f"{type(module).__name__} {reason}"))
     return found

@@ -25,6 +25,10 @@ from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import SiteTensors, Writer
 from ptq4vit_fx.passes.graph.shapes import example_of, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.quantizers import usable_scale
+
+#: Steps of a container of codes, from end to end.
+STEPS = 255
 
 
 @dataclass
@@ -130,7 +134,7 @@ def _fold(graph_module: GraphModule, projection: Projection) -> int:
     owner = graph_module.get_submodule(owner_of(scale_path))
     zero_point = cast("Tensor", owner.zero_point)
     owner.zero_point = zero_point.expand(count).clone()  # a scale per column, also where there was one
-    owner.scale = (scale.double() / divisors).float()
+    owner.scale = usable_scale((scale.double() / divisors).float(), STEPS)
     _fold_bias(graph_module, linear, divisors)
     for node in (*projection.divisions, *projection.factors):
         node.replace_all_uses_with(cast("Node", node.args[0]))

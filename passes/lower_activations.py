@@ -24,7 +24,7 @@ from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import Writer, rename, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import FakeQuantize
-from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform, UniformParams
+from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform, UniformParams, usable_scale
 
 UINT8_MAX = 255
 
@@ -92,7 +92,7 @@ def _uniform(
     x, scale, site = quantized.args[0], params.scale, scope_of(quantized)
     if params.axis is not None:
         unit = torch.exp2(torch.log2(scale).mean().round())
-        per_head = params.broadcast(3) / unit  # (heads, 1, 1)
+        per_head = usable_scale(params.broadcast(3) / unit, UINT8_MAX)  # (heads, 1, 1)
         (divisor,) = write.within(head(site)).hold({"scale": per_head})
         x = write(torch.div, x, divisor)
         head_scales.append(per_head)
@@ -118,7 +118,8 @@ def _write_sum(write: Writer, pairs: list[tuple[Node, Node]], head_scales: list[
     for term in terms[1:]:
         result = write(torch.add, result, term)
     if head_scales:
-        (scale,) = write.within(head(f"{name}.output")).hold({"scale": torch.stack(head_scales).prod(0)})
+        product = usable_scale(torch.stack(head_scales).prod(0), 1)
+        (scale,) = write.within(head(f"{name}.output")).hold({"scale": product})
         result = write(torch.mul, result, scale)
     replace(node, result)
 

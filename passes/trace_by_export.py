@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ptq4vit_fx.errors import PTQWarning
+from ptq4vit_fx.errors import warn
 from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
@@ -98,7 +97,7 @@ def specializations(root: nn.Module) -> Iterator[list[str]]:
 def warn_of_largest_batch(largest: int) -> None:
     """Say that a graph holds for some batch sizes only (PTQWarning)."""
     message = f"the model computes otherwise on more than {largest} images at once: the traced graph holds up to there"
-    warnings.warn(message, PTQWarning, stacklevel=3)
+    warn(message)
 
 
 def _own(path: str) -> str:

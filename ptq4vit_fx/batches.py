@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.errors import PTQError, PTQWarning, failure
+from ptq4vit_fx.errors import PTQError, failure, warn
 from ptq4vit_fx.inputs.items import Input, fitted, model_inputs
 from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
 
@@ -81,7 +80,7 @@ def _of_size(batches: list[Inputs], size: int, operation: str) -> list[Inputs]:
         raise failure(operation, "data", expected=f"the {size} images of a batch", got=str(rows), do=do)
     if rows % size:
         text = f"{operation}: data: the last {rows % size} images are left out: the model takes batches of {size} only"
-        warnings.warn(text, PTQWarning, stacklevel=3)
+        warn(text)
     whole = rows - rows % size
     return list(zip(*(torch.split(x[:whole], size) for x in columns), strict=True))
 
@@ -167,11 +166,7 @@ def _shown(progress: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _warn_of_more(operation: str, count: int) -> None:
-    warnings.warn(
-        f"{operation}: data: the first {count} images of an iterable were read, it has more; images= sets the number",
-        PTQWarning,
-        stacklevel=4,
-    )
+    warn(f"{operation}: data: the first {count} images of an iterable were read, it has more; images= sets the number")
 
 
 def _nothing(data: Any, operation: str) -> PTQError:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQError, PTQWarning, failure, quoted, reason_of, some_names
+from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of, some_names, warn
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
@@ -145,7 +144,7 @@ class Calibration:
         calibration.check(place.operation, place.subject)
         if not file.sealed:
             lacks = "has no digest, as files of before: damage would not be noticed; save it again"
-            warnings.warn(f"{place.operation}: {place.subject} {lacks}", PTQWarning, stacklevel=2)
+            warn(f"{place.operation}: {place.subject} {lacks}")
         return calibration
 
     def check(self, operation: str, subject: str) -> None:

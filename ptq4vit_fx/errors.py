@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -25,6 +27,14 @@ class PTQWarning(UserWarning):
 
     def __init__(self, *words: object) -> None:
         super().__init__(*map(_sentence, words))
+
+
+def warn(message: str) -> None:
+    """Warn (PTQWarning) of a line of the user's: the innermost one that is none of this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in ("ptq4vit_fx", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PTQWarning, stacklevel=level)
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -23,13 +23,14 @@ class Metric:
     the search multiplies each by the element weight and sums them; finish(sums) turns the sums, shape
     (statistics, ...), into distances.
     weighted_by_gradient: multiply by (dL/dout)^2, the diagonal Fisher approximation of the Hessian
-    (PTQ4ViT, section 3.3, equation 7).
+    (PTQ4ViT, section 3.3, equation 7). degree: outputs c times as large are c^degree times as far apart.
     """
 
     name: str
     statistics: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     finish: Callable[[Tensor], Tensor]
     weighted_by_gradient: bool = False
+    degree: int = 0
 
     @property
     def is_squared_error(self) -> bool:
@@ -77,9 +78,9 @@ def _correlation(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.where(norm > 0, cross / norm.clamp_min(1e-300), torch.zeros_like(cross))
 
 
-HESSIAN = Metric("hessian", _squared, _first, weighted_by_gradient=True)
-MSE = Metric("mse", _squared, _first)
-L1 = Metric("l1", _absolute, _first)
+HESSIAN = Metric("hessian", _squared, _first, weighted_by_gradient=True, degree=2)
+MSE = Metric("mse", _squared, _first, degree=2)
+L1 = Metric("l1", _absolute, _first, degree=1)
 COSINE = Metric("cosine", _products, _cosine)
 PEARSON = Metric("pearson", _moments, _pearson)
 

@@ -148,6 +148,14 @@ def test_products_of_no_two_matrices_are_listed_as_float(case):
     assert len(plan.float_ops) == 1
 
 
+def test_a_padding_mode_is_named_as_the_reason():
+    convolution = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+    model = model_of(lambda m, x: m.b(m.a(x)), a=convolution, b=nn.Conv2d(4, 4, 3))
+    with pytest.warns(ptq.PTQWarning, match="a stays float: Conv2d with padding_mode='reflect' .write the padding"):
+        plan = plan_of(ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X))
+    assert [op.name for op in plan.ops] == ["b"]
+
+
 def test_distances_without_a_product_are_no_product():
     model = model_of(lambda m, x: torch.cdist(m.first(x), x, p=1.0), first=nn.Linear(8, 8))
     assert not plan_of(ptq.prepare_fx(model, ptq.recipes.ptq4vit(), X)).float_ops

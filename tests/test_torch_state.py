@@ -106,3 +106,9 @@ def test_a_converted_model_computes_the_same_under_autocast(small_converted, sma
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(small_converted(small_images), expected)
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_warning_names_the_line_of_the_user(small_vit, small_images):
+    with pytest.warns(ptq.PTQWarning, match="head stays float") as heard:
+        ptq.prepare_fx(small_vit, QUICK, small_images[:1], skip=["head"])
+    assert [warning.filename for warning in heard] == [__file__]

@@ -74,8 +74,9 @@ def compare(simulated: Array, actual: Array) -> Comparison:
     tiny = np.finfo(np.float32).tiny
     simulated, actual = _comparable(simulated, actual)
     difference, scale = np.abs(actual - simulated).max(1, initial=0), np.abs(simulated).max(1, initial=0)
-    norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(simulated, axis=1)
-    cosine = (actual * simulated).sum(1) / np.maximum(norms, tiny)
+    wide = [x.astype(np.float64) for x in (simulated, actual)]  # the square of a logit of 1e20 is no float32
+    norms = np.linalg.norm(wide[0], axis=1) * np.linalg.norm(wide[1], axis=1)
+    cosine = (wide[0] * wide[1]).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
     top, mine = (x.argmax(1) if x.shape[1] else np.zeros(len(x), np.int64) for x in (actual, simulated))
     rows = np.arange(len(top))
     margin = simulated[rows, mine] - simulated[rows, top] if simulated.shape[1] else difference

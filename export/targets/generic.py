@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.gemm_biases import keep_biases_out_of_gemm
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, array, is_constant, kind_of, scope_of, set_constant
 from ptq4vit_fx.export.opsets import STANDARD_DOMAINS, opset_of
@@ -66,4 +67,4 @@ def _broken(node: ir.Node, expected: str, got: str) -> PTQError:
     return failure("export_onnx", f"node {node.name}", expected=expected, got=got, do="report this as a bug")
 
 
-TARGET = Target("generic", (pack_weights,), check_generic)
+TARGET = Target("generic", (pack_weights, keep_biases_out_of_gemm), check_generic)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.containers import INT8, without_zero_points
 from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.gemm_biases import keep_biases_out_of_gemm
 from ptq4vit_fx.export.targets.generic import check_generic
 from ptq4vit_fx.export.targets.lint_tensorrt import lint_tensorrt
 from ptq4vit_fx.plan import QuantPlan
@@ -37,4 +38,4 @@ def check_tensorrt(model: ir.Model) -> None:
         )
 
 
-TARGET = Target("tensorrt", (to_symmetric_int8,), check_tensorrt)
+TARGET = Target("tensorrt", (to_symmetric_int8, keep_biases_out_of_gemm), check_tensorrt)

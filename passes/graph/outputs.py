@@ -11,14 +11,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.fx import Proxy
 
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import failure, warn
 
 #: The name of what classes are read from, and of an output that has none of its own.
 LOGITS = "logits"
@@ -64,7 +63,7 @@ def _plain(output: Any, path: str) -> Any:
     if not isinstance(output, Mapping):
         if path:
             text = f"output {path[1:]} is left out: {type(output).__name__} is no tensor and no container of tensors"
-            warnings.warn(text, PTQWarning, stacklevel=2)
+            warn(text)
         return None
     entries = {str(key): _plain(value, f"{path}.{key}") for key, value in output.items()}
     return {key: value for key, value in entries.items() if value is not None}

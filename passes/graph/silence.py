@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ptq4vit_fx.errors import PTQWarning
+from ptq4vit_fx.errors import PTQWarning, warn
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 
 
@@ -40,7 +40,7 @@ def silence() -> Iterator[None]:
         warnings.showwarning = showwarning
         yield
     for text in dict.fromkeys(said):
-        warnings.warn(text, PTQWarning, stacklevel=3)
+        warn(text)
 
 
 @contextlib.contextmanager

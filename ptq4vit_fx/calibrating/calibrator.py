@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,7 +21,7 @@ from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weight
 from ptq4vit_fx.calibrating.losses import Loss, get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
-from ptq4vit_fx.errors import PTQWarning, failure, printable
+from ptq4vit_fx.errors import failure, printable, warn
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.metrics import get_metric
@@ -73,7 +72,7 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
     seconds = {"seconds": round(time.perf_counter() - started, 3)}
     seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
     for remark in run.results.remarks():
-        warnings.warn(str(remark), PTQWarning, stacklevel=4)
+        warn(str(remark))
     return run.results.with_provenance(seconds | {"capture_groups": len(schedule.groups)})
 
 

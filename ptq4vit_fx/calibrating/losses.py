@@ -156,8 +156,9 @@ def _logits(output: Any) -> Tensor:
         do = "pass loss=, a function from the output to a scalar"
         if logits is not None and logits.ndim == 2:
             do += "; for one logit of two classes lambda x: torch.nn.functional.softplus(-x.abs()).sum()"
-        got = described(output) if isinstance(output, Tensor) else type(output).__name__
+        got = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
         if isinstance(output, Tensor) and not output.is_floating_point():
+            got = described(output)
             do = "return the scores themselves, not the comparison or the argmax of them"
         raise failure(
             "calibrate",

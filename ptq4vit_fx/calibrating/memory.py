@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import FIXED_BATCH
-from ptq4vit_fx.errors import PTQWarning, failure, some_names
+from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.plan import QuantOp
 
@@ -132,7 +131,7 @@ class MemoryBudget:
             do = f"raise it to {_mib(least)} or more, or use fewer or smaller images"
             raise failure("calibrate", "memory_limit", expected=f"{_mib(least)}, as {text}", got=_mib(limit), do=do)
         message = f"calibrate: {text}, half of the free memory is {_mib(limit)}: more will be taken; use fewer images"
-        warnings.warn(message, PTQWarning, stacklevel=3)
+        warn(message)
 
 
 def _mib(size: float) -> str:

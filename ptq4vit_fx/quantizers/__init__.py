@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from ptq4vit_fx.inputs.records import Place, read_as
-from ptq4vit_fx.quantizers.kind import QParams, check_bits
+from ptq4vit_fx.quantizers.kind import QParams, check_bits, usable_scale
 from ptq4vit_fx.quantizers.twin import TwinParams, TwinUniform
 from ptq4vit_fx.quantizers.uniform import Uniform, UniformParams
 
@@ -38,6 +38,7 @@ __all__ = [
     "describe_quantizer",
     "quantizer_from_dict",
     "quantizer_to_dict",
+    "usable_scale",
 ]
 
 Quantizer = Uniform | TwinUniform

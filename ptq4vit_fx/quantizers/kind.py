@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar
 
@@ -37,6 +38,16 @@ class QParams(Protocol):
 
 
 Own = TypeVar("Own", bound=QParams)
+
+
+def usable_scale(scale: Tensor, steps: int) -> Tensor:
+    """Return scales, float32 of any shape, held to those that a quantizer can count with: every scale comes from here.
+
+    A usable scale is a normal positive float of which `steps` are a finite one. Dividing a finite value by it gives no
+    NaN, no code times it is infinite, and no hardware takes it for zero. The upper bound is a power of two: scales at
+    it stay powers of two apart. What is in between is returned as it is, bit for bit.
+    """
+    return scale.clamp(torch.finfo(torch.float32).tiny, math.ldexp(1.0, 127 - steps.bit_length()))
 
 
 def own_params(kind: type[Own], params: QParams, quantizer: object) -> Own:

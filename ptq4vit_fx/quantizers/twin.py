@@ -22,6 +22,7 @@ from ptq4vit_fx.quantizers.kind import (
     check_scale,
     named_tensors,
     own_params,
+    usable_scale,
 )
 
 TwinForm = Literal["softmax", "gelu"]
@@ -110,9 +111,9 @@ class TwinUniform:
         A coarse scale too small to cover the negatives with m = 0 is raised to the smallest that does.
         """
         floor = self.minimum / self.steps
-        coarse = coarse_scale.clamp_min(floor)
+        coarse = usable_scale(coarse_scale.clamp_min(floor), 2 * self.steps)
         ratio = coarse.double() / floor
-        shift = torch.floor(torch.log2(ratio) + 1e-9)
+        shift = torch.floor(torch.log2(ratio) + 1e-9).clamp_min(0)  # the floor as a float32 may be below itself
         return TwinParams((coarse.double() / torch.exp2(shift)).float(), coarse)
 
     def threshold(self, params: QParams) -> Tensor:

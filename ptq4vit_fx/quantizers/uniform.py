@@ -21,6 +21,7 @@ from ptq4vit_fx.quantizers.kind import (
     check_scale,
     named_tensors,
     own_params,
+    usable_scale,
 )
 
 
@@ -105,7 +106,11 @@ class Uniform:
         A range of zero gives the scale 1: every value is then coded as zero, exactly.
         """
         scale = absmax / 2 ** (self.bits - 1) if self.signed else (absmax + self.minimum) / 2**self.bits
-        return torch.where(absmax > 0, scale, torch.ones_like(absmax))
+        return self.usable(torch.where(absmax > 0, scale, torch.ones_like(absmax)))
+
+    def usable(self, scale: Tensor) -> Tensor:
+        """Return scales, float32 of any shape, held to normal positive floats whose codes have finite values."""
+        return usable_scale(scale, self.top)
 
     def codes(self, x: Tensor, params: QParams) -> Tensor:
         """Return int32 codes of x."""

@@ -77,14 +77,17 @@ class UniformCandidates:
         return len(self.factors) - 1
 
     def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
-        scale = self.groups.expand(self.factors[indices] * self.initial, x.shape[1], x.shape[-1])
+        scale = self.groups.expand(self._scale(indices), x.shape[1], x.shape[-1])
         return self.quantizer.fake_quantize(x, UniformParams(scale if axis is None else scale.movedim(0, axis - 1)))
 
     def params(self, indices: Tensor) -> UniformParams:
-        return self.in_graph(self.factors[indices] * self.initial)
+        return self.in_graph(self._scale(indices))
 
     def narrow(self, columns: Tensor) -> UniformCandidates:
         return replace(self, initial=self.initial[:, columns], groups=ScaleGroups(1, len(columns)))
+
+    def _scale(self, indices: Tensor) -> Tensor:
+        return self.quantizer.usable(self.factors[indices] * self.initial)
 
 
 @dataclass(frozen=True)

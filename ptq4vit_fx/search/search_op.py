@@ -6,6 +6,7 @@ operand stays quantized with its last choice. Pure tensor code; nothing here kno
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ptq4vit_fx.calibration import SearchResult
@@ -16,9 +17,13 @@ from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import Quantizer
 from ptq4vit_fx.search.candidates import make_candidates
 from ptq4vit_fx.search.landscape import Choice, Landscape
+from ptq4vit_fx.search.magnitudes import divided, divided_quantizer, exponents_of, multiplied
 from ptq4vit_fx.search.own_errors import own_best, settle
 from ptq4vit_fx.search.products import Product
 from ptq4vit_fx.search.strategies import SEARCH_ORDER, Exhaustive, Screened, Strategy
+
+#: What an infinite square of a gradient counts as: sums of so many of them are finite.
+LARGEST_WEIGHT = 2.0**90
 
 
 def search_op(
@@ -33,7 +38,10 @@ def search_op(
     scales, but for the hundredth that `settle` may give away.
     """
     product, metric, unit = _with_usable_weights(product, get_metric(settings.metric), rhs)
-    quantizers: dict[Operand, Quantizer] = {"lhs": lhs, "rhs": rhs}
+    given: dict[Operand, Quantizer] = {"lhs": lhs, "rhs": rhs}
+    exponents = exponents_of(product, given)
+    product, unit = divided(product, exponents), unit * 2.0 ** (metric.degree * sum(exponents.values()))
+    quantizers = {operand: divided_quantizer(given[operand], exponent) for operand, exponent in exponents.items()}
     candidates = {o: make_candidates(quantizer, op, product, o, settings) for o, quantizer in quantizers.items()}
     landscape = Landscape(product, metric, candidates)
     start, zero = landscape.start(), landscape.zero_distance()
@@ -46,7 +54,8 @@ def search_op(
     settled = settle(landscape, choice)
     if settled is not choice:
         choice, (after, snr) = settled, landscape.total(settled)
-    params = {operand: candidates[operand].params(indices) for operand, indices in choice.items()}
+    chosen = {operand: candidates[operand].params(indices) for operand, indices in choice.items()}
+    params = {operand: multiplied(given[operand], chosen[operand], e) for operand, e in exponents.items()}
     share = after / zero if zero > 0.0 else 0.0
     without_gradient = metric is not get_metric(settings.metric)
     return SearchResult(params["lhs"], params["rhs"], before * unit, after * unit, snr, share, without_gradient)
@@ -89,6 +98,9 @@ def _with_usable_weights(product: Product, metric: Metric, rhs: Quantizer) -> tu
     mean = 0.0 if weight is None else float(weight.double().mean())
     if weight is None or mean == 0.0:
         return replace(product, element_weight=None), MSE, 1.0
+    if mean == math.inf:  # squares of gradients above 1.8e19
+        weight = weight.clamp_max(LARGEST_WEIGHT)
+        mean = float(weight.double().mean())
     if rhs.granularity == "channel":
         weight = weight.mean(-1, keepdim=True)
     return replace(product, element_weight=weight / mean), metric, mean

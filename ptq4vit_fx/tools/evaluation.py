@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ptq4vit_fx.errors import PTQWarning, failure, some_names
+from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.sizes import check_fits
@@ -141,11 +140,9 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
     others = [name for name in names if name not in numbers]
     moved = [name for place, name in enumerate(names) if numbers.get(name, place) != place]
     if not others and moved and len(names) == classes:
-        warnings.warn(
+        warn(
             f"eval: {data}: sub-folders are classes by their number; torchvision's ImageFolder sorts them as text, "
-            f"{names[2]} before {names[-1]}: if the model was trained that way, give the names leading zeros",
-            PTQWarning,
-            stacklevel=4,
+            f"{names[2]} before {names[-1]}: if the model was trained that way, give the names leading zeros"
         )
     if len(numbers) > len(others) > 0 and moved and all(number < classes for number in numbers.values()):
         raise failure(
@@ -162,11 +159,9 @@ def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
     numbers = class_numbers(folder.classes)
     empty = [name for place, name in enumerate(folder.classes) if numbers.get(name, place) not in filled]
     if empty:
-        warnings.warn(
+        warn(
             f"eval: {data}: {len(empty)} of {len(folder.classes)} sub-folders hold no image, and count as classes: "
-            f"{some_names(empty)}",
-            PTQWarning,
-            stacklevel=3,
+            f"{some_names(empty)}"
         )
 
 
