@@ -1,4 +1,4 @@
-"""What every stage takes, in processor seconds and memory, and where the limits are; docs/limits.md is its output.
+"""What every stage takes, in processor seconds and memory, and where the limits are.
 
     python examples/bench_limits.py growth
     python examples/bench_limits.py extremes

@@ -20,7 +20,8 @@ from ptq4vit_fx.plan import QuantOp
 PLANNED_SHARE = 0.8
 
 #: Bytes of the limit that are not planned with: steps of two searches, kernels' buffers, and pieces that the allocator
-#: keeps took 120 to 190 MiB of models of 64 pixels, however little of them was captured at a time (docs/limits.md).
+#: keeps took 120 to 190 MiB of models of 64 pixels, however little of them was captured at a time
+#: (examples/bench_limits.py memory).
 RESERVED = 150 << 20
 
 #: Searching a weight takes about this many times the bytes of the weight and of the Gram matrix of its inputs.
