@@ -17,7 +17,7 @@ from ptq4vit_fx.passes.graph.causes import rejected
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.model_call import ModelCall
 from ptq4vit_fx.passes.graph.outputs import is_dense
-from ptq4vit_fx.passes.graph.randomness import RandomCalls, drawn, generator_states, random_numbers_kept
+from ptq4vit_fx.passes.graph.randomness import RandomCalls, drawn, generator_states, is_alone, random_numbers_kept
 from ptq4vit_fx.torch_state import without_fast_attention
 
 #: Where a traced GraphModule keeps the Behaviour of its model until it is prepared.
@@ -182,7 +182,7 @@ def behaviour_of(model: nn.Module, example: Sequence[Tensor], call: ModelCall) -
         got, do = f"an output without one, {type(output).__name__}", "return the tensors that the model computes"
         raise failure("prepare_fx", type(model).__name__, expected="a tensor in the output", got=got, do=do)
     generator = drawn(before, after)
-    if differs or generator:
+    if differs or (generator and is_alone()):
         raise _random(model, call, inputs, generator)
     try:
         with measuring(model):

@@ -68,13 +68,17 @@ def _state_of(value: Any) -> Any:
 
 
 def drawn(before: dict[str, bytes], after: dict[str, bytes]) -> str:
-    """Return the generator that a forward of this thread surely drew from, "" if there is none.
+    """Return a generator that was drawn from meanwhile, "" if there is none.
 
-    torch's is none of them: where its operators are random, their values tell. Beside other threads of Python, which
-    draw as well, nothing is sure.
+    torch's is none of them: where its operators are random, their values tell.
     """
     changed = [name for name, state in after.items() if before.get(name) != state and name != "torch"]
-    return changed[0] if changed and threading.active_count() == 1 else ""
+    return changed[0] if changed else ""
+
+
+def is_alone() -> bool:
+    """Return whether nobody else can have drawn: beside other threads of Python, nothing is sure."""
+    return threading.active_count() == 1
 
 
 class RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -175,7 +175,7 @@ def drawn_by_python() -> None:
 
 @brought("tracing", "images flipped by numpy.random", refused="a forward that draws from numpy.random")
 def drawn_by_numpy() -> None:
-    _draw(lambda net, x: net(x.flip(-1)) if np.random.rand() < 0.1 else net(x))
+    _draw(lambda net, x: net(x.flip(-1)) if np.random.rand() < 0.5 else net(x))
 
 
 @brought("tracing", "images flipped by a generator of the model's", refused="draws from module '(root)', generator")
