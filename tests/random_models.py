@@ -26,6 +26,8 @@ from ptq4vit_fx.qconfig import QConfigMapping
 ACTIVATIONS: tuple[type[nn.Module], ...] = (*(nn.GELU,) * 3, nn.ReLU, nn.SiLU, QuickGELU, GELUTanh, nn.Hardswish)
 TARGETS = (*("onnxruntime",) * 4, "onnxruntime-avx2", "onnxruntime-arm", "openvino", "tensorrt", "generic", "generic")
 RECIPES = (*(f"{w} {t}" for w in ("channel", "group") for t in ("exact", "wide", "uniform")), "base_ptq")
+#: Noise on the images that shows how much a model amplifies, relative to them.
+CHANGE = 1e-3
 NORMS: tuple[Any, ...] = (
     partial(nn.LayerNorm, eps=1e-6),
     partial(nn.LayerNorm, eps=1e-6),
@@ -67,8 +69,9 @@ class Case:
 class Outcome:
     """What became of a case.
 
-    error: of the converted model against the float one, in the norm of the float outputs. warned: whether the
-    calibration says of an operand or a product that it is weak. bit_equal: share of images
+    error: of the converted model against the float one, in the norm of the float outputs. amplification: how many times
+    larger than a change of the images, both relative, is that of the float outputs. warned: whether the calibration
+    says of an operand or a product that it is weak. bit_equal: share of images
     that are the same in ONNX Runtime, bit for bit, with its functions on both sides; difference: the largest, over the
     largest output.
     """
@@ -77,6 +80,7 @@ class Outcome:
     usable_scales: bool
     warned: bool
     error: float
+    amplification: float
     bit_equal: float
     difference: float
 
@@ -101,12 +105,6 @@ def random_case(seed: int) -> Case:
         _fill(model, draw)
         size, channels = model.image
         images = torch.randn(draw.choice([1, 1, 3, 8]), channels, *size)
-    target = draw.choice(
-        ["onnxruntime"] * 4 + ["onnxruntime-avx2", "onnxruntime-arm", "openvino", "tensorrt", "generic"]
-    )
-    recipe = draw.choice(
-        [f"{w} {t}" for w in ("channel", "group") for t in ("exact", "wide", "uniform")] + ["base_ptq"]
-    )
     bits = draw.choice([(8, 8), (8, 8), (draw.randint(2, 8), draw.randint(2, 8))])
     if target == "tensorrt":
         recipe, bits = "tensorrt", (bits[0], 8)
@@ -174,7 +172,12 @@ def outcome(case: Case, folder: Path) -> Outcome:
     converted = ptq.quantize(case.model, case.images, qconfig_mapping=case.mapping, progress=False)
     with torch.inference_mode():
         expected, actual = case.model(case.images), converted(case.images)
+        moved = [case.model(images) for images in _moved(case.images, case.seed)]
     smallest = torch.finfo(torch.float32).tiny
+
+    def distance(outputs: torch.Tensor) -> float:
+        return float((outputs - expected).norm() / expected.norm().clamp_min(smallest))
+
     scales = [x for params in converted.calibration.params.values() for x in params.tensors().values()]
     path = folder / f"{case.seed}.onnx"
     ptq.export_onnx(converted, path, case.images[:1], target=case.target, opset=case.opset, batch=case.batch)
@@ -189,10 +192,17 @@ def outcome(case: Case, folder: Path) -> Outcome:
         finite=bool(torch.isfinite(actual).all()),
         usable_scales=all(bool(torch.isfinite(x).all() and (x >= smallest).all()) for x in scales),
         warned=bool(converted.calibration.remarks()),
-        error=float((actual - expected).norm() / expected.norm().clamp_min(smallest)),
+        error=distance(actual),
+        amplification=max(map(distance, moved)) / CHANGE,
         bit_equal=same.bit_equal,
         difference=same.max_relative_difference,
     )
+
+
+def _moved(images: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """Return the images with a little noise, three times."""
+    generator = torch.Generator().manual_seed(seed)
+    return [images * (1 + CHANGE * torch.randn(images.shape, generator=generator)) for _ in range(3)]
 
 
 def main(first: int, last: int) -> None:
