@@ -21,7 +21,7 @@ import onnx_ir as ir
 from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.nodes import name_of
 from ptq4vit_fx.files import alone, check_readable, check_writable, flush, move, not_a_file, workplace
-from ptq4vit_fx.inputs.sizes import check_fits
+from ptq4vit_fx.inputs.sizes import check_memory
 
 #: Weights above this leave the protobuf file, whose limit is 2^31 bytes: https://protobuf.dev/programming-guides/proto-limits
 #: (16 MiB stay for nodes and names).
@@ -56,7 +56,7 @@ def load_file(path: str | os.PathLike[str]) -> ir.Model:
         do = "write it with its weights beside it, as onnx.save does with save_as_external_data"
         expected, got = "an ONNX model, which has less than 2 GiB without the weights beside it", f"{size} bytes"
         raise failure(OPERATION, str(path), expected=expected, got=got, do=do)
-    check_fits(OPERATION, str(path), 2 * size, what="a file of that size", do="read it where there is more")
+    check_memory(OPERATION, str(path), 2 * size, what="a file of that size", do="read it where there is more")
     with unreadable(OPERATION, path, "an ONNX model"):
         model = ir.load(path)
         external = [tensor.path for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor)]
@@ -96,7 +96,7 @@ def _check_tensors(model: ir.Model, path: Path, size: int) -> None:
         if got:
             do = "copy it again with the files beside it, or export it again"
             raise failure(OPERATION, str(path), expected="an ONNX model with its weights", got=got, do=do)
-    check_fits(OPERATION, str(path), beside, what="the weights beside it", do="read it where there is more")
+    check_memory(OPERATION, str(path), beside, what="the weights beside it", do="read it where there is more")
 
 
 def _inner_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptq4vit_fx.errors import PTQError, failure, reason_of
 from ptq4vit_fx.export.metadata import own_outputs
-from ptq4vit_fx.inputs.sizes import check_fits
+from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 
@@ -124,7 +124,7 @@ def fixed_batch(operation: str, path: str, session: InferenceSession) -> int | N
         return None
     values = sum(math.prod(length for length in shape if isinstance(length, int)) for shape in shapes)
     what = f"the {size} images that the file takes at once"
-    check_fits(operation, path, COPIES * FLOAT_BYTES * values, what=what, do="export it with a smaller batch=")
+    check_memory(operation, path, COPIES * FLOAT_BYTES * values, what=what, do="export it with a smaller batch=")
     return size
 
 

@@ -7,7 +7,7 @@ import psutil
 from ptq4vit_fx.errors import failure
 
 
-def check_fits(operation: str, subject: str, size: int, *, what: str, do: str) -> None:
+def check_memory(operation: str, subject: str, size: int, *, what: str, do: str) -> None:
     """Raise PTQError if `size` bytes are more than what is free; what: that takes them, as `got` names it."""
     free = psutil.virtual_memory().available
     if size > free:

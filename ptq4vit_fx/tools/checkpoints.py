@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptq4vit_fx.errors import LONGEST_REASON, PTQError, failure, reason_of, some_names, unknown_name
 from ptq4vit_fx.files import not_a_file
-from ptq4vit_fx.inputs.sizes import check_fits
+from ptq4vit_fx.inputs.sizes import check_memory
 
 EXPECTED = "a state dict of this model"
 DEFAULT_ADVICE = "pass the checkpoint of this model, and --model-arg for its size and classes"
@@ -83,7 +83,7 @@ def read_checkpoint(path: Path) -> Any:
         got, do = _other_file(path)
         if not got:
             do = "load it where there is more"
-            check_fits("load weights", str(path), path.stat().st_size, what="the file", do=do)
+            check_memory("load weights", str(path), path.stat().st_size, what="the file", do=do)
             loaded = dict(load_file(path)) if _is_safetensors(path) else _load(path)
     except PTQError:
         raise

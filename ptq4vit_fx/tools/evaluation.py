@@ -20,7 +20,7 @@ from torch import Tensor
 from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.inputs.sizes import check_fits
+from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (
@@ -178,5 +178,5 @@ def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
         raise failure("eval", str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
     fixed_batch("eval", str(file), session)
     size = COPIES * FLOAT_BYTES * math.prod(shapes[0][1:])
-    check_fits("eval", str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
+    check_memory("eval", str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
     return int(shapes[0][1])
