@@ -89,7 +89,10 @@ def without_fast_attention() -> Iterator[None]:
 @held_together
 @contextlib.contextmanager
 def full_precision_convolutions() -> Iterator[None]:
-    """Keep cuDNN from rounding the inputs of a convolution to 10 bits, and from choosing among orders of summation."""
+    """Keep cuDNN from rounding the inputs of a convolution to 10 bits, and from choosing among orders of summation.
+
+    The gradients of a patch convolution decide what all other products are worth.
+    """
     with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False):
         yield
 
@@ -119,6 +122,7 @@ def independent_of_caller() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(float32_by_default())
         stack.enter_context(deeper_calls())
+        stack.enter_context(full_precision_convolutions())  # torch.export gives back what it finds, at its end
         yield
 
 

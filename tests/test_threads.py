@@ -19,7 +19,12 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.silence import muted_stdout, silence
 from ptq4vit_fx.passes.trace import trace
-from ptq4vit_fx.torch_state import independent_of_caller, intra_op_threads, single_threaded_pool
+from ptq4vit_fx.torch_state import (
+    full_precision_convolutions,
+    independent_of_caller,
+    intra_op_threads,
+    single_threaded_pool,
+)
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=5, rounds=1)
 
@@ -183,6 +188,25 @@ def test_settings_of_the_process_are_given_back_by_the_last(small_images):
         assert torch.get_default_dtype() is torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_what_an_exporter_has_found_is_not_left_behind():
+    """torch.export gives back at its end the flags of cuDNN that it has found at its start, which were others' then."""
+    inside, first_left = threading.Barrier(2), threading.Event()
+
+    def calibrates():
+        with full_precision_convolutions():
+            inside.wait()
+        first_left.set()
+
+    def exports():
+        with independent_of_caller():
+            inside.wait()
+            found = torch.backends.cudnn.set_flags(False)
+            assert first_left.wait(60)
+            torch.backends.cudnn.set_flags(*found)
+
+    together(calibrates, exports)  # the fixture looks at the flags
 
 
 def test_workers_alone_are_single_threaded():

@@ -18,6 +18,7 @@ from ptq4vit_fx.errors import PTQError, failure, reason_of
 from ptq4vit_fx.export.metadata import own_outputs
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 
 Array = NDArray[Any]
@@ -69,7 +70,8 @@ def outputs_of_model(run: Any, batches: list[Inputs], device: torch.device) -> d
     images = Images("the model")
     with torch.inference_mode():
         for batch in batches:
-            output = tensor_outputs(run(*(x.to(device) for x in batch)))
+            with exclusive():
+                output = tensor_outputs(run(*(x.to(device) for x in batch)))
             images.add({name: as_array(x) for name, x in output.items()}, len(batch[0]), len(batch[0]))
     return images.outputs()
 
@@ -158,8 +160,9 @@ def filled(batch: Inputs, size: int) -> Inputs:
 def _refused(
     operation: str, path: str, session: InferenceSession, inputs: Sequence[Array], error: Exception
 ) -> PTQError:
-    given, reason = ", ".join(f"{x.shape} {x.dtype}" for x in inputs), reason_of(error)
+    given, reason = ", ".join(str(x.shape) for x in inputs), reason_of(error)
     if isinstance(error, (InvalidArgument, ValueError)):
+        given = ", ".join(f"{x.shape} {x.dtype}" for x in inputs)
         wanted = ", ".join(f"{entry.name} {entry.shape} {entry.type}" for entry in session.get_inputs())
         do = "pass images of the size that was exported"
         return failure(operation, path, expected=f"inputs of shape {wanted}", got=f"{given} ({reason})", do=do)

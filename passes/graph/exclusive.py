@@ -1,4 +1,8 @@
-"""Tracers and exporters change torch while they run: one of them at a time, and only its own thread sees the change."""
+"""Tracers and exporters change torch while they run: one of them at a time, and only its own thread sees the change.
+
+torch.export switches off oneDNN for the process, and with it the last bit of a convolution: what is compared or
+differentiated runs in its turn too.
+"""
 
 from __future__ import annotations
 

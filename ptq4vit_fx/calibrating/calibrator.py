@@ -29,7 +29,7 @@ from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.search.search_op import search_op
-from ptq4vit_fx.torch_state import full_precision_convolutions, intra_op_threads, single_threaded_pool
+from ptq4vit_fx.torch_state import intra_op_threads, single_threaded_pool
 
 #: What a checkpoint must share with the calibration that resumes it.
 IDENTITY = ("images_fingerprint", WEIGHTS_FINGERPRINT, "seed", "loss", "sequential")
@@ -189,14 +189,10 @@ def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
 
 @contextmanager
 def _model_at_work(run: _Run) -> Iterator[None]:
-    """Move the model to where it runs, and home again whatever happens.
-
-    Convolutions in full precision: their gradients decide what all other products are worth.
-    """
+    """Move the model to where it runs, and home again whatever happens."""
     run.prepared.to(run.devices.model)
     try:
-        with full_precision_convolutions():
-            yield
+        yield
     finally:
         run.prepared.to(run.devices.home)
 

@@ -16,6 +16,7 @@ from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.dataflow import overwrites
+from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.observer import ProductObserver
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product, to_product
@@ -85,10 +86,11 @@ def capture(
     finished = set() if quantized is None else set(quantized.distances)
     with recording(prepared, captured, record), recording(prepared, finished, record_quantized):
         for batch in batches:
-            with torch.set_grad_enabled(with_gradient):
-                output = _forward(prepared, batch)
-            if with_gradient:
-                _differentiate(loss, output, len(batch[0]))
+            with exclusive():
+                with torch.set_grad_enabled(with_gradient):
+                    output = _forward(prepared, batch)
+                if with_gradient:
+                    _differentiate(loss, output, len(batch[0]))
     return captured
 
 
