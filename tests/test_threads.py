@@ -192,19 +192,21 @@ def test_settings_of_the_process_are_given_back_by_the_last(small_images):
 
 def test_what_an_exporter_has_found_is_not_left_behind():
     """torch.export gives back at its end the flags of cuDNN that it has found at its start, which were others' then."""
-    inside, first_left = threading.Barrier(2), threading.Event()
+    held, found, left = threading.Event(), threading.Event(), threading.Event()
 
     def calibrates():
         with full_precision_convolutions():
-            inside.wait()
-        first_left.set()
+            held.set()
+            assert found.wait(60)
+        left.set()
 
     def exports():
+        assert held.wait(60)
         with independent_of_caller():
-            inside.wait()
-            found = torch.backends.cudnn.set_flags(False)
-            assert first_left.wait(60)
-            torch.backends.cudnn.set_flags(*found)
+            flags = torch.backends.cudnn.set_flags(False)
+            found.set()
+            assert left.wait(60)
+            torch.backends.cudnn.set_flags(*flags)
 
     together(calibrates, exports)  # the fixture looks at the flags
 
