@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,27 @@ def test_folders_refuse_another_import_name(folder):
     command = [sys.executable, "-c", f"import {folder}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert f"import this package as ptq4vit_fx.{folder}" in result.stderr
+
+
+def floors() -> dict[str, str]:
+    """Return what installation needs and what its extras for users add: package -> the oldest that is accepted."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    bounds = [
+        re.fullmatch(r"([a-z-]+)>=([0-9.]+)", line)
+        for line in [*project["dependencies"], *extras["hf"], *extras["openvino"]]
+    ]
+    assert all(bounds), "a floor, and nothing above"
+    return {found[1]: found[2] for found in bounds if found}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_the_oldest_environment_is_every_floor():
+    command = ["make", "-n", "-B", ".venv-oldest/.installed"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert dict(re.findall(r"(\S+)==(\S+)", shown)) == floors()
+
+
+@pytest.mark.skipif(Path(sys.prefix).name != ".venv-oldest", reason="this is not the environment of make test-oldest")
+def test_the_oldest_environment_holds_the_floors():
+    assert {name: version(name).split("+")[0] for name in floors()} == floors()

@@ -114,6 +114,10 @@ def unnamed_function() -> None:
     saved(ptq.prepare_fx(Local().eval(), QUICK, pictures(1)))
 
 
-@brought("file", "verify_onnx with the float model", refused="verify_onnx: VisionTransformer: expected a model from")
+@brought(
+    "file",
+    "verify_onnx with the float model",
+    refused="verify_onnx: VisionTransformer: expected a model at stage 'converted'",
+)
 def verify_float() -> None:
     ptq.verify_onnx("model.onnx", vit(), pictures())  # type: ignore[arg-type]
