@@ -28,6 +28,7 @@ __all__ = [
     "QConfigMapping",
     "QuantPlan",
     "SearchSettings",
+    "Transforms",
     "TwinReport",
     "TwinUniform",
     "Uniform",
@@ -52,7 +53,7 @@ _MODULES = {
     "export.onnx_export": ("ExportReport", "export_onnx"),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
     "plan": ("QuantPlan",),
-    "qconfig": ("QConfig", "QConfigMapping", "SearchSettings"),
+    "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
     "quantizers": ("TwinUniform", "Uniform"),
     "twins": ("TwinReport", "choose_twins"),
 }
