@@ -146,7 +146,7 @@ class QuantPlan:
         return cast("QuantPlan", read_as(QuantPlan, read_json(text, place), place))
 
     def table(self) -> str:
-        """Return a text table: product, kind, quantizer of each operand; then what is left as it is, with the reason."""
+        """Return a text table: product, kind, quantizer of each operand; then what is left, with the reason."""
         rows = [("product", "kind", "lhs", "rhs")]
         for op in self.ops:
             described = [describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS]
