@@ -15,7 +15,6 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import example_for
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
@@ -41,6 +40,7 @@ from ptq4vit_fx.export.opsets import (
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.inputs.batches import example_for
 from ptq4vit_fx.names import holder, tensor
 from ptq4vit_fx.passes.graph.contract import calibration_of, on_cpu, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute

@@ -11,8 +11,8 @@ import onnxscript
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.export.refusals import refused
+from ptq4vit_fx.inputs.batches import FIXED_BATCH
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Tracer
 from torch.nn.modules import module as global_hooks
 
-from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import PTQError, failure, near_names
+from ptq4vit_fx.inputs.batches import FIXED_BATCH
 from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter

@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.api import calibrate, load_calibration
-from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product
+from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.names import OPERANDS, Site, site
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of
 from ptq4vit_fx.passes.graph.marks import planned_products

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.errors import failure, printable
 from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
@@ -19,6 +18,7 @@ from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_m
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
+from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.passes.graph.contract import on_cpu
 from ptq4vit_fx.passes.graph.outputs import logits_in
 from ptq4vit_fx.passes.graph.staged_model import model_at

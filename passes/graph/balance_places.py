@@ -144,8 +144,9 @@ def _key(search: _Search, node: Node) -> Place:
         k.expand_as(key.numbers), key.numbers
     ):
         raise Unbalanced("its operands have their channels elsewhere than in the dimension that is summed")
-    shape = torch.broadcast_shapes(q.squeeze(-2).shape, k.squeeze(-1).shape)
-    pairs = [x.expand(shape).flatten() for x in (q.squeeze(-2), k.squeeze(-1))]
+    q, k = q.squeeze(-2), k.squeeze(-1)
+    shape = torch.broadcast_shapes(q.shape, k.shape)  # type: ignore[no-untyped-call]
+    pairs = [x.expand(shape).flatten() for x in (q, k)]
     of_query, of_key = distinct(torch.stack(pairs, 1)).T
     if len(distinct(of_query)) < len(of_query):
         raise Unbalanced("a query meets different channels of keys")
@@ -326,7 +327,8 @@ def _factors_of_gate(graph_module: GraphModule, node: Node) -> list[tuple[Node, 
 
 def distinct(x: Tensor) -> Tensor:
     """Return the distinct values of x, or its distinct rows if it has several dimensions of pairs, sorted."""
-    return torch.unique(x, dim=0 if x.ndim == 2 and x.shape[1] == 2 else None)  # type: ignore[no-untyped-call]
+    found: Tensor = torch.unique(x, dim=0 if x.ndim == 2 and x.shape[1] == 2 else None)
+    return found
 
 
 def _name(node: Node) -> str:

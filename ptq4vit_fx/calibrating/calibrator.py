@@ -15,7 +15,6 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import batches_for
 from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
 from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weights_fingerprint
 from ptq4vit_fx.calibrating.losses import Loss, get_loss
@@ -24,6 +23,7 @@ from ptq4vit_fx.calibrating.ranges import measure_balances
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
 from ptq4vit_fx.errors import failure, printable, warn
 from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.names import OPERANDS, site

@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import failure, some_names, warn
+from ptq4vit_fx.inputs.batches import FIXED_BATCH
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.plan import QuantOp
 
