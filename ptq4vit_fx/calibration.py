@@ -21,6 +21,7 @@ from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, st
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
 from ptq4vit_fx.remarks import Remark, remarks
+from ptq4vit_fx.weight_codes import CODES, check_codes
 
 FORMAT = "ptq4vit_fx calibration 2"
 #: What files of before said. One bit that flips makes neither name of the other.
@@ -36,6 +37,9 @@ class SearchResult:
     sum (x^ - x)^2), of "lhs", "rhs" and "out"; infinite where quantization changes nothing. share: distance_after over
     the distance of an output of zeros. without_gradient: whether the metric wanted one and no gradient of the loss
     reached the product, so that plain squared error decided.
+
+    codes: of a weight that was rounded by the Gram matrix, int8 of its shape in the graph; all figures but
+    distance_before are of these codes. None: every value has its nearest code, as of any other operand.
     """
 
     lhs: QParams
@@ -45,6 +49,7 @@ class SearchResult:
     snr: dict[str, float]
     share: float = 0.0
     without_gradient: bool = False
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,10 @@ class Calibration:
 
     distances: op name -> (at the initial scales, at the chosen scales), in the search's metric. snr: site, or op name
     for its output -> signal-to-noise ratio in dB. shares: op name -> distance over that of an output of zeros.
-    without_gradient: the products that squared error decided although the metric wanted gradients. seconds: op name ->
-    seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights, seconds,
-    versions. A checkpoint is a calibration that lacks some sites.
+    without_gradient: the products that squared error decided although the metric wanted gradients. codes: site of a
+    weight -> its codes, int8 of its shape in the graph; of all other weights each value has its nearest code. seconds:
+    op name -> seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights,
+    seconds, versions. A checkpoint is a calibration that lacks some sites.
     """
 
     plan: QuantPlan
@@ -66,6 +72,7 @@ class Calibration:
     without_gradient: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    codes: dict[Site, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.plan, QuantPlan) or not isinstance(self.params, dict):
@@ -84,6 +91,7 @@ class Calibration:
             shares=self.shares | {op_name: result.share},
             without_gradient=self.without_gradient + ((op_name,) if result.without_gradient else ()),
             seconds=self.seconds | {op_name: round(seconds, 4)},
+            codes=self.codes | ({} if result.codes is None else {sites["rhs"]: result.codes}),
         )
 
     def with_provenance(self, facts: dict[str, Any]) -> Calibration:
@@ -91,16 +99,27 @@ class Calibration:
         return replace(self, provenance=self.provenance | facts)
 
     def to(self, device: torch.device) -> Calibration:
-        """Return this calibration with its parameters on another device."""
-        return replace(self, params={site: params.to(device) for site, params in self.params.items()})
+        """Return this calibration with its parameters and codes on another device."""
+        params = {site: params.to(device) for site, params in self.params.items()}
+        return replace(self, params=params, codes={site: codes.to(device) for site, codes in self.codes.items()})
 
     def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of float operands with both quantized; shapes as in the graph."""
-        operands = [
-            self.plan.quantizers[key].fake_quantize(x, self.params[key])
-            for key, x in ((site(op_name, "lhs"), lhs), (site(op_name, "rhs"), rhs))
-        ]
-        return self.plan.op(op_name).compute(operands[0], operands[1], bias)
+        keys = [site(op_name, operand) for operand in OPERANDS]
+        left = self.plan.quantizers[keys[0]].fake_quantize(lhs, self.params[keys[0]])
+        right = self.rounded(keys[1])
+        if right is None:
+            right = self.plan.quantizers[keys[1]].fake_quantize(rhs, self.params[keys[1]])
+        return self.plan.op(op_name).compute(left, right, bias)
+
+    def rounded(self, key: Site) -> Tensor | None:
+        """Return what the codes of a weight stand for, float32 of its shape in the graph; None if it has none.
+
+        Its quantizer gives these codes back, bit for bit: an integer times a normal scale, over that scale, is off by
+        two roundings of float32.
+        """
+        codes = self.codes.get(key)
+        return None if codes is None else self.plan.quantizers[key].decode(codes, self.params[key])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to one safetensors file, its plan and provenance as JSON in the header.
@@ -109,7 +128,8 @@ class Calibration:
         if the provenance is no JSON, and on parameters that `load` would refuse.
         """
         self.check("save calibration", "calibration")
-        named = ((stored(key, role), x) for key, params in self.params.items() for role, x in params.tensors().items())
+        named = {stored(key, role): x for key, params in self.params.items() for role, x in params.tensors().items()}
+        named |= {stored(key, CODES): codes for key, codes in self.codes.items()}
         figures = {entry.name: getattr(self, entry.name) for entry in fields(_Record) if entry.name != "axes"}
         record = _Record(axes={key: params.axis for key, params in self.params.items()}, **figures)
         try:
@@ -119,7 +139,7 @@ class Calibration:
             raise failure("save calibration", str(path), expected=expected, got=reason_of(error), do=do) from error
         place = Place("save calibration", "record", do="leave that out of the provenance")
         read_as(_Record, read_json(texts["record"], place), place)
-        write_file(path, sealed(dict(named), texts), "save calibration")
+        write_file(path, sealed(named, texts), "save calibration")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
@@ -140,7 +160,9 @@ class Calibration:
         at_record = place.at("record")
         record: _Record = read_as(_Record, read_json(file.texts["record"], at_record), at_record)
         figures = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name != "axes"}
-        calibration = Calibration(plan, _params(plan, file.tensors, record.axes, place), **figures)
+        codes = {site_and_role(name)[0]: x for name, x in file.tensors.items() if site_and_role(name)[1] == CODES}
+        scales = {name: x for name, x in file.tensors.items() if site_and_role(name)[1] != CODES}
+        calibration = Calibration(plan, _params(plan, scales, record.axes, place), codes=codes, **figures)
         calibration.check(place.operation, place.subject)
         if not file.sealed:
             lacks = "has no digest, as files of before: damage would not be noticed; save it again"
@@ -171,14 +193,17 @@ class Calibration:
         ):
             for strange in sorted(set(names) - known)[:1]:
                 raise place.at(strange).refusal("a site or a product of the plan beside it", "another")
+        check_codes(self.plan, self.params, self.codes, place)
 
     def fingerprint(self) -> str:
-        """Return a short hash of every parameter: equal calibrations have equal fingerprints."""
+        """Return a short hash of every parameter and code: equal calibrations have equal fingerprints."""
         digest = hashlib.sha256()
         for key in sorted(self.params):
             digest.update(key.encode())
             for tensor in self.params[key].tensors().values():
                 digest.update(bytes_of(tensor))
+        for key in sorted(self.codes):
+            digest.update(stored(key, CODES).encode() + bytes_of(self.codes[key]))
         return digest.hexdigest()[:16]
 
     def report(self) -> str:
