@@ -17,11 +17,11 @@ from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of, some_names, 
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
+from ptq4vit_fx.inputs.weight_codes import CODES, check_codes
 from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
 from ptq4vit_fx.remarks import Remark, remarks
-from ptq4vit_fx.weight_codes import CODES, check_codes
 
 FORMAT = "ptq4vit_fx calibration 2"
 #: What files of before said. One bit that flips makes neither name of the other.

@@ -22,7 +22,7 @@ from ptq4vit_fx.search.landscape import Choice, Landscape
 
 #: What is added to H's diagonal, as a share of its mean: directions that few images show count for more than they do
 #: in these images.
-DAMPING = 0.02
+DAMPING = 0.1
 #: H with less of it may have no Cholesky factor in float32; so often it is tried with ten times as much.
 MORE_DAMPING = 4
 #: Rows that are rounded before what they hand on reaches the rows behind them, in one product.
@@ -47,7 +47,7 @@ def round_weight(landscape: Landscape, choice: Choice, name: str) -> tuple[Tenso
     order, factor, damping = found
     if damping > DAMPING:
         warn(f"calibrate: the weight of {name} is rounded with a damping of {damping:.3g} in place of {DAMPING}")
-    params = UniformParams(searched.params_over(weight, choice["rhs"]).scale[0])
+    params = searched.params_over(weight, choice["rhs"])
     codes = rounded(weight[0], order, factor, searched.quantizer, params)
     return codes[None], searched.quantizer.decode(codes, params)[None]
 
