@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4vit_fx.balances import ChannelAffine, balances_of, check_balances
 from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of, some_names, warn
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
-from ptq4vit_fx.inputs.weight_codes import CODES, check_codes
+from ptq4vit_fx.inputs.weight_codes import CODES, check_codes, codes_of
 from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
@@ -58,10 +59,11 @@ class Calibration:
 
     distances: op name -> (at the initial scales, at the chosen scales), in the search's metric. snr: site, or op name
     for its output -> signal-to-noise ratio in dB. shares: op name -> distance over that of an output of zeros.
-    without_gradient: the products that squared error decided although the metric wanted gradients. codes: site of a
-    weight -> its codes, int8 of its shape in the graph; of all other weights each value has its nearest code. seconds:
-    op name -> seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights,
-    seconds, versions. A checkpoint is a calibration that lacks some sites.
+    without_gradient: the products that squared error decided although the metric wanted gradients. seconds: op name ->
+    seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights, seconds,
+    versions. balances: name of a balance of the plan -> its scales and shifts, which `params` stand on. codes: site of
+    a weight -> its codes, int8 of its shape in the graph; of all other weights each value has its nearest code. A
+    checkpoint is a calibration that lacks some sites.
     """
 
     plan: QuantPlan
@@ -72,6 +74,7 @@ class Calibration:
     without_gradient: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    balances: dict[Site, ChannelAffine] = field(default_factory=dict)
     codes: dict[Site, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,8 +103,10 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """Return this calibration with its parameters and codes on another device."""
-        params = {site: params.to(device) for site, params in self.params.items()}
-        return replace(self, params=params, codes={site: codes.to(device) for site, codes in self.codes.items()})
+        params = {key: own.to(device) for key, own in self.params.items()}
+        balances = {key: own.to(device) for key, own in self.balances.items()}
+        codes = {key: own.to(device) for key, own in self.codes.items()}
+        return replace(self, params=params, balances=balances, codes=codes)
 
     def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of float operands with both quantized; shapes as in the graph."""
@@ -128,8 +133,10 @@ class Calibration:
         if the provenance is no JSON, and on parameters that `load` would refuse.
         """
         self.check("save calibration", "calibration")
-        named = {stored(key, role): x for key, params in self.params.items() for role, x in params.tensors().items()}
-        named |= {stored(key, CODES): codes for key, codes in self.codes.items()}
+        tensors = [(key, own.tensors()) for key, own in self.params.items()]
+        tensors += [(key, own.tensors()) for key, own in self.balances.items()]
+        tensors += [(key, {CODES: codes}) for key, codes in self.codes.items()]
+        named = ((stored(key, role), x) for key, own in tensors for role, x in own.items())
         figures = {entry.name: getattr(self, entry.name) for entry in fields(_Record) if entry.name != "axes"}
         record = _Record(axes={key: params.axis for key, params in self.params.items()}, **figures)
         try:
@@ -139,7 +146,7 @@ class Calibration:
             raise failure("save calibration", str(path), expected=expected, got=reason_of(error), do=do) from error
         place = Place("save calibration", "record", do="leave that out of the provenance")
         read_as(_Record, read_json(texts["record"], place), place)
-        write_file(path, sealed(named, texts), "save calibration")
+        write_file(path, sealed(dict(named), texts), "save calibration")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
@@ -160,9 +167,10 @@ class Calibration:
         at_record = place.at("record")
         record: _Record = read_as(_Record, read_json(file.texts["record"], at_record), at_record)
         figures = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name != "axes"}
-        codes = {site_and_role(name)[0]: x for name, x in file.tensors.items() if site_and_role(name)[1] == CODES}
-        scales = {name: x for name, x in file.tensors.items() if site_and_role(name)[1] != CODES}
-        calibration = Calibration(plan, _params(plan, scales, record.axes, place), codes=codes, **figures)
+        balances, tensors = balances_of(plan.balances, file.tensors, place)
+        codes, tensors = codes_of(tensors)
+        params = _params(plan, tensors, record.axes, place)
+        calibration = Calibration(plan, params, **figures, balances=balances, codes=codes)
         calibration.check(place.operation, place.subject)
         if not file.sealed:
             lacks = "has no digest, as files of before: damage would not be noticed; save it again"
@@ -185,6 +193,7 @@ class Calibration:
                         raise place.at(key).refusal(f"scales along the axis {axis}", f"along {params.axis}")
                 elif op.name in self.distances:
                     raise place.at(key).refusal("parameters, as its product has a distance", "none")
+        check_balances(self.plan.balances, self.balances, place)
         products = {op.name for op in self.plan.ops}
         for names, known in (
             (self.params, self.plan.quantizers.keys()),
@@ -202,6 +211,9 @@ class Calibration:
             digest.update(key.encode())
             for tensor in self.params[key].tensors().values():
                 digest.update(bytes_of(tensor))
+        for key in sorted(self.balances):
+            for tensor in self.balances[key].tensors().values():
+                digest.update(key.encode() + bytes_of(tensor))
         for key in sorted(self.codes):
             digest.update(stored(key, CODES).encode() + bytes_of(self.codes[key]))
         return digest.hexdigest()[:16]

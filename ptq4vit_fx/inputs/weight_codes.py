@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from ptq4vit_fx.inputs.records import Place
-from ptq4vit_fx.names import Site, site
+from ptq4vit_fx.names import Site, site, site_and_role
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import QParams, Uniform, UniformParams
 
 #: The role of such codes among the tensors of a calibration file.
 CODES = "codes"
+
+
+def codes_of(tensors: Mapping[str, Tensor]) -> tuple[dict[Site, Tensor], dict[str, Tensor]]:
+    """Return the codes among the tensors of a calibration file, by site, and the other tensors."""
+    named = {name: site_and_role(name) for name in tensors}
+    codes = {key: tensors[name] for name, (key, role) in named.items() if role == CODES}
+    return codes, {name: x for name, x in tensors.items() if named[name][1] != CODES}
 
 
 def check_codes(plan: QuantPlan, params: Mapping[Site, QParams], codes: Mapping[Site, Any], place: Place) -> None:
