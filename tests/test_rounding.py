@@ -25,7 +25,7 @@ from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import UniformParams
 from ptq4vit_fx.search.products import to_product
-from ptq4vit_fx.search.rounding import DAMPING, inverse_factor, rounded
+from ptq4vit_fx.search.rounding import DAMPING, inverse_factor, least, rounded
 from ptq4vit_fx.search.search_op import search_op
 
 GRAM = SearchSettings(n=20, rounds=1, rounding="gram")
@@ -49,16 +49,21 @@ def gptq(weight, square, scale, bits, damping=DAMPING):
     return codes
 
 
-def codes_of(weight, square, scale, bits):
+def codes_of(weight, square, scale, bits, linear=None):
     found = inverse_factor(torch.from_numpy(square).float()[None], DAMPING)
     assert found is not None
     params = UniformParams(torch.as_tensor(scale, dtype=torch.float32).expand(1, 1, weight.shape[1]))
-    return rounded(torch.from_numpy(weight)[None], *found[:2], Uniform(bits), params)[0].numpy()
+    aim = torch.from_numpy(weight)[None]
+    if linear is not None:
+        aim = least(aim, torch.from_numpy(linear).float()[None], *found[:2])
+    return rounded(aim, *found[:2], Uniform(bits), params)[0].numpy()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("rows", "inner"), [(60, 12), (1, 7), (5, 20), (400, 150), (40, 1)])
-def test_codes_are_those_of_plain_loops(seed, rows, inner):
+def test_codes_are_those_of_plain_loops(seed, rows, inner, coarse):
+    """Where inputs were quantized coarsely, the weight makes up for it: loops around the solution of a ridge."""
     random = np.random.default_rng(seed)
     x = (random.normal(0, 1, (rows, inner)) @ random.normal(0, 1, (inner, inner))).astype(np.float32)
     if inner > 6:
@@ -67,7 +72,12 @@ def test_codes_are_those_of_plain_loops(seed, rows, inner):
     weight[0] *= 3  # beyond the grid
     scale = np.array([0.2, 0.3, 0.4, 0.25, 0.35, 0.21], np.float32)
     square = x.astype(np.float64).T @ x
-    expected, got = gptq(weight, square, scale, 4), codes_of(weight, square, scale, 4)
+    linear, aim = None, weight
+    if coarse:
+        linear = x.astype(np.float64).T @ (x * random.normal(0, 0.2, x.shape)) @ weight
+        ridge = DAMPING * np.diag(square)[np.diag(square) > 0].mean() * np.eye(inner)
+        aim = weight - np.linalg.solve(square + ridge, linear)
+    expected, got = gptq(aim, square, scale, 4), codes_of(weight, square, scale, 4, linear)
     assert got.dtype == np.int8
     assert (got == expected).mean() > 0.99  # a tie in float64 may fall the other way in float32, and move its like
     if inner > 6:
@@ -157,6 +167,16 @@ def test_rounding_pays_for_every_kind_of_weight(kind):
     values = channel.decode(result.codes, result.rhs)
     error = op.compute(Uniform(8).fake_quantize(x, result.lhs), values, None) - op.compute(x, w, None)
     assert float(error.double().square().sum()) == pytest.approx(result.distance_after, rel=1e-3)
+
+
+def test_a_weight_makes_up_for_what_its_inputs_have_lost():
+    torch.manual_seed(0)
+    x, w = torch.randn(400, 3).repeat_interleave(8, 1) + 0.5 * torch.randn(400, 24), torch.randn(8, 24)
+    nearest, result = (
+        search_op(LINEAR, to_product(LINEAR, x, w), Uniform(2), Uniform(8), replace(GRAM, rounding=rounding))
+        for rounding in ("nearest", "gram")
+    )
+    assert result.distance_after < 0.9 * nearest.distance_after
 
 
 @pytest.mark.parametrize("exponent", [-90, -30, 30, 60])

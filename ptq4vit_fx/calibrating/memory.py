@@ -29,9 +29,9 @@ RESERVED = 150 << 20
 #: Searching a weight takes about this many times the bytes of the weight and of the Gram matrix of its inputs.
 WEIGHT_FACTOR = 2.6
 
-#: Rounding a weight by that Gram matrix takes about this many times the bytes of both: the matrix in order, its factor,
-#: the inverse of that (1,536 x 384 to 4,096 x 64: 4.2 to 5.4).
-ROUNDING_FACTOR = 5.5
+#: Rounding a weight by that Gram matrix takes about so many times its bytes, and so many times those of the matrix: the
+#: matrix in order, its factor, the inverse of that (4,096 x 64: 5.2; 1,024 x 4,096: 8.3 of the weight).
+ROUNDING_FACTORS = (8.5, 5.5)
 
 #: Searching an op takes about this many times the bytes that were captured for it: the batches put together, the
 #: float output, the quantized operand that is held fixed, the distances of a chunk.
@@ -161,7 +161,8 @@ def _rounding(plan: QuantPlan, name: str, rhs: torch.fx.Node) -> float:
         return 0.0
     shape = shape_of(rhs)
     inner = shape[0] if op.kind == "matmul" else math.prod(shape[1:])
-    return ROUNDING_FACTOR * 4 * (math.prod(shape) + op.groups * inner * inner)
+    of_weight, of_square = ROUNDING_FACTORS
+    return 4 * (of_weight * math.prod(shape) + of_square * op.groups * inner * inner)
 
 
 def _bytes(node: torch.fx.Node) -> int:

@@ -1,9 +1,15 @@
 """Rounding a weight by the Gram matrix of its inputs: the error of each input's row is made up for by the rows behind.
 
-With H = X^T D X of the quantized inputs X, D the weights of their rows, the squared distance that errors d of a column
-cause is d' H d. Rounding each value to its nearest code minimizes the diagonal of that alone. Here the rows of a weight
-(inner, columns) are rounded one after the other, in falling order of H's diagonal, and what is still to be rounded
-moves to the best place beside what is rounded already (GPTQ, Frantar et al. 2022). With H^-1 = U' U, U upper:
+With H = X^T D X of the quantized inputs X, D a weight of each row, and x the float inputs, the squared distance that
+errors d of a column w cause is, but for a constant,
+
+    d' H d + 2 d' L,  L = X^T D (X - x) w
+
+Rounding each value to its nearest code minimizes the diagonal of that alone. Here it is d' (H + damping) d + 2 d' L: its
+least is at w - (H + damping)^-1 L, which makes up for what the inputs have lost, and around that place the rows of a
+weight (inner, columns) are rounded one after the other, in falling order of H's diagonal; what is still to be
+rounded moves to the best place beside what is rounded already (GPTQ, Frantar et al. 2022). With U upper triangular and
+(H + damping)^-1 = U' U:
 
     q_i = quantize(w_i),  e = (w_i - q_i) / U_ii,  w_j -= U_ij e  for all j behind i
 
@@ -22,7 +28,7 @@ from ptq4vit_fx.search.landscape import Choice, Landscape
 
 #: What is added to H's diagonal, as a share of its mean: directions that few images show count for more than they do
 #: in these images.
-DAMPING = 0.1
+DAMPING = 0.5
 #: H with less of it may have no Cholesky factor in float32; so often it is tried with ten times as much.
 MORE_DAMPING = 4
 #: Rows that are rounded before what they hand on reaches the rows behind them, in one product.
@@ -40,7 +46,8 @@ def round_weight(landscape: Landscape, choice: Choice, name: str) -> tuple[Tenso
     assert isinstance(searched, UniformCandidates)
     if not searched.quantizer.signed and searched.quantizer.top > LARGEST_CODE:
         return None
-    found = inverse_factor(gram(landscape, choice), DAMPING)
+    square, linear = distance_terms(landscape, choice)
+    found = inverse_factor(square, DAMPING)
     if found is None:
         warn(f"calibrate: the inputs of {name} have no Gram matrix to round its weight by; it is rounded to nearest")
         return None
@@ -48,29 +55,32 @@ def round_weight(landscape: Landscape, choice: Choice, name: str) -> tuple[Tenso
     if damping > DAMPING:
         warn(f"calibrate: the weight of {name} is rounded with a damping of {damping:.3g} in place of {DAMPING}")
     params = searched.params_over(weight, choice["rhs"])
-    codes = rounded(weight[0], order, factor, searched.quantizer, params)
+    codes = rounded(least(weight[0], linear, order, factor), order, factor, searched.quantizer, params)
     return codes[None], searched.quantizer.decode(codes, params)[None]
 
 
-def gram(landscape: Landscape, choice: Choice) -> Tensor:
-    """Return H = X^T D X, float32 (heads, inner, inner), of the lhs as it is chosen, over all rows.
+def distance_terms(landscape: Landscape, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Return H and L over all rows beside the lhs as it is chosen, float32 (heads, inner, inner) and (.., columns).
 
-    D is the weight of a row in the distance, the mean over its outputs where these have weights of their own.
+    D is the root of a row's weight in the distance, of the mean over its outputs where these have weights of their own:
+    a few rows hold most of the gradient, and what only they ask for is not what other images ask for.
     """
-    _, heads, inner, _ = landscape.product.rhs.shape
+    _, heads, inner, columns = landscape.product.rhs.shape
     square = landscape.product.rhs.new_zeros(heads, inner, inner)
-    for (part, _), x in zip(landscape.parts, landscape.quantized("lhs", choice["lhs"]), strict=True):
+    linear = landscape.product.rhs.new_zeros(heads, inner, columns)
+    for (part, target), x in zip(landscape.parts, landscape.quantized("lhs", choice["lhs"]), strict=True):
         weight = part.element_weight
-        weighted = x if weight is None else x * weight.mean(-1, keepdim=True)
+        weighted = x if weight is None else x * weight.mean(-1, keepdim=True).sqrt_()
         square += (weighted.mT @ x)[0]
-    return square
+        linear += (weighted.mT @ part.output(x, part.rhs).sub_(target))[0]
+    return square, linear
 
 
 def inverse_factor(square: Tensor, damping: float) -> tuple[Tensor, Tensor, float] | None:
     """Return the order of rounding, U in that order, and the damping that it took; None if H has no factor.
 
     square: H, float32 (heads, inner, inner). The order is (heads, inner); U is (heads, inner, inner), upper triangular,
-    with (H + damping)^-1 = U' U but for a factor that plays no part. Inputs that are always zero are decoupled.
+    with (H + damping)^-1 = U' U. Inputs that are always zero are decoupled. damping: a share of H's mean diagonal.
     """
     diagonal = square.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
@@ -89,10 +99,18 @@ def inverse_factor(square: Tensor, damping: float) -> tuple[Tensor, Tensor, floa
         if not bool(failed.any()):
             del damped
             eye = torch.eye(square.shape[1], device=square.device).expand_as(square)
-            return order, torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2), damping
+            inverse = torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2)
+            return order, inverse.mul_(mean.rsqrt()[..., None]), damping
         damped.diagonal(dim1=1, dim2=2).add_(9 * damping * failed[:, None])
         damping *= 10
     return None
+
+
+def least(weight: Tensor, linear: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """Return w - (H + damping)^-1 L, float32 (heads, inner, columns): where the distance is least without a grid."""
+    places = order[:, :, None].expand_as(weight)
+    shift = factor.mT @ (factor @ linear.gather(1, places))
+    return weight - torch.empty_like(weight).scatter_(1, places, shift)
 
 
 def rounded(weight: Tensor, order: Tensor, factor: Tensor, quantizer: Uniform, params: UniformParams) -> Tensor:
