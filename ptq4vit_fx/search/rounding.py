@@ -5,11 +5,10 @@ errors d of a column w cause is, but for a constant,
 
     d' H d + 2 d' L,  L = X^T D (X - x) w
 
-Rounding each value to its nearest code minimizes the diagonal of that alone. Here it is d' (H + damping) d + 2 d' L: its
-least is at w - (H + damping)^-1 L, which makes up for what the inputs have lost, and around that place the rows of a
-weight (inner, columns) are rounded one after the other, in falling order of H's diagonal; what is still to be
-rounded moves to the best place beside what is rounded already (GPTQ, Frantar et al. 2022). With U upper triangular and
-(H + damping)^-1 = U' U:
+Rounding each value to its nearest code minimizes the diagonal of that alone. Here it is d' (H + damping) d + 2 d' L; its
+least is at w - (H + damping)^-1 L, which makes up for what the inputs have lost. Around that place the rows of a weight
+(inner, columns) are rounded one after the other, in falling order of H's diagonal; what is yet to be rounded moves to
+the best place beside what is rounded already (GPTQ, Frantar et al. 2022). With U upper and (H + damping)^-1 = U' U:
 
     q_i = quantize(w_i),  e = (w_i - q_i) / U_ii,  w_j -= U_ij e  for all j behind i
 
@@ -26,8 +25,8 @@ from ptq4vit_fx.quantizers import Uniform, UniformParams
 from ptq4vit_fx.search.candidates import UniformCandidates
 from ptq4vit_fx.search.landscape import Choice, Landscape
 
-#: What is added to H's diagonal, as a share of its mean: directions that few images show count for more than they do
-#: in these images.
+#: What is added to H's diagonal, as a share of its mean: a direction that these images hardly show is not free. Less of
+#: it fits them better and others worse (deit_tiny, W4A4: 0.1 and 0.5 and 2 give a KL of 0.121, 0.113 and 0.115).
 DAMPING = 0.5
 #: H with less of it may have no Cholesky factor in float32; so often it is tried with ten times as much.
 MORE_DAMPING = 4
