@@ -5,7 +5,7 @@ errors d of a column w cause is, but for a constant,
 
     d' H d + 2 d' L,  L = X^T D (X - x) w
 
-Rounding each value to its nearest code minimizes the diagonal of that alone. Here it is d' (H + damping) d + 2 d' L; its
+Rounding each value to its nearest code minimizes the diagonal of that alone. Here it is d'(H + damping)d + 2 d'L: its
 least is at w - (H + damping)^-1 L, which makes up for what the inputs have lost. Around that place the rows of a weight
 (inner, columns) are rounded one after the other, in falling order of H's diagonal; what is yet to be rounded moves to
 the best place beside what is rounded already (GPTQ, Frantar et al. 2022). With U upper and (H + damping)^-1 = U' U:
