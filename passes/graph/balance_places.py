@@ -269,8 +269,11 @@ def _rows_sum_to_one(graph_module: GraphModule, node: Node) -> bool | None:
     if source.kwargs.get("dim") not in (-1, len(shape_of(source)) - 1):
         return False
     mine = [r for r in readers_of(graph_module, source, scaled=False) if r.node is node and r.value is left]
-    keys = torch.arange(shape_of(source)[-1], dtype=torch.float64)
-    return bool(mine) and torch.equal(mine[0].numbers.sort(-1).values, keys.expand(mine[0].numbers.shape))
+    keys = shape_of(source)[-1]
+    if not mine or mine[0].numbers.shape[-1] != keys:
+        return False
+    found = mine[0].numbers.sort(-1).values
+    return torch.equal(found, torch.arange(keys, dtype=found.dtype).expand(found.shape))
 
 
 def _shifts_keys(graph_module: GraphModule, node: Node) -> bool:

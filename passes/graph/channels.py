@@ -81,10 +81,11 @@ def positive_factor(graph_module: GraphModule, node: Node) -> float | None:
 
 
 def _users(graph_module: GraphModule, value: Node) -> Iterator[Node]:
-    """Yield what reads the values of a node: not its shape, and not what an observer is shown of a product."""
+    """Yield what reads the values of a node: not its shape or dtype, not what an observer is shown of a product."""
     for user in value.users:
         is_shown = is_observer(graph_module, user) and user.args[3] is not value
-        if user.op == "output" or not (is_shown or _gives_no_tensor(graph_module, user)):
+        is_like = moves_only(user) and user.args[0] is not value  # type_as, expand_as
+        if user.op == "output" or not (is_shown or is_like or _gives_no_tensor(graph_module, user)):
             yield user
 
 

@@ -23,7 +23,7 @@ OUTSIDE = 0.0005
 
 
 @dataclass
-class _Extremes:
+class Extremes:
     """The largest and smallest values so far of every channel, (kept, channels) each, and how many there were."""
 
     kept: int
@@ -38,7 +38,7 @@ class _Extremes:
         self.low = low.topk(min(self.kept, len(low)), 0, False)[0]
         self.high = high.topk(min(self.kept, len(high)), 0)[0]
 
-    def range(self) -> tuple[Tensor, Tensor]:
+    def ends(self) -> tuple[Tensor, Tensor]:
         """Return the low and the high end of every channel."""
         assert self.low is not None
         assert self.high is not None
@@ -52,14 +52,14 @@ def measure_balances(prepared: GraphModule, batches: Iterable[Inputs], images: i
     """
     places, _ = balance_places(prepared, plan_of(prepared).transforms)
     watched = _watched(places)
-    extremes: dict[tuple[str, str], _Extremes] = {}
+    extremes: dict[tuple[str, str], Extremes] = {}
 
     def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         for what, x in (("lhs", lhs), ("out", out)):
             if (name, what) in watched:
                 check_finite(f"{'input' if what == 'lhs' else 'output'} of {name}", x)
                 rows = images * x[..., 0].numel() / images_now
-                extremes.setdefault((name, what), _Extremes(1 + int(OUTSIDE * rows))).add(x)
+                extremes.setdefault((name, what), Extremes(1 + int(OUTSIDE * rows))).add(x)
         return out
 
     images_now = 1
@@ -87,15 +87,15 @@ def _reader_of(place: Place) -> tuple[str, str]:
     return str(planned_product(first.node)), "lhs"
 
 
-def _affine(prepared: GraphModule, place: Place, extremes: dict[tuple[str, str], _Extremes]) -> ChannelAffine:
+def _affine(prepared: GraphModule, place: Place, extremes: dict[tuple[str, str], Extremes]) -> ChannelAffine:
     balance = place.balance
     exponent = getattr(plan_of(prepared).transforms, FIELDS[balance.kind])
     if balance.kind in ("norm", "gate"):
         first = next(columns for columns in place.readers if planned_product(columns.node) is not None)
-        low, high = _per_channel(extremes[_reader_of(place)].range(), first.numbers, balance.channels)
+        low, high = _per_channel(extremes[_reader_of(place)].ends(), first.numbers, balance.channels)
         return balanced_ranges(low, high, exponent, shifts=balance.shifts)
     ranges = [
-        _per_channel(extremes[str(planned_product(rows.node)), "out"].range(), rows.numbers, balance.channels)
+        _per_channel(extremes[str(planned_product(rows.node)), "out"].ends(), rows.numbers, balance.channels)
         for rows in place.writers
     ]
     low, high = ranges[0]
