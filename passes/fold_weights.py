@@ -7,12 +7,11 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.names import leaf_of, owner_of
 from ptq4vit_fx.passes.graph.contract import graph_pass
 from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_path
 from ptq4vit_fx.passes.graph.marks import planned_products, scope_of
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE
-from ptq4vit_fx.passes.graph.rewriter import Writer, replace
+from ptq4vit_fx.passes.graph.rewriter import Writer, drop_stored, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import FakeQuantize
 from ptq4vit_fx.quantizers import UniformParams
@@ -47,13 +46,4 @@ def _fold(graph_module: GraphModule, quantized: Node) -> None:
     write = Writer(quantized, scope=scope_of(quantized))
     replace(quantized, write(DEQUANTIZE, *write.hold(tensors), axis))
     graph_module.delete_submodule(str(quantized.target))
-    _drop(graph_module, source)
-
-
-def _drop(graph_module: GraphModule, source: Node) -> None:
-    """Remove a get_attr node and its float tensor unless something else reads it."""
-    target = stored_path(source)
-    if not source.users:
-        graph_module.graph.erase_node(source)
-    if not any(stored_path(node) == target for node in graph_module.graph.nodes):
-        delattr(graph_module.get_submodule(owner_of(target)), leaf_of(target))
+    drop_stored(source)

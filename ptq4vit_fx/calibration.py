@@ -18,6 +18,7 @@ from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of, some_names, 
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.inputs.sealed_tensors import bytes_of, read_sealed, sealed
+from ptq4vit_fx.inputs.weight_codes import CODES, check_codes, codes_of
 from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, stored
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
@@ -37,6 +38,9 @@ class SearchResult:
     sum (x^ - x)^2), of "lhs", "rhs" and "out"; infinite where quantization changes nothing. share: distance_after over
     the distance of an output of zeros. without_gradient: whether the metric wanted one and no gradient of the loss
     reached the product, so that plain squared error decided.
+
+    codes: of a weight that was rounded by the Gram matrix, int8 of its shape in the graph; all figures but
+    distance_before are of these codes. None: every value has its nearest code, as of any other operand.
     """
 
     lhs: QParams
@@ -46,6 +50,7 @@ class SearchResult:
     snr: dict[str, float]
     share: float = 0.0
     without_gradient: bool = False
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Calibration:
     for its output -> signal-to-noise ratio in dB. shares: op name -> distance over that of an output of zeros.
     without_gradient: the products that squared error decided although the metric wanted gradients. seconds: op name ->
     seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights, seconds,
-    versions. balances: name of a balance of the plan -> its scales and shifts, which `params` stand on. A checkpoint is
-    a calibration that lacks some sites.
+    versions. balances: name of a balance of the plan -> its scales and shifts, which `params` stand on. codes: site of
+    a weight -> its codes, int8 of its shape in the graph; of all other weights each value has its nearest code. A
+    checkpoint is a calibration that lacks some sites.
     """
 
     plan: QuantPlan
@@ -69,6 +75,7 @@ class Calibration:
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     balances: dict[Site, ChannelAffine] = field(default_factory=dict)
+    codes: dict[Site, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.plan, QuantPlan) or not isinstance(self.params, dict):
@@ -87,6 +94,7 @@ class Calibration:
             shares=self.shares | {op_name: result.share},
             without_gradient=self.without_gradient + ((op_name,) if result.without_gradient else ()),
             seconds=self.seconds | {op_name: round(seconds, 4)},
+            codes=self.codes | ({} if result.codes is None else {sites["rhs"]: result.codes}),
         )
 
     def with_provenance(self, facts: dict[str, Any]) -> Calibration:
@@ -94,17 +102,29 @@ class Calibration:
         return replace(self, provenance=self.provenance | facts)
 
     def to(self, device: torch.device) -> Calibration:
-        """Return this calibration with its parameters on another device."""
+        """Return this calibration with its parameters and codes on another device."""
         params = {key: own.to(device) for key, own in self.params.items()}
-        return replace(self, params=params, balances={key: own.to(device) for key, own in self.balances.items()})
+        balances = {key: own.to(device) for key, own in self.balances.items()}
+        codes = {key: own.to(device) for key, own in self.codes.items()}
+        return replace(self, params=params, balances=balances, codes=codes)
 
     def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of float operands with both quantized; shapes as in the graph."""
-        operands = [
-            self.plan.quantizers[key].fake_quantize(x, self.params[key])
-            for key, x in ((site(op_name, "lhs"), lhs), (site(op_name, "rhs"), rhs))
-        ]
-        return self.plan.op(op_name).compute(operands[0], operands[1], bias)
+        keys = [site(op_name, operand) for operand in OPERANDS]
+        left = self.plan.quantizers[keys[0]].fake_quantize(lhs, self.params[keys[0]])
+        right = self.rounded(keys[1])
+        if right is None:
+            right = self.plan.quantizers[keys[1]].fake_quantize(rhs, self.params[keys[1]])
+        return self.plan.op(op_name).compute(left, right, bias)
+
+    def rounded(self, key: Site) -> Tensor | None:
+        """Return what the codes of a weight stand for, float32 of its shape in the graph; None if it has none.
+
+        Its quantizer gives these codes back, bit for bit: an integer times a normal scale, over that scale, is off by
+        two roundings of float32.
+        """
+        codes = self.codes.get(key)
+        return None if codes is None else self.plan.quantizers[key].decode(codes, self.params[key])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to one safetensors file, its plan and provenance as JSON in the header.
@@ -115,6 +135,7 @@ class Calibration:
         self.check("save calibration", "calibration")
         tensors = [(key, own.tensors()) for key, own in self.params.items()]
         tensors += [(key, own.tensors()) for key, own in self.balances.items()]
+        tensors += [(key, {CODES: codes}) for key, codes in self.codes.items()]
         named = ((stored(key, role), x) for key, own in tensors for role, x in own.items())
         figures = {entry.name: getattr(self, entry.name) for entry in fields(_Record) if entry.name != "axes"}
         record = _Record(axes={key: params.axis for key, params in self.params.items()}, **figures)
@@ -147,7 +168,9 @@ class Calibration:
         record: _Record = read_as(_Record, read_json(file.texts["record"], at_record), at_record)
         figures = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name != "axes"}
         balances, tensors = balances_of(plan.balances, file.tensors, place)
-        calibration = Calibration(plan, _params(plan, tensors, record.axes, place), **figures, balances=balances)
+        codes, tensors = codes_of(tensors)
+        params = _params(plan, tensors, record.axes, place)
+        calibration = Calibration(plan, params, **figures, balances=balances, codes=codes)
         calibration.check(place.operation, place.subject)
         if not file.sealed:
             lacks = "has no digest, as files of before: damage would not be noticed; save it again"
@@ -179,9 +202,10 @@ class Calibration:
         ):
             for strange in sorted(set(names) - known)[:1]:
                 raise place.at(strange).refusal("a site or a product of the plan beside it", "another")
+        check_codes(self.plan, self.params, self.codes, place)
 
     def fingerprint(self) -> str:
-        """Return a short hash of every parameter: equal calibrations have equal fingerprints."""
+        """Return a short hash of every parameter and code: equal calibrations have equal fingerprints."""
         digest = hashlib.sha256()
         for key in sorted(self.params):
             digest.update(key.encode())
@@ -190,6 +214,8 @@ class Calibration:
         for key in sorted(self.balances):
             for tensor in self.balances[key].tensors().values():
                 digest.update(key.encode() + bytes_of(tensor))
+        for key in sorted(self.codes):
+            digest.update(stored(key, CODES).encode() + bytes_of(self.codes[key]))
         return digest.hexdigest()[:16]
 
     def report(self) -> str:

@@ -36,6 +36,7 @@ from ptq4vit_fx.passes.open_einsum import open_einsum
 from ptq4vit_fx.passes.open_vector_products import open_vector_products
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
+from ptq4vit_fx.passes.round_weights import round_weights
 from ptq4vit_fx.passes.slice_pieces import slice_pieces
 from ptq4vit_fx.qconfig import QConfigMapping
 
@@ -129,6 +130,7 @@ CONVERSION = _pipeline(
     "convert",
     (apply_balances, "in front of the quantizers, whose scales stand on balanced channels"),
     (insert_quantizers, "what calibration simulated: every operand quantized, every product in float"),
+    (round_weights, "in front of whatever moves or folds weights: from here on codes are what rounding gives"),
     (narrow_tokens, "while an operation is one node: behind lowering it would have to follow branches"),
     (lower_patch_convolution, "in front of folding, which then stores the kernel as the matrix that it is"),
     (fold_weights, "in front of the activations, whose lowering asks which operands are weights already"),

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.metrics import get_metric
@@ -21,6 +21,10 @@ OBJECT_KINDS: dict[Any, str] = {
 }
 
 
+#: How weights become codes: each value by itself, or by the Gram matrix of the inputs (search/rounding.py).
+Rounding = Literal["nearest", "gram"]
+
+
 @dataclass(frozen=True)
 class SearchSettings:
     """How scales are searched (PTQ4ViT, section 4 and Algorithm 1).
@@ -32,6 +36,9 @@ class SearchSettings:
     screen_rows: candidates are screened on about this many rows of an op, drawn by their share in the distance (a
     quarter or the double, as that is concentrated), and the best few (`confirm`) are decided on all rows; None
     evaluates every candidate on all rows.
+
+    rounding: of weights, once the scales are chosen; "gram" lets each value make up for the errors of those before it,
+    where that brings the product nearer, and the codes become part of the calibration.
     """
 
     metric: str = "hessian"
@@ -42,6 +49,7 @@ class SearchSettings:
     max_shift: int = 10
     screen_rows: int | None = 512
     confirm: int = 4
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         get_metric(self.metric)
@@ -52,6 +60,7 @@ class SearchSettings:
             ("max_shift", 0 <= self.max_shift <= 20, "0 to 20"),
             ("screen_rows", self.screen_rows is None or self.screen_rows >= 16, "None or at least 16"),
             ("confirm", self.confirm >= 1, "at least 1"),
+            ("rounding", self.rounding in get_args(Rounding), " or ".join(get_args(Rounding))),
         ):
             if not valid:
                 raise failure("SearchSettings", name, expected=expected, got=repr(self), do="change that value")

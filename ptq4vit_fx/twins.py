@@ -15,7 +15,7 @@ from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product
 from ptq4vit_fx.inputs.batches import batches_for
-from ptq4vit_fx.names import OPERANDS, Site, site
+from ptq4vit_fx.names import OPERANDS, Site, product_of, site
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.shapes import shape_of
@@ -138,6 +138,8 @@ def choose_twins(
         distances=calibration.distances | {op.name: searched.distances[op.name] for op in changed},
         snr=calibration.snr | {key: searched.snr[key] for op in changed for key in (*_sites(op), op.name)},
         provenance=calibration.provenance | {"uniform_twins": sorted(names)},
+        codes={key: x for key, x in calibration.codes.items() if product_of(key) not in names}
+        | {key: x for key, x in searched.codes.items() if product_of(key) in names},
     )
     return load_calibration(attach(result, plan=merged.plan), merged), report
 

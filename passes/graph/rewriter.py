@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.names import holder, join
+from ptq4vit_fx.names import holder, join, leaf_of, owner_of
+from ptq4vit_fx.passes.graph.dataflow import stored_path
 from ptq4vit_fx.passes.graph.marks import mark_product, planned_product, put_in_scope
 
 
@@ -86,3 +87,13 @@ def owner(node: Node) -> GraphModule:
     graph_module = node.graph.owning_module
     assert graph_module is not None
     return graph_module
+
+
+def drop_stored(node: Node) -> None:
+    """Remove a get_attr node that nobody uses, and its tensor unless another node reads it."""
+    path = stored_path(node)
+    if not node.users:
+        graph_module = owner(node)
+        graph_module.graph.erase_node(node)
+        if not any(stored_path(other) == path for other in graph_module.graph.nodes):
+            delattr(graph_module.get_submodule(owner_of(path)), leaf_of(path))

@@ -283,5 +283,7 @@ def _search(run: _Run, op: QuantOp, captured: dict[str, Captured]) -> tuple[Sear
     op_seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
     lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in OPERANDS)
     result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
-    result = replace(result, lhs=result.lhs.to(run.devices.home), rhs=result.rhs.to(run.devices.home))
+    home, codes = run.devices.home, result.codes
+    codes = None if codes is None else codes.to(home)
+    result = replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home), codes=codes)
     return result, time.perf_counter() - started

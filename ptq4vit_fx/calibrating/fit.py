@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
 from ptq4vit_fx.errors import failure, quoted
 from ptq4vit_fx.inputs.records import Place
-from ptq4vit_fx.names import OPERANDS, Operand, site
+from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.shapes import shape_of
@@ -59,13 +60,18 @@ def check_fits(prepared: GraphModule, calibration: Calibration, operation: str) 
 
 
 def check_shapes(prepared: GraphModule, calibration: Calibration, operation: str) -> None:
-    """Raise PTQError unless each parameter that there is is one of its quantizer, as long as its operand has scales."""
+    """Raise PTQError unless each parameter that there is is one of its quantizer, as long as its operand has scales.
+
+    Codes, where there are any, must have the shape of their weight.
+    """
     calibration.check(operation, "calibration")
     plan = plan_of(prepared)
     ops = {op.name: op for op in plan.ops}
     for node, name in planned_products(prepared.graph):
         for operand in OPERANDS if name in ops else ():
             key = site(name, operand)
+            if key in calibration.codes:
+                _check_shape(calibration.codes[key], node, operation, key)
             params, quantizer = calibration.params.get(key), plan.quantizers[key]
             if params is None or quantizer.granularity == "tensor":
                 continue
@@ -75,6 +81,13 @@ def check_shapes(prepared: GraphModule, calibration: Calibration, operation: str
                 place = Place(operation, f"site {key}", do="calibrate this model")
                 told = [f"shape {tuple(shape)}, axis {axis}" for shape, axis in (expected, (scale.shape, params.axis))]
                 raise place.refusal(f"scales of {told[0]}", told[1])
+
+
+def _check_shape(codes: Tensor, product: Node, operation: str, key: Site) -> None:
+    shape = shape_of(cast("Node", product.args[1]))
+    if tuple(codes.shape) != shape:
+        place = Place(operation, f"site {key}", do="calibrate this model")
+        raise place.refusal(f"codes of shape {tuple(shape)}", f"shape {tuple(codes.shape)}")
 
 
 def _scales(op: QuantOp, operand: Operand, quantizer: Quantizer, node: Node) -> tuple[torch.Size, int | None]:

@@ -13,7 +13,9 @@ from torch.fx import GraphModule
 from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.inputs.batches import FIXED_BATCH
 from ptq4vit_fx.inputs.tensors import Inputs
-from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.passes.graph.contract import plan_of
+from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.plan import QuantOp, QuantPlan
 
 #: Share of the limit that is planned with. The rest is for what the allocator keeps: ViT-L/16 planned with all of 8 GiB
 #: peaked at 8.4, planned with 0.8 of them at 7.8 (docs/calibration.md).
@@ -26,6 +28,10 @@ RESERVED = 150 << 20
 
 #: Searching a weight takes about this many times the bytes of the weight and of the Gram matrix of its inputs.
 WEIGHT_FACTOR = 2.6
+
+#: Rounding a weight by that Gram matrix takes about so many times its bytes, and so many times those of the matrix: the
+#: matrix in order, its factor, the inverse of that (4,096 x 64: 5.2; 1,024 x 4,096: 8.3 of the weight).
+ROUNDING_FACTORS = (8.5, 5.5)
 
 #: Searching an op takes about this many times the bytes that were captured for it: the batches put together, the
 #: float output, the quantized operand that is held fixed, the distances of a chunk.
@@ -53,7 +59,7 @@ class MemoryBudget:
     """Bytes that calibration may take beside the model, and what an image costs.
 
     limit: the part of memory_limit that is planned with. captured: op name -> bytes per image of operands and gradient.
-    weights: op name -> bytes that searching its weight takes.
+    weights: op name -> bytes that searching and rounding its weight takes.
     backward: bytes per image of a forward and backward. at_once: images that a forward takes at least. chosen: whether
     the user set the limit, which then holds.
     """
@@ -68,7 +74,7 @@ class MemoryBudget:
     @staticmethod
     def of(prepared: GraphModule, limit: int, *, chosen: bool = True) -> MemoryBudget:
         """Return the budget of a prepared model, from the shapes recorded on its example."""
-        captured: dict[str, int] = {}
+        plan, captured = plan_of(prepared), dict[str, int]()
         weights: dict[str, float] = {}
         total = 0
         images = max(1, int(prepared.meta["ptq4vit_example_batch"]))
@@ -80,7 +86,7 @@ class MemoryBudget:
             if name is not None and node.op == "call_function":
                 tensors = [node, node.args[0]] + ([] if node.args[1].op == "get_attr" else [node.args[1]])
                 captured[name] = sum(_bytes(tensor) for tensor in tensors) // images
-                weights[name] = WEIGHT_FACTOR * _weight_search(node.args[1])
+                weights[name] = max(WEIGHT_FACTOR * _weight_search(node.args[1]), _rounding(plan, name, node.args[1]))
         at_once = prepared.meta.get(FIXED_BATCH) or 1
         backward = round(BACKWARD_FACTOR * total / images)
         planned = round(PLANNED_SHARE * max(0, limit - RESERVED))
@@ -146,6 +152,17 @@ def _weight_search(rhs: torch.fx.Node) -> int:
         return 0
     inner = int(shape.numel()) // int(shape[0])
     return 4 * inner * (int(shape[0]) + inner)
+
+
+def _rounding(plan: QuantPlan, name: str, rhs: torch.fx.Node) -> float:
+    """Return the bytes that rounding the weight of a product takes, 0 where each value gets its nearest code."""
+    op = next((op for op in plan.ops if op.name == name), None)
+    if op is None or not op.rhs_is_weight or plan.searches[name].rounding == "nearest":
+        return 0.0
+    shape = shape_of(rhs)
+    inner = shape[0] if op.kind == "matmul" else math.prod(shape[1:])
+    of_weight, of_square = ROUNDING_FACTORS
+    return 4 * (of_weight * math.prod(shape) + of_square * op.groups * inner * inner)
 
 
 def _bytes(node: torch.fx.Node) -> int:

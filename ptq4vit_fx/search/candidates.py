@@ -77,8 +77,12 @@ class UniformCandidates:
         return len(self.factors) - 1
 
     def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
+        return self.quantizer.fake_quantize(x, self.params_over(x, indices, axis))
+
+    def params_over(self, x: Tensor, indices: Tensor, axis: int | None = None) -> UniformParams:
+        """Return the parameters that `fake_quantize` takes: scales that broadcast over x."""
         scale = self.groups.expand(self._scale(indices), x.shape[1], x.shape[-1])
-        return self.quantizer.fake_quantize(x, UniformParams(scale if axis is None else scale.movedim(0, axis - 1)))
+        return UniformParams(scale if axis is None else scale.movedim(0, axis - 1))
 
     def params(self, indices: Tensor) -> UniformParams:
         return self.in_graph(self._scale(indices))

@@ -18,6 +18,9 @@ from ptq4vit_fx.search.sampling import sample_rows
 #: The chosen candidate of each scale, (heads, columns) per operand.
 Choice = dict[Operand, Tensor]
 
+#: The distance of a product, and signal-to-noise ratios in dB of its operands and its output.
+Total = tuple[float, dict[str, float]]
+
 #: The operand that keeps its choice while one is searched.
 OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 
@@ -65,11 +68,15 @@ class Landscape:
                 quantized = self.candidates[operand].fake_quantize(part.operand(operand), indices)
             yield quantized
 
-    def total(self, choice: Choice) -> tuple[float, dict[str, float]]:
-        """Return the distance of the whole product, all scales together, and signal-to-noise ratios in dB."""
+    def total(self, choice: Choice, weight: Tensor | None = None) -> Total:
+        """Return the distance of the whole product, all scales together, and signal-to-noise ratios in dB.
+
+        weight: the quantized rhs in place of the one that is chosen.
+        """
         sums: Tensor | None = None
         energies = {name: [0.0, 0.0] for name in (*OPERANDS, "out")}
-        operands = (self.quantized(operand, choice[operand]) for operand in OPERANDS)
+        operands = [self.quantized(operand, choice[operand]) for operand in OPERANDS]
+        operands[1] = operands[1] if weight is None else iter([weight] * len(self.parts))
         for (part, target), lhs, rhs in zip(self.parts, *operands, strict=True):
             estimate = part.output(lhs, rhs)
             for name, exact, quantized in (("lhs", part.lhs, lhs), ("rhs", part.rhs, rhs), ("out", target, estimate)):

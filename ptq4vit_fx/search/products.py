@@ -32,7 +32,7 @@ class Product:
     lhs: (batch, heads, rows, inner). rhs: (batch, heads, inner, columns); with shares_rhs it is a weight and the batch
     is 1. bias: (heads, 1, columns) or None.
     element_weight: (batch, heads, rows, columns or 1), or None for 1 everywhere. A linear layer has batch 1, heads 1
-    and all tokens as rows; the heads of a convolution are its groups.
+    and all tokens as rows; the heads of a convolution are its groups. weight_shape: the shape of a weight in the graph.
     """
 
     lhs: Tensor
@@ -40,6 +40,7 @@ class Product:
     bias: Tensor | None = None
     element_weight: Tensor | None = None
     shares_rhs: bool = True
+    weight_shape: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> Product:
         """Return the product on another device."""
@@ -99,7 +100,7 @@ def to_product(
         flat = None if weight is None else weight.reshape(1, 1, -1, weight.shape[-1])
         matrix = rhs.t() if op.kind == "linear" else rhs
         row = None if bias is None else bias.view(1, 1, -1)
-        return Product(lhs.reshape(1, 1, -1, lhs.shape[-1]), matrix[None, None], row, flat)
+        return Product(lhs.reshape(1, 1, -1, lhs.shape[-1]), matrix[None, None], row, flat, weight_shape=rhs.shape)
     heads = lhs.shape[-3] if lhs.ndim >= 4 else 1
 
     def split(x: Tensor) -> Tensor:
@@ -124,7 +125,15 @@ def _conv_product(op: QuantOp, x: Tensor, kernel: Tensor, bias: Tensor | None, w
         kernel.reshape(groups, columns, -1).transpose(1, 2)[None],
         None if bias is None else bias.view(groups, 1, columns),
         None if weight is None else rows(weight.flatten(2)),
+        weight_shape=kernel.shape,
     )
+
+
+def weight_in_graph(op: QuantOp, product: Product, weight: Tensor) -> Tensor:
+    """Return a weight (1, heads, inner, columns) as the graph has it: what `to_product` made a product of."""
+    assert product.weight_shape is not None
+    flat = weight[0, 0] if op.kind == "matmul" else weight[0].mT
+    return flat.reshape(product.weight_shape).contiguous()
 
 
 def _explicit_padding(op: QuantOp, size: torch.Size) -> list[int]:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from ptq4vit_fx.calibration import SearchResult
 from ptq4vit_fx.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import Quantizer
+from ptq4vit_fx.quantizers import QParams, Quantizer
 from ptq4vit_fx.search.candidates import make_candidates
-from ptq4vit_fx.search.landscape import Choice, Landscape
+from ptq4vit_fx.search.landscape import Choice, Landscape, Total
 from ptq4vit_fx.search.magnitudes import divided, divided_quantizer, exponents_of, multiplied
 from ptq4vit_fx.search.own_errors import own_best, settle
-from ptq4vit_fx.search.products import Product
+from ptq4vit_fx.search.products import Product, weight_in_graph
+from ptq4vit_fx.search.rounding import round_weight
 from ptq4vit_fx.search.strategies import SEARCH_ORDER, Exhaustive, Screened, Strategy
 
 #: What an infinite square of a gradient counts as: sums of so many of them are finite.
@@ -35,7 +39,8 @@ def search_op(
     settings.screen_rows every candidate is evaluated on all rows in every round. With it, candidates are screened, on
     all rows where a closed form makes that cheap and else on a seeded sample of rows, and the best few are decided on
     all rows at the end. Of several starts (`_starts`) the best end wins; on all rows it is never worse than the initial
-    scales, but for the hundredth that `settle` may give away.
+    scales, but for the hundredth that `settle` may give away. settings.rounding="gram": the weight is then rounded by
+    the Gram matrix of its inputs, where the distance on all rows is no larger than with each value rounded to nearest.
     """
     product, metric, unit = _with_usable_weights(product, get_metric(settings.metric), rhs)
     given: dict[Operand, Quantizer] = {"lhs": lhs, "rhs": rhs}
@@ -56,9 +61,28 @@ def search_op(
         choice, (after, snr) = settled, landscape.total(settled)
     chosen = {operand: candidates[operand].params(indices) for operand, indices in choice.items()}
     params = {operand: multiplied(given[operand], chosen[operand], e) for operand, e in exponents.items()}
+    codes = None
+    if settings.rounding == "gram" and op.rhs_is_weight and _holds(params["rhs"], chosen["rhs"], exponents["rhs"]):
+        codes, (after, snr) = _rounded(op, landscape, choice, (after, snr))
     share = after / zero if zero > 0.0 else 0.0
     without_gradient = metric is not get_metric(settings.metric)
-    return SearchResult(params["lhs"], params["rhs"], before * unit, after * unit, snr, share, without_gradient)
+    return SearchResult(params["lhs"], params["rhs"], before * unit, after * unit, snr, share, without_gradient, codes)
+
+
+def _holds(params: QParams, divided: QParams, exponent: int) -> bool:
+    """Return whether the scales are those of the search but for 2^exponent: then its codes are theirs too."""
+    pairs = zip(params.tensors().values(), divided.tensors().values(), strict=True)
+    return all(torch.equal(own, scale * math.ldexp(1.0, exponent)) for own, scale in pairs)
+
+
+def _rounded(op: QuantOp, landscape: Landscape, choice: Choice, nearest: Total) -> tuple[Tensor | None, Total]:
+    """Return the codes of a weight as the graph has it, and what they come to; None and `nearest` if that is less."""
+    found = round_weight(landscape, choice, op.name)
+    if found is None:
+        return None, nearest
+    codes, values = found
+    total = landscape.total(choice, values)
+    return (weight_in_graph(op, landscape.product, codes), total) if total[0] <= nearest[0] else (None, nearest)
 
 
 def _starts(landscape: Landscape) -> list[Choice]:
