@@ -15,6 +15,8 @@ from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored, moves_only
 from ptq4vit_fx.passes.graph.opaque import is_foreign
 from ptq4vit_fx.passes.graph.shapes import dtype_of, example_of, is_tensor, shape_of
 
+#: What sums over dimensions.
+SUMS = ("mean", "sum")
 #: Modules that move.
 FLATTENING = (nn.Flatten, nn.Unflatten)
 #: What averages, and over how many of the last dimensions.
@@ -35,7 +37,7 @@ class Channels:
 
 
 def source_of(graph_module: GraphModule, node: Node) -> tuple[Node, list[Node]] | None:
-    """Return the value that a node moves, pads with zeros or averages, and the nodes that do so; None for any other.
+    """Return the value that a node moves, pads with zeros or sums up, and the nodes that do so; None for any other.
 
     A piece of a value that was split takes two nodes.
     """
@@ -62,12 +64,34 @@ def _carries(graph_module: GraphModule, node: Node) -> bool:
     if len(computed) > 1 and name not in SHAPED_LIKE:  # which places it takes depends on the input
         return False
     # A function of the model's own may be a move, as timm's window_reverse is: what it makes of numbers tells.
-    return moves_only(node) or name in ("mean", *POOLING_FUNCTIONS) or is_foreign(node.target)
+    return moves_only(node) or name in (*SUMS, *POOLING_FUNCTIONS) or is_foreign(node.target)
 
 
-def pads(node: Node) -> bool:
-    """Return whether a node puts zeros beside the values that it is given."""
-    return call_name(node) == "pad" and math.prod(shape_of(node)) > math.prod(shape_of(cast("Node", node.args[0])))
+def shifts(node: Node) -> bool:
+    """Return whether values that are one constant may be others behind a node: it puts zeros beside them, or adds them.
+
+    A pad of no width, as where a window fits, does not.
+    """
+    pads = call_name(node) == "pad" and math.prod(shape_of(node)) > math.prod(shape_of(cast("Node", node.args[0])))
+    return pads or call_name(node) == "sum"
+
+
+def stacked(node: Node, channels: Channels) -> Channels:
+    """Return where channels are behind a call of stack."""
+    behind = _stacking_dimension(node) > channels.dim - 1
+    return Channels(channels.dim - behind, channels.blocks)
+
+
+def unstacked(node: Node, channels: Channels) -> Channels | None:
+    """Return where channels are in what a call of stack stacks; None if it stacks along them."""
+    dim = _stacking_dimension(node)
+    return None if dim == channels.dim else Channels(channels.dim + (dim > channels.dim), channels.blocks)
+
+
+def _stacking_dimension(node: Node) -> int:
+    dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    ndim = len(shape_of(node))
+    return int(dim % ndim - ndim)
 
 
 def moved(
@@ -91,7 +115,7 @@ def _follower(
 ) -> Callable[[Channels], Channels | None]:
     """Return a function from the place of channels in `source` to that behind the nodes of `way`."""
     node, shape = way[-1], shape_of(source)
-    if call_name(node) == "mean":
+    if call_name(node) in SUMS:
         return lambda channels: _averaged(node, channels)
     if pooled := _pools(graph_module, node):
         return lambda channels: channels if channels.dim < -pooled else None
@@ -132,7 +156,7 @@ def _pools(graph_module: GraphModule, node: Node) -> int:
 
 
 def averaged_dimensions(node: Node) -> list[int] | None:
-    """Return the dimensions, counted from the end, that a call of mean averages over; None if over all of them."""
+    """Return the dimensions, counted from the end, that a call of mean or sum takes; None if all of them."""
     dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     dims = [dims] if isinstance(dims, int) else dims
     ndim = len(shape_of(cast("Node", node.args[0])))

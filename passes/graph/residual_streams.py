@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
-from ptq4vit_fx.passes.graph.channels import Channels, moved, moved_back, pads, source_of
+from ptq4vit_fx.passes.graph.channels import Channels, moved, moved_back, shifts, source_of, stacked, unstacked
 from ptq4vit_fx.passes.graph.dataflow import call_name, get_attribute, is_stored, moves_only
 from ptq4vit_fx.passes.graph.marks import kind_of
 from ptq4vit_fx.passes.graph.norms import Affine, affine_of, factor_of, is_measured, norm_input, normalizes
@@ -97,6 +97,9 @@ class _Search:
             self._reach_operands(node, node.args[:2], channels)
         elif call_name(node) in CONCATENATIONS:
             self._reach_pieces(node, channels)
+        elif call_name(node) == "stack":
+            for piece in cast("Any", node.args[0]):
+                self._reach(piece, unstacked(node, channels))
         elif node.target in (*MULTIPLICATIONS, *DIVISIONS):
             self._scale_back(node, channels)
         else:
@@ -140,7 +143,7 @@ class _Search:
                 self._write(value, place)
                 return
             source = source_of(self._graph_module, value)
-            if source is None or pads(value):
+            if source is None or shifts(value):
                 break
             place = moved_back(self._graph_module, source[1], source[0], place, self._stream.width)
             value = source[0]
@@ -215,9 +218,8 @@ class _Search:
             self._move(piece, [user, piece], at, source=node)
 
     def _move(self, user: Node, way: list[Node], at: Reader, source: Node | None = None) -> None:
-        beta = at.affine is not None and self._has_beta(at.affine)
-        if pads(user) and beta:
-            self._fault(user, f"puts zeros beside what {described(cast('Affine', at.affine).node)} adds to")
+        if at.affine is not None and self._has_beta(at.affine) and shifts(user):
+            self._fault(user, f"changes what {described(at.affine.node)} adds")
             return
         start = source or cast("Node", way[0].args[0])
         # Blocks that a norm weighs each in its own way stay in their order.
@@ -233,6 +235,8 @@ class _Search:
         whole = is_tensor(user) and shape[channels.dim :][:1] == of[channels.dim :][:1]
         if call_name(user) in ADDITIONS and whole:
             self._reach(user, channels)
+        elif call_name(user) == "stack" and is_tensor(user):
+            self._reach(user, stacked(user, channels))
         elif call_name(user) in CONCATENATIONS and is_tensor(user):
             if shape[channels.dim] % self._stream.width:
                 self._fault(user, "concatenates the stream with other channels")
