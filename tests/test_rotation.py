@@ -218,7 +218,7 @@ def position_read_twice(m, x):
     return end(m, t + branch(m, m.norm1(t))) + m.position.mean()
 
 
-FIRE = {
+FIRE: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (plain, {}),
     "layer scale": (layer_scale, {"scale": nn.Parameter(torch.rand(WIDTH))}),
     "registers": (
@@ -319,7 +319,13 @@ def halves(m, x):
     return end(m, torch.cat([t[..., :6], t[..., 6:].abs()], -1))
 
 
-REFUSE = {
+def diagonal(m, x):
+    t = tokens(m, x)
+    t = t + branch(m, m.norm1(t))
+    return m.head(m.norm2(t[:, list(range(WIDTH)), list(range(WIDTH))]))
+
+
+REFUSE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "returned": (returned, {}, "the model returns the stream"),
     "activated": (activated, {}, "silu computes the stream"),
     "depthwise": (
@@ -340,6 +346,7 @@ REFUSE = {
     "scrambled": (scrambled, {}, "reshape does not keep its channels together"),
     "a weight that others read": (tied, {}, "head shares its weight with head"),
     "one weight behind two norms": (two_readers_of_one_weight, {}, "fc1 shares its weight with fc1"),
+    "channels of different tokens": (diagonal, {}, "getitem does not keep its channels together"),
     "channels apart": (halves, {}, "getitem does not keep its channels together"),
 }
 
