@@ -84,6 +84,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             searches,
             tuple(float_ops),
             mapping.transforms,
+            (),
             graph_module.meta.get(TRANSFORMED, ()),
             mapping.recipe,
         ),

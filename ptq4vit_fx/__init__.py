@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
     from ptq4vit_fx.plan import QuantPlan
-    from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+    from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
     from ptq4vit_fx.quantizers import TwinUniform, Uniform
     from ptq4vit_fx.twins import TwinReport, choose_twins
 

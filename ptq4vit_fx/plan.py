@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
+from ptq4vit_fx.balances import Balance
 from ptq4vit_fx.errors import failure, quoted, unknown_name
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
@@ -91,8 +92,9 @@ class Transformed:
 class QuantPlan:
     """What `annotate` decided: the products in execution order, a quantizer per site, the search per product.
 
-    transforms: what the mapping asks for; transformed: where that was done, and where not, with the reason. recipe: the
-    name of the mapping that it was made from; rules that were added to it show in the quantizers alone.
+    transforms: what the mapping asks for. balances: channels whose scales and shifts a calibration holds. transformed:
+    where transforms were done, and where not, with the reason. recipe: the name of the mapping that it was made from;
+    rules that were added to it show in the quantizers alone.
     Raises PTQError if two products have one name, or if the sites are not both operands of every product.
     """
 
@@ -101,6 +103,7 @@ class QuantPlan:
     searches: dict[str, SearchSettings] = field(default_factory=dict)
     float_ops: tuple[FloatOp, ...] = ()
     transforms: Transforms = field(default_factory=Transforms)
+    balances: tuple[Balance, ...] = ()
     transformed: tuple[Transformed, ...] = field(default=(), compare=False)
     recipe: str = field(default="custom", compare=False)
 
@@ -131,6 +134,7 @@ class QuantPlan:
             "searches": {key: asdict(value) for key, value in self.searches.items()},
             "float_ops": [asdict(op) for op in self.float_ops],
             "transforms": asdict(self.transforms),
+            "balances": [asdict(balance) for balance in self.balances],
             "transformed": [asdict(place) for place in self.transformed],
             "recipe": self.recipe,
         }
@@ -146,7 +150,7 @@ class QuantPlan:
         return cast("QuantPlan", read_as(QuantPlan, read_json(text, place), place))
 
     def table(self) -> str:
-        """Return a text table: product, kind, quantizer of each operand; then what is left as it is, with the reason."""
+        """Return a text table: product, kind, quantizer of each operand; then what is left, with the reason."""
         rows = [("product", "kind", "lhs", "rhs")]
         for op in self.ops:
             described = [describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS]

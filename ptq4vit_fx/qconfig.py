@@ -69,18 +69,21 @@ class Transforms:
 
     rotation: the seed of an orthogonal matrix that the residual stream is rotated with; None leaves it.
     norms: the exponent by which channels behind a normalization are balanced: 0 not at all, 1 to equal ranges.
-    attention: the same of q, k and v, whose channels are also shifted.
+    attention: the same of q, k and v, whose channels are also shifted. gates: the same of the linear factor of gated
+    units (SwiGLU).
     """
 
     rotation: int | None = None
     norms: float = 0.0
     attention: float = 0.0
+    gates: float = 0.0
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
             ("rotation", self.rotation is None or 0 <= self.rotation < 2**63, "None or a seed, 0 to 2^63 - 1"),
             ("norms", 0 <= self.norms <= 1, "0 to 1"),
             ("attention", 0 <= self.attention <= 1, "0 to 1"),
+            ("gates", 0 <= self.gates <= 1, "0 to 1"),
         ):
             if not valid:
                 raise failure("Transforms", name, expected=expected, got=repr(self), do="change that value")

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.names import join
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
-from ptq4vit_fx.passes.graph.channels import Channels, averaged_dimensions
+from ptq4vit_fx.passes.graph.channel_places import Channels, averaged_dimensions
 from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored, origin, stored_path
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of

@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
-from ptq4vit_fx.passes.graph.channels import Channels, moved, moved_back, shifts, source_of, stacked, unstacked
+from ptq4vit_fx.passes.graph.channel_places import Channels, moved, moved_back, shifts, source_of, stacked, unstacked
 from ptq4vit_fx.passes.graph.dataflow import call_name, get_attribute, is_stored, moves_only
 from ptq4vit_fx.passes.graph.marks import kind_of
 from ptq4vit_fx.passes.graph.norms import Affine, affine_of, factor_of, is_measured, norm_input, normalizes

@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from ptq4vit_fx.names import owner_of
-from ptq4vit_fx.passes.graph.channels import Channels
+from ptq4vit_fx.passes.graph.channel_places import Channels
 from ptq4vit_fx.passes.graph.dataflow import call_name, moves_only, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, scope_of
 from ptq4vit_fx.passes.graph.norms import Affine
