@@ -36,6 +36,7 @@ from ptq4vit_fx.passes.open_einsum import open_einsum
 from ptq4vit_fx.passes.open_vector_products import open_vector_products
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
+from ptq4vit_fx.passes.rotate_residual import rotate_residual
 from ptq4vit_fx.passes.round_weights import round_weights
 from ptq4vit_fx.passes.slice_pieces import slice_pieces
 from ptq4vit_fx.qconfig import QConfigMapping
@@ -97,12 +98,17 @@ def _pipeline(name: str, *steps: tuple[Pass, str]) -> Pipeline:
     return Pipeline(name, tuple(Step(named(run), run, reason) for run, reason in steps))
 
 
+#: Why `rotate_residual` stands where it does, if the mapping asks for it.
+ROTATED = "behind folding, for it changes stored weights; in front of the names, which it leaves as they are"
+
+
 def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline:
     """Return the passes from a traced graph to a prepared one.
 
     closed: paths of modules whose products stay float, whether the tracer went into them or not.
     """
     transforms = mapping.transforms
+    rotated = [] if transforms.rotation is None else [(partial(rotate_residual, seed=transforms.rotation), ROTATED)]
     balanced = bool(transforms.norms or transforms.attention or transforms.gates)
     return _pipeline(
         "prepare",
@@ -119,6 +125,7 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
         (slice_pieces, "behind what makes writes pure: pieces that nobody writes into any more stay as they are"),
         (multiply_in_float32, "in front of folding, which then stores weights as the float32 that they are read as"),
         (fold_constants, "a computed weight is an attribute for the plan; nothing may write into it any more"),
+        *rotated,
         (partial(annotate, mapping=mapping, closed=closed), "products have their final form, so they get their names"),
         *([(find_balances, "behind the plan, whose products' weights take balances back")] if balanced else []),
         (insert_observers, "one behind each product that was planned"),
