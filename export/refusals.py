@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.passes.graph.causes import NOT_OURS, Cause, cause_of, said
 from ptq4vit_fx.passes.graph.marks import scope_of
+from ptq4vit_fx.passes.open_embeddings import embedding_call
 
 OPERATOR = Cause(
     r"No ONNX function found|No decompositions registered",
@@ -62,6 +63,19 @@ def refused(error: BaseException, graphs: list[Graph], batch: int | None, only: 
     return failure("export_onnx", _place(text, graphs), expected=cause.expected, got=got, do=do)
 
 
+def check_bags(graph: Graph) -> None:
+    """Raise PTQError on bags of embeddings that stayed closed, which the exporter would write as a loop."""
+    for node in graph.nodes:
+        if "mode" in (embedding_call(node) or {}):
+            raise failure(
+                "export_onnx",
+                _place_of([node]),
+                expected="bags of one length",
+                got="embedding_bag with offsets, which ONNX does not have",
+                do="pass it ids of shape (batch, length) without offsets, short bags filled up with padding_idx=",
+            )
+
+
 def _without_package(error: ImportError) -> PTQError:
     """Return the error of a package that torch's exporter imports, missing or too old for it, whatever the model is."""
     package = (error.name or "onnxscript").split(".")[0]
@@ -89,8 +103,10 @@ def _place(text: str, graphs: list[Graph]) -> str:
     nodes = [node for name in names for node in every if node.name == name]
     if not nodes:  # a decomposition has names of its own, most of which end like the operator
         nodes = [node for name in names for node in every if name in node.name and node.op.startswith("call")]
-    if not nodes:
-        return "the model"
+    return _place_of(nodes) if nodes else "the model"
+
+
+def _place_of(nodes: list[Node]) -> str:
     scopes = [scope for scope in map(scope_of, nodes) if scope]
     lines = [line for line in map(line_of, nodes) if line]
     parts = [f"module {scopes[0]!r}" if scopes else "the model's own forward", *lines[:1]]

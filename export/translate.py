@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.batches import FIXED_BATCH
-from ptq4vit_fx.export.refusals import refused
+from ptq4vit_fx.export.refusals import check_bags, refused
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
@@ -39,6 +39,7 @@ def translate(
     size = batch or (3 if only == 2 else 2)
     batches = tuple(x.detach()[:1].expand(size, *x.shape[1:]).contiguous().to(device) for x in inputs)
     shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
+    check_bags(converted.graph)
     graphs = [converted.graph]
     # What is left to say is in the report: no progress lines of the exporter, no logs of onnx's libraries.
     with silence(), muted_stdout(), quiet_loggers(("onnxscript", "onnx_ir"), logging.ERROR):
