@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.passes.graph.causes import NOT_OURS, Cause, cause_of, said
-from ptq4vit_fx.passes.graph.marks import scope_of
+from ptq4vit_fx.passes.graph.causes import Cause, cause_of, said
+from ptq4vit_fx.passes.graph.places import line_of, place_of_node
 from ptq4vit_fx.passes.open_embeddings import embedding_call
 
 OPERATOR = Cause(
@@ -69,7 +69,7 @@ def check_bags(graph: Graph) -> None:
         if "mode" in (embedding_call(node) or {}):
             raise failure(
                 "export_onnx",
-                _place_of([node]),
+                place_of_node(node),
                 expected="bags of one length",
                 got="embedding_bag with offsets, which ONNX does not have",
                 do="pass it ids of shape (batch, length) without offsets, short bags filled up with padding_idx=",
@@ -103,18 +103,5 @@ def _place(text: str, graphs: list[Graph]) -> str:
     nodes = [node for name in names for node in every if node.name == name]
     if not nodes:  # a decomposition has names of its own, most of which end like the operator
         nodes = [node for name in names for node in every if name in node.name and node.op.startswith("call")]
-    return _place_of(nodes) if nodes else "the model"
-
-
-def _place_of(nodes: list[Node]) -> str:
-    scopes = [scope for scope in map(scope_of, nodes) if scope]
-    lines = [line for line in map(line_of, nodes) if line]
-    parts = [f"module {scopes[0]!r}" if scopes else "the model's own forward", *lines[:1]]
-    return ", ".join(parts) if lines else f"{parts[0]}, {nodes[0].name}"
-
-
-def line_of(node: Node) -> str:
-    """Return `file:line: source` of the model's line that made a node, "" if the tracer did not note it."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    theirs = [frame for frame in frames if not frame[0].startswith((*NOT_OURS, "<"))]
-    return "{}:{}: {}".format(*theirs[-1]) if theirs else ""
+    nodes = sorted(nodes, key=lambda node: not line_of(node))
+    return place_of_node(nodes[0]) if nodes else "the model"

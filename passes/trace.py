@@ -15,6 +15,7 @@ from torch.nn.modules import module as global_hooks
 
 from ptq4vit_fx.batches import FIXED_BATCH
 from ptq4vit_fx.errors import PTQError, failure, near_names
+from ptq4vit_fx.passes.graph.autocasting import autocast_left_out, warn_of_autocast
 from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of
 from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
@@ -57,7 +58,7 @@ def trace(
     original = float_model(model)
     source = float_copy(original)
     call = call_of(source, len(example_inputs or "x"), names, complete=example_inputs is not None)
-    with silence(), random_numbers_kept(source):
+    with silence(), random_numbers_kept(source), autocast_left_out() as autocasts:
         if example_inputs is None:
             graph_module = _by_fx(another_copy(source), call, leaf_modules)
             if isinstance(graph_module, Failed):
@@ -67,6 +68,7 @@ def trace(
         graph_module = _first_that_behaves(source, behaviour, leaf_modules)
         if not is_float32(original):
             _take_other_floats(graph_module, behaviour.runs[0].inputs)
+    warn_of_autocast(original, autocasts)
     largest = graph_module.meta.get(LARGEST_BATCH)
     if largest is not None:
         warn_of_largest_batch(largest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from ptq4vit_fx.errors import warn
 from ptq4vit_fx.names import leaf_of, owner_of
-from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.marks import NO_MODULE
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
 from ptq4vit_fx.passes.graph.own_names import traced_module
+from ptq4vit_fx.passes.graph.places import frames_here, place_of
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.torch_state import without_fast_attention
 
@@ -84,7 +83,7 @@ def specializations(root: nn.Module) -> Iterator[list[str]]:
 
     def replacing(self: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
         if target.is_number:
-            places.append(place_of(traceback.walk_stack(None), root))
+            places.append(place_of(frames_here(), root))
         original(self, symbol, target, message)
 
     setattr(ShapeEnv, "_set_replacement", replacing)  # noqa: B010 - a method, to mypy

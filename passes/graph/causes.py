@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import linecache
-import os
 import re
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.passes.graph.places import frames_of, place_of
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 #: Lines of torch's messages that say nothing about the cause.
@@ -20,11 +17,6 @@ ASIDE = re.compile(
     r"For more information|Constraints violated|Suggested fixes|The error above|TORCH_LOGS|While executing|draft_export"
 )
 LONGEST = 300
-
-#: Directories whose frames are not the user's.
-NOT_OURS = tuple(
-    os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, os.path.join(__file__, "..", ".."))
-)
 
 
 @dataclass(frozen=True)
@@ -224,30 +216,3 @@ def rejected(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -
         got=got,
         do=cause.do,
     )
-
-
-Frames = Iterable[tuple[types.FrameType, int]]
-
-
-def frames_of(error: BaseException) -> Frames:
-    """Return the frames of an exception, the innermost first."""
-    found, entry = [], error.__traceback__
-    while entry is not None:
-        found.append((entry.tb_frame, entry.tb_lineno))
-        entry = entry.tb_next
-    return reversed(found)
-
-
-def place_of(frames: Frames, model: nn.Module) -> str:
-    """Return `module 'blocks.0.attn' (Attention), file:line: source` of the innermost frame that is the user's."""
-    paths = {id(module): name for name, module in model.named_modules()}
-    module, line = "", ""
-    for frame, number in frames:
-        owner, file = frame.f_locals.get("self"), frame.f_code.co_filename
-        if not module and id(owner) in paths:
-            module = f"module {paths[id(owner)] or '(root)'!r} ({type(owner).__name__})"
-        if not line and not file.startswith(NOT_OURS) and not file.startswith("<"):
-            line = f"{file}:{number}: `{linecache.getline(file, number).strip()}`"
-        if module and line:
-            break
-    return ", ".join(part for part in (module or f"module '(root)' ({type(model).__name__})", line) if part)
