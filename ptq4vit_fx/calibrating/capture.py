@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,11 @@ from ptq4vit_fx.calibrating.losses import Loss, check_gradient, loss_values
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.causes import said
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.observer import ProductObserver
+from ptq4vit_fx.passes.graph.places import place_in
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product, to_product
 
@@ -94,16 +97,22 @@ def capture(
     return captured
 
 
+#: What torch says of calls that gradients forbid.
+IN_PLACE = re.compile(r"modified inplace|in-place|inplace|derivative|requires? grad")
+
+
 def _forward(prepared: GraphModule, batch: Inputs) -> Any:
-    """Run the model; raises PTQError where it cannot run: it has run without gradients, on images of this size."""
+    """Run the model. Raises PTQError where it cannot: on its example, without gradients, it has run."""
     try:
         return prepared(*batch)
-    except (PTQError, torch.OutOfMemoryError):
+    except (PTQError, MemoryError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
-        expected, got = "a forward that runs with gradients", (str(error).splitlines() or [""])[0]
-        do = "write that call without changing a tensor in place, or keep its module closed with leaf_modules="
-        raise failure("calibrate", "the prepared model", expected=expected, got=got, do=do) from error
+    except Exception as error:  # whatever the user's model raises
+        expected, do = "a forward that runs on these images", "run the float model on them and mend what it raises"
+        if IN_PLACE.search(str(error)):
+            expected = "a forward that runs with gradients"
+            do = "write that call without changing a tensor in place, or keep its module closed with leaf_modules="
+        raise failure("calibrate", place_in(prepared, error), expected=expected, got=said(error), do=do) from error
 
 
 def _differentiate(loss: Loss, output: Any, images: int) -> None:
