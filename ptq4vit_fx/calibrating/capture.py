@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +13,12 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.losses import Loss, check_gradient, loss_values
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.tensors import Inputs
-from ptq4vit_fx.passes.graph.causes import said
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.observer import ProductObserver
-from ptq4vit_fx.passes.graph.places import place_in
+from ptq4vit_fx.passes.graph.running import run
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product, to_product
 
@@ -91,28 +89,10 @@ def capture(
         for batch in batches:
             with exclusive():
                 with torch.set_grad_enabled(with_gradient):
-                    output = _forward(prepared, batch)
+                    output = run(prepared, batch, "calibrate")
                 if with_gradient:
                     _differentiate(loss, output, len(batch[0]))
     return captured
-
-
-#: What torch says of calls that gradients forbid.
-IN_PLACE = re.compile(r"modified inplace|in-place|inplace|derivative|requires? grad")
-
-
-def _forward(prepared: GraphModule, batch: Inputs) -> Any:
-    """Run the model. Raises PTQError where it cannot: on its example, without gradients, it has run."""
-    try:
-        return prepared(*batch)
-    except (PTQError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever the user's model raises
-        expected, do = "a forward that runs on these images", "run the float model on them and mend what it raises"
-        if IN_PLACE.search(str(error)):
-            expected = "a forward that runs with gradients"
-            do = "write that call without changing a tensor in place, or keep its module closed with leaf_modules="
-        raise failure("calibrate", place_in(prepared, error), expected=expected, got=said(error), do=do) from error
 
 
 def _differentiate(loss: Loss, output: Any, images: int) -> None:

@@ -190,14 +190,25 @@ def unknown_words() -> None:
         _calibrate(model, torch.zeros(1, 4).long(), torch.full((4, 4), 9))
 
 
-@brought("data", "images that a function of the model's refuses, nothing on stderr", refused="no positive-definite")
+@brought("data", "a file verified on words that the table does not have", refused="verify_onnx: module '0', ")
+def unknown_words_of_a_file() -> None:
+    model = nn.Sequential(nn.Embedding(9, 48), nn.Flatten(), nn.Linear(4 * 48, 7)).eval()
+    words = torch.arange(16).view(4, 4) % 9
+    converted = ptq.quantize(model, words, qconfig_mapping=QUICK, progress=False)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        path = Path(folder) / "model.onnx"
+        ptq.export_onnx(converted, path, words)
+        try:
+            ptq.verify_onnx(path, converted, words + 9)
+        finally:
+            assert not said.getvalue(), said.getvalue()
+
+
+@brought("data", "images that torch.linalg.cholesky refuses, nothing on stderr", refused="not positive-definite")
 def refused_images() -> None:
-    with also("the model's own forward, ", "raise ValueError(", "run the float model on them"):
-        _calibrate(Wrapped(lambda net, x: net(positive(x))), pictures(1).abs(), -pictures().abs())
+    def forward(net: Any, x: Tensor) -> Any:
+        return net(x) + torch.linalg.cholesky(x).sum((1, 2, 3))[:, None]
 
-
-@torch.fx.wrap
-def positive(x: Tensor) -> Tensor:
-    if x.min() < 0:
-        raise ValueError("no positive-definite image")
-    return x
+    images = torch.eye(32).expand(4, 3, 32, 32)
+    with also("the model's own forward, ", "return net(x) + torch.linalg.cholesky", "run the float model on them"):
+        _calibrate(Wrapped(forward), images[:1], -images)
