@@ -24,6 +24,7 @@ from ptq4vit_fx.passes.graph.own_names import RENAMED
 from ptq4vit_fx.passes.graph.rewriter import rename
 from ptq4vit_fx.passes.graph.shapes import MULTIPLIES, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.passes.graph.transformed import TRANSFORMED
 from ptq4vit_fx.plan import FloatOp, QuantOp, QuantPlan
 from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
@@ -75,7 +76,19 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
         )
     _warn_of(float_ops)
     quantizers |= _without_heads(graph_module, products, quantizers)
-    attach(graph_module, plan=QuantPlan(tuple(ops), quantizers, searches, tuple(float_ops), mapping.recipe))
+    attach(
+        graph_module,
+        plan=QuantPlan(
+            tuple(ops),
+            quantizers,
+            searches,
+            tuple(float_ops),
+            mapping.transforms,
+            (),
+            graph_module.meta.get(TRANSFORMED, ()),
+            mapping.recipe,
+        ),
+    )
     return len(ops)
 
 

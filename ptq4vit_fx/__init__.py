@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
     from ptq4vit_fx.plan import QuantPlan
-    from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+    from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
     from ptq4vit_fx.quantizers import TwinUniform, Uniform
     from ptq4vit_fx.twins import TwinReport, choose_twins
 
@@ -28,6 +28,7 @@ __all__ = [
     "QConfigMapping",
     "QuantPlan",
     "SearchSettings",
+    "Transforms",
     "TwinReport",
     "TwinUniform",
     "Uniform",
@@ -52,7 +53,7 @@ _MODULES = {
     "export.onnx_export": ("ExportReport", "export_onnx"),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
     "plan": ("QuantPlan",),
-    "qconfig": ("QConfig", "QConfigMapping", "SearchSettings"),
+    "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
     "quantizers": ("TwinUniform", "Uniform"),
     "twins": ("TwinReport", "choose_twins"),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4vit_fx.balances import ChannelAffine, balances_of, check_balances
 from ptq4vit_fx.errors import PTQError, failure, quoted, reason_of, some_names, warn
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
@@ -55,7 +56,8 @@ class Calibration:
     for its output -> signal-to-noise ratio in dB. shares: op name -> distance over that of an output of zeros.
     without_gradient: the products that squared error decided although the metric wanted gradients. seconds: op name ->
     seconds of its search. provenance: JSON-ready facts: images, seed, fingerprints of images and weights, seconds,
-    versions. A checkpoint is a calibration that lacks some sites.
+    versions. balances: name of a balance of the plan -> its scales and shifts, which `params` stand on. A checkpoint is
+    a calibration that lacks some sites.
     """
 
     plan: QuantPlan
@@ -66,6 +68,7 @@ class Calibration:
     without_gradient: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    balances: dict[Site, ChannelAffine] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.plan, QuantPlan) or not isinstance(self.params, dict):
@@ -92,7 +95,8 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """Return this calibration with its parameters on another device."""
-        return replace(self, params={site: params.to(device) for site, params in self.params.items()})
+        params = {key: own.to(device) for key, own in self.params.items()}
+        return replace(self, params=params, balances={key: own.to(device) for key, own in self.balances.items()})
 
     def product(self, op_name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of float operands with both quantized; shapes as in the graph."""
@@ -109,7 +113,9 @@ class Calibration:
         if the provenance is no JSON, and on parameters that `load` would refuse.
         """
         self.check("save calibration", "calibration")
-        named = ((stored(key, role), x) for key, params in self.params.items() for role, x in params.tensors().items())
+        tensors = [(key, own.tensors()) for key, own in self.params.items()]
+        tensors += [(key, own.tensors()) for key, own in self.balances.items()]
+        named = ((stored(key, role), x) for key, own in tensors for role, x in own.items())
         figures = {entry.name: getattr(self, entry.name) for entry in fields(_Record) if entry.name != "axes"}
         record = _Record(axes={key: params.axis for key, params in self.params.items()}, **figures)
         try:
@@ -140,7 +146,8 @@ class Calibration:
         at_record = place.at("record")
         record: _Record = read_as(_Record, read_json(file.texts["record"], at_record), at_record)
         figures = {entry.name: getattr(record, entry.name) for entry in fields(record) if entry.name != "axes"}
-        calibration = Calibration(plan, _params(plan, file.tensors, record.axes, place), **figures)
+        balances, tensors = balances_of(plan.balances, file.tensors, place)
+        calibration = Calibration(plan, _params(plan, tensors, record.axes, place), **figures, balances=balances)
         calibration.check(place.operation, place.subject)
         if not file.sealed:
             lacks = "has no digest, as files of before: damage would not be noticed; save it again"
@@ -163,6 +170,7 @@ class Calibration:
                         raise place.at(key).refusal(f"scales along the axis {axis}", f"along {params.axis}")
                 elif op.name in self.distances:
                     raise place.at(key).refusal("parameters, as its product has a distance", "none")
+        check_balances(self.plan.balances, self.balances, place)
         products = {op.name for op in self.plan.ops}
         for names, known in (
             (self.params, self.plan.quantizers.keys()),
@@ -179,6 +187,9 @@ class Calibration:
             digest.update(key.encode())
             for tensor in self.params[key].tensors().values():
                 digest.update(bytes_of(tensor))
+        for key in sorted(self.balances):
+            for tensor in self.balances[key].tensors().values():
+                digest.update(key.encode() + bytes_of(tensor))
         return digest.hexdigest()[:16]
 
     def report(self) -> str:

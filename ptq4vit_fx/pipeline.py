@@ -15,8 +15,10 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.passes.annotate import annotate
+from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
+from ptq4vit_fx.passes.find_balances import find_balances
 from ptq4vit_fx.passes.fold_constants import fold_constants
 from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
 from ptq4vit_fx.passes.fold_weights import fold_weights
@@ -100,6 +102,8 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
 
     closed: paths of modules whose products stay float, whether the tracer went into them or not.
     """
+    transforms = mapping.transforms
+    balanced = bool(transforms.norms or transforms.attention or transforms.gates)
     return _pipeline(
         "prepare",
         (from_aten, "first, so that nothing behind it asks which tracer made the graph"),
@@ -117,6 +121,7 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
         (multiply_in_float32, "in front of folding, which then stores weights as the float32 that they are read as"),
         (fold_constants, "a computed weight is an attribute for the plan; nothing may write into it any more"),
         (partial(annotate, mapping=mapping, closed=closed), "products have their final form, so they get their names"),
+        *([(find_balances, "behind the plan, whose products' weights take balances back")] if balanced else []),
         (insert_observers, "one behind each product that was planned"),
     )
 
@@ -124,7 +129,8 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
 #: From a prepared graph with a calibration to the one that is deployed.
 CONVERSION = _pipeline(
     "convert",
-    (insert_quantizers, "first, what calibration simulated: every operand quantized, every product in float"),
+    (apply_balances, "in front of the quantizers, whose scales stand on balanced channels"),
+    (insert_quantizers, "what calibration simulated: every operand quantized, every product in float"),
     (narrow_tokens, "while an operation is one node: behind lowering it would have to follow branches"),
     (lower_patch_convolution, "in front of folding, which then stores the kernel as the matrix that it is"),
     (fold_weights, "in front of the activations, whose lowering asks which operands are weights already"),

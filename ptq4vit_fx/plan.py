@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
+from ptq4vit_fx.balances import Balance
 from ptq4vit_fx.errors import failure, quoted, unknown_name
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
-from ptq4vit_fx.qconfig import SearchSettings
+from ptq4vit_fx.qconfig import SearchSettings, Transforms
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_to_dict
 
 
@@ -75,10 +76,25 @@ class FloatOp:
 
 
 @dataclass(frozen=True)
+class Transformed:
+    """A place where a transform of `Transforms` was, or would have been, applied.
+
+    transform: its field. name: the module or product. done: whether it was. note: how, or why not.
+    """
+
+    transform: str
+    name: str
+    done: bool
+    note: str
+
+
+@dataclass(frozen=True)
 class QuantPlan:
     """What `annotate` decided: the products in execution order, a quantizer per site, the search per product.
 
-    recipe: the name of the mapping that it was made from; rules that were added to it show in the quantizers alone.
+    transforms: what the mapping asks for. balances: channels whose scales and shifts a calibration holds. transformed:
+    where transforms were done, and where not, with the reason. recipe: the name of the mapping that it was made from;
+    rules that were added to it show in the quantizers alone.
     Raises PTQError if two products have one name, or if the sites are not both operands of every product.
     """
 
@@ -86,6 +102,9 @@ class QuantPlan:
     quantizers: dict[Site, Quantizer]
     searches: dict[str, SearchSettings] = field(default_factory=dict)
     float_ops: tuple[FloatOp, ...] = ()
+    transforms: Transforms = field(default_factory=Transforms)
+    balances: tuple[Balance, ...] = ()
+    transformed: tuple[Transformed, ...] = field(default=(), compare=False)
     recipe: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +133,9 @@ class QuantPlan:
             "quantizers": {key: quantizer_to_dict(value) for key, value in self.quantizers.items()},
             "searches": {key: asdict(value) for key, value in self.searches.items()},
             "float_ops": [asdict(op) for op in self.float_ops],
+            "transforms": asdict(self.transforms),
+            "balances": [asdict(balance) for balance in self.balances],
+            "transformed": [asdict(place) for place in self.transformed],
             "recipe": self.recipe,
         }
         return json.dumps(record, indent=1)
@@ -128,11 +150,12 @@ class QuantPlan:
         return cast("QuantPlan", read_as(QuantPlan, read_json(text, place), place))
 
     def table(self) -> str:
-        """Return a text table: product, kind, quantizer of each operand; then what stays float, with the reason."""
+        """Return a text table: product, kind, quantizer of each operand; then what is left, with the reason."""
         rows = [("product", "kind", "lhs", "rhs")]
         for op in self.ops:
             described = [describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS]
             rows.append((op.name, op.kind, described[0], described[1]))
         rows += [(op.name, "float", op.reason, "") for op in self.float_ops]
+        rows += [(place.name, f"no {place.transform}", place.note, "") for place in self.transformed if not place.done]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows)

@@ -64,6 +64,32 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class Transforms:
+    """What is changed in front of the search so that less is lost: the float function stays what it is.
+
+    rotation: the seed of an orthogonal matrix that the residual stream is rotated with; None leaves it.
+    norms: the exponent by which channels behind a normalization are balanced: 0 not at all, 1 to equal ranges.
+    attention: the same of q, k and v, whose channels are also shifted. gates: the same of the linear factor of gated
+    units (SwiGLU).
+    """
+
+    rotation: int | None = None
+    norms: float = 0.0
+    attention: float = 0.0
+    gates: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("rotation", self.rotation is None or 0 <= self.rotation < 2**63, "None or a seed, 0 to 2^63 - 1"),
+            ("norms", 0 <= self.norms <= 1, "0 to 1"),
+            ("attention", 0 <= self.attention <= 1, "0 to 1"),
+            ("gates", 0 <= self.gates <= 1, "0 to 1"),
+        ):
+            if not valid:
+                raise failure("Transforms", name, expected=expected, got=repr(self), do="change that value")
+
+
+@dataclass(frozen=True)
 class QConfig:
     """Quantizers of one product's operands; None leaves that operand float (and the whole product with it).
 
@@ -94,6 +120,7 @@ class QConfigMapping:
     def __init__(self, recipe: str = "custom") -> None:
         """Start empty; recipe: a name for the record that plans and files keep, such as `ptq4vit(8, 8)`."""
         self.recipe = recipe
+        self.transforms = Transforms()
         self.global_qconfig: QConfig | None = None
         self.object_types: dict[Any, QConfig | None] = {}
         self.module_name_regexes: dict[str, QConfig | None] = {}
@@ -178,13 +205,19 @@ class QConfigMapping:
         mapping.module_names = dict(self.module_names) | dict.fromkeys(names)
         return mapping
 
+    def with_transforms(self, **changes: Any) -> QConfigMapping:
+        """Return a copy whose `Transforms` have the given fields replaced."""
+        mapping = copy.copy(self)
+        mapping.transforms = replace(self.transforms, **changes)
+        return mapping
+
     def with_search(self, **changes: Any) -> QConfigMapping:
         """Return a copy in which every QConfig's search settings have the given fields replaced."""
 
         def changed(qconfig: QConfig | None) -> QConfig | None:
             return qconfig and replace(qconfig, search=replace(qconfig.search, **changes))
 
-        mapping = QConfigMapping(self.recipe)
+        mapping = copy.copy(self)
         mapping.global_qconfig = changed(self.global_qconfig)
         mapping.object_types = {key: changed(value) for key, value in self.object_types.items()}
         mapping.module_name_regexes = {key: changed(value) for key, value in self.module_name_regexes.items()}

@@ -166,6 +166,11 @@ TRACING = (
         "operators that torch.export knows the shapes of",
         "register one with torch.library.register_fake, or keep its module closed with leaf_modules=",
     ),
+    Cause(
+        r"too many nested parentheses",
+        "modules with numbers as names, nested at most about 200 deep, as Python writes each with a bracket",
+        "give those modules names (a class with attributes in the place of nn.Sequential), or nest them less deep",
+    ),
     NUMPY,
     VALUES,
     *RUNNING,

@@ -99,6 +99,12 @@ def on_cpu(graph_module: GraphModule) -> GraphModule:
     return attach(copied, calibration=calibration and calibration.to(torch.device("cpu")))
 
 
+def sharing_tensors(graph_module: GraphModule) -> GraphModule:
+    """Return a copy that has the same parameters and buffers until it is given others."""
+    shared = {id(tensor): tensor for tensor in (*graph_module.parameters(), *graph_module.buffers())}
+    return copy.deepcopy(graph_module, shared)
+
+
 def plan_of(graph_module: GraphModule) -> QuantPlan:
     """Return the plan that annotate attached."""
     return cast("QuantPlan", graph_module.plan)

@@ -20,13 +20,15 @@ from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
 from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weights_fingerprint
 from ptq4vit_fx.calibrating.losses import Loss, get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
+from ptq4vit_fx.calibrating.ranges import measure_balances
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
 from ptq4vit_fx.errors import failure, printable, warn
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.names import OPERANDS, site
-from ptq4vit_fx.passes.graph.contract import plan_of
+from ptq4vit_fx.passes.apply_balances import apply_balances
+from ptq4vit_fx.passes.graph.contract import plan_of, sharing_tensors
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.search.search_op import search_op
 from ptq4vit_fx.torch_state import intra_op_threads, single_threaded_pool
@@ -61,6 +63,10 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
     run = _start(prepared, batches, options, devices)
     schedule = _schedule(run, batches)
     with _model_at_work(run), _progress(run) as show:
+        if run.plan.balances:
+            show("balance channels")
+            with run.timed("balance"):
+                run.balance(schedule.batches)
         for group in schedule.groups:
             show("capture operands and gradients")
             with run.timed("capture"):
@@ -93,14 +99,15 @@ class _Devices:
 
 @dataclass
 class _Run:
-    """A calibration in progress."""
+    """A calibration in progress. observed: what is captured, the prepared model or a copy with balanced channels."""
 
     prepared: GraphModule
     plan: QuantPlan
     options: CalibrationOptions
     devices: _Devices
     results: Calibration
-    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "search": 0.0})
+    observed: GraphModule
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def left(self) -> list[QuantOp]:
@@ -111,12 +118,26 @@ class _Run:
     def timed(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[what] += time.perf_counter() - started
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def balance(self, batches: list[Inputs]) -> None:
+        """Find the numbers of the plan's balances, if the checkpoint has none, and observe a model that has them."""
+        if not self.results.balances:
+            on_device = (tuple(x.to(self.devices.model) for x in batch) for batch in batches)
+            found = measure_balances(self.prepared, on_device, _images(batches))
+            balances = {key: own.to(self.devices.home) for key, own in found.items()}
+            self.results = replace(self.results, balances=balances)
+            self.save()
+        self.observed = apply_balances(sharing_tensors(self.prepared), self.results.balances)
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is one."""
+        if self.options.checkpoint is not None:
+            self.results.save(self.options.checkpoint)
 
     def add(self, op: QuantOp, result: SearchResult, seconds: float) -> None:
         self.results = self.results.with_result(op.name, result, seconds)
-        if self.options.checkpoint is not None:
-            self.results.save(self.options.checkpoint)
+        self.save()
 
 
 def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, devices: _Devices) -> _Run:
@@ -136,7 +157,7 @@ def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOpt
     results = Calibration(plan, {}, provenance=provenance)
     if options.checkpoint is not None:
         results = _resumed(prepared, results, options.checkpoint)
-    return _Run(prepared, plan, options, devices, results)
+    return _Run(prepared, plan, options, devices, results, prepared)
 
 
 def _resumed(prepared: GraphModule, mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibration:
@@ -226,7 +247,7 @@ def _progress(run: _Run) -> Iterator[_Show]:
 def _capture(run: _Run, group: list[QuantOp], batches: list[Inputs]) -> dict[str, Captured]:
     """Return the operands and gradients of a group of products, on the device of the model."""
     return capture(
-        run.prepared,
+        run.observed,
         group,
         (tuple(x.to(run.devices.model) for x in batch) for batch in batches),
         loss=get_loss(run.options.loss, run.options.seed),

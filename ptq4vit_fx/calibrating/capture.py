@@ -53,8 +53,8 @@ def capture(
 
     def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         seen = captured[name]
-        _check_finite(f"input of {name}", lhs)
-        _check_finite(f"{'weight' if name in weights else 'right operand'} of {name}", rhs)
+        check_finite(f"input of {name}", lhs)
+        check_finite(f"{'weight' if name in weights else 'right operand'} of {name}", rhs)
         if name not in weights and out.ndim > 2:  # broadcast operands are stored once per image, like the others
             lhs = lhs.expand(*out.shape[:-2], *lhs.shape[-2:])
             rhs = rhs.expand(*out.shape[:-2], *rhs.shape[-2:])
@@ -72,7 +72,7 @@ def capture(
         batch = len(seen.lhs)
 
         def add(gradient: Tensor) -> None:
-            _check_finite("the gradient of the loss", gradient)
+            check_finite("the gradient of the loss", gradient)
             if len(seen.importance) < batch:
                 seen.importance.append(gradient.square())
             else:
@@ -113,7 +113,8 @@ def _differentiate(loss: Loss, output: Any, images: int) -> None:
             raise failure("calibrate", "backward from the loss", expected=expected, got=got, do=do) from error
 
 
-def _check_finite(what: str, x: Tensor) -> None:
+def check_finite(what: str, x: Tensor) -> None:
+    """Raise PTQError, which names what it is, on a tensor with NaN or infinity."""
     if not all(torch.isfinite(bound) for bound in torch.aminmax(x.detach())):
         raise failure(
             "calibrate",

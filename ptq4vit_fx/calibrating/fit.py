@@ -41,7 +41,12 @@ def check_fits(prepared: GraphModule, calibration: Calibration, operation: str) 
             got=f"{theirs.get(first, 'no such site in the calibration')}",
             do="prepare with the recipe and the model that were calibrated",
         )
+    if calibration.plan.balances != plan.balances or calibration.plan.transforms != plan.transforms:
+        expected, got = (f"{len(p.balances)} balances, {p.transforms}" for p in (plan, calibration.plan))
+        do = "prepare with the recipe and the model that were calibrated"
+        raise failure(operation, "transforms", expected=expected, got=got, do=do)
     missing = [key for key in plan.quantizers if key not in calibration.params]
+    missing += [balance.name for balance in plan.balances if balance.name not in calibration.balances]
     if missing:
         raise failure(
             operation,

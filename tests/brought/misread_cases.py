@@ -65,3 +65,11 @@ def mapping_argument() -> None:
             return self.net(batch["image"])
 
     ptq.prepare_fx(Model(None).eval(), QUICK, {"batch": {"image": pictures(1)}})
+
+
+@brought("tracing", "300 modules around each other, with numbers as names", refused="nested at most about 200 deep")
+def nested_numbers() -> None:
+    model: nn.Module = vit()
+    for _ in range(300):
+        model = nn.Sequential(model)
+    ptq.prepare_fx(model.eval(), QUICK, pictures(1))

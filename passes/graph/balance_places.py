@@ -1,0 +1,333 @@
+"""Where channels can be balanced: the rows and columns of weights that a `Balance` changes, and why not elsewhere."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4vit_fx.balances import Balance, BalanceKind
+from ptq4vit_fx.names import site
+from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
+from ptq4vit_fx.passes.graph.channels import Reader, is_observer, positive_factor, readers_of, written_by
+from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored
+from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
+from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
+from ptq4vit_fx.plan import Transformed
+from ptq4vit_fx.qconfig import Transforms
+
+NORMS = (F.layer_norm, F.rms_norm)
+ADDITIONS = (torch.add, operator.add, operator.iadd, "add", torch.ops.aten.add.Tensor)
+#: What keeps the last dimension, if that is as long behind it.
+KEEPS_ROWS = frozenset({"reshape", "view", "contiguous", "flatten", "unflatten", "unsqueeze", "squeeze", "clone"})
+#: The field of `Transforms` that asks for each kind.
+FIELDS: dict[BalanceKind, str] = {"norm": "norms", "value": "attention", "key": "attention", "gate": "gates"}
+
+
+class Unbalanced(Exception):  # noqa: N818 - an answer, no error
+    """Why channels cannot be balanced."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Outputs of a linear layer or a normalization: the channel of each, -1 if it is of none.
+
+    times: whether they are multiplied by the scale, as queries are, instead of shifted and divided.
+    """
+
+    node: Node
+    numbers: Tensor
+    times: bool = False
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Inputs of a product with a weight: the channel of each."""
+
+    node: Node
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A balance and the nodes that it changes."""
+
+    balance: Balance
+    writers: tuple[Rows, ...]
+    readers: tuple[Columns, ...]
+
+
+@dataclass
+class _Search:
+    graph_module: GraphModule
+    #: What reads a linear layer, through positive factors and without.
+    known: dict[tuple[Node, bool], list[Reader]] = field(default_factory=dict)
+
+    def readers(self, node: Node, *, scaled: bool) -> list[Reader]:
+        if (node, scaled) not in self.known:
+            self.known[node, scaled] = readers_of(self.graph_module, node, scaled=scaled)
+        return self.known[node, scaled]
+
+
+def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[list[Place], list[Transformed]]:
+    """Return where the channels of a planned graph can be balanced, and what was found of every candidate."""
+    search, places, notes = _Search(graph_module), list[Place](), list[Transformed]()
+    for node in graph_module.graph.nodes:
+        kind = _kind(graph_module, node)
+        if kind is None or not getattr(transforms, FIELDS[kind]):
+            continue
+        name = scope_of(node) if kind == "norm" else planned_product(node) or scope_of(node)
+        try:
+            place = _FINDERS[kind](search, node)
+        except Unbalanced as reason:
+            notes.append(Transformed(FIELDS[kind], name, False, str(reason)))
+            continue
+        shifted = " and shifted" if place.balance.shifts else ""
+        note = f"{place.balance.channels} channels scaled{shifted}"
+        notes.append(Transformed(FIELDS[kind], name, True, note))
+        places.append(place)
+    return places, notes
+
+
+def _kind(graph_module: GraphModule, node: Node) -> BalanceKind | None:
+    """Return what might be balanced at a node."""
+    if node.target in NORMS and node.op == "call_function":
+        return "norm"
+    name = planned_product(node)
+    if kind_of(node) == "matmul" and name is not None and not any(is_stored(x) for x in node.args[:2]):
+        return "value" if _rows_sum_to_one(graph_module, node) is not None else "key"
+    if kind_of(node) == "linear" and name is not None:
+        source = written_by(graph_module, cast("Node", node.args[0]))
+        return "gate" if _factors_of_gate(graph_module, source) else None
+    return None
+
+
+def _norm(search: _Search, node: Node) -> Place:
+    """Balance what a normalization gives: its own scale and bias take it, every reader's weight takes it back."""
+    channels = shape_of(node)[-1]
+    if tuple(cast("Any", node.args[1])) != (channels,):
+        raise Unbalanced("it normalizes more than the last dimension")
+    for name in ("weight", "bias"):
+        if not (node.kwargs.get(name) is None or is_stored(node.kwargs[name])):
+            raise Unbalanced(f"its {name} is computed")
+    readers = _columns(search.readers(node, scaled=False))
+    shifts = node.target is F.layer_norm
+    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (scope_of(node),), shifts)
+
+
+def _value(search: _Search, node: Node) -> Place:
+    """Balance the values of attention: rows of a linear layer give them, columns of the next one take that back."""
+    reader = _reader(search, node, 1, scaled=False, what="values")
+    numbers = reader.numbers[..., :1, :]
+    if not torch.equal(numbers.expand_as(reader.numbers), reader.numbers):
+        raise Unbalanced("its values have their channels elsewhere than in the last dimension")
+    mine = distinct(numbers)
+    behind = readers_of(search.graph_module, node, numbers.expand(shape_of(node)).contiguous(), scaled=False)
+    readers = [Columns(c.node, torch.searchsorted(mine, c.numbers.double())) for c in _columns(behind)]
+    shifts = _rows_sum_to_one(search.graph_module, node) is True
+    writer = written_by(search.graph_module, cast("Node", node.args[1]))
+    rows = (_rows(writer, mine, torch.arange(len(mine))),)
+    return _place("value", rows, readers, len(mine), (_name(writer),), shifts, at=site(_name(node), "rhs"))
+
+
+def _key(search: _Search, node: Node) -> Place:
+    """Balance keys against queries: what keys are divided by, queries are multiplied with."""
+    query, key = (_reader(search, node, place, scaled=True, what=what) for place, what in ((0, "queries"), (1, "keys")))
+    q, k = query.numbers[..., :1, :], key.numbers[..., :, :1]
+    if not torch.equal(q.expand_as(query.numbers), query.numbers) or not torch.equal(
+        k.expand_as(key.numbers), key.numbers
+    ):
+        raise Unbalanced("its operands have their channels elsewhere than in the dimension that is summed")
+    shape = torch.broadcast_shapes(q.squeeze(-2).shape, k.squeeze(-1).shape)
+    pairs = [x.expand(shape).flatten() for x in (q.squeeze(-2), k.squeeze(-1))]
+    of_query, of_key = distinct(torch.stack(pairs, 1)).T
+    if len(distinct(of_query)) < len(of_query):
+        raise Unbalanced("a query meets different channels of keys")
+    mine = distinct(of_key)
+    shifts = _shifts_keys(search.graph_module, node)
+    writers = [written_by(search.graph_module, cast("Node", x)) for x in node.args[:2]]
+    rows = (
+        _rows(writers[1], mine, torch.arange(len(mine))),
+        _rows(writers[0], of_query, torch.searchsorted(mine, of_key.contiguous()), times=True),
+    )
+    names = (_name(writers[1]), _name(writers[0]))
+    return _place("key", rows, [], len(mine), names, shifts, at=site(_name(node), "rhs"))
+
+
+def _gate(search: _Search, node: Node) -> Place:
+    """Balance the linear factor of a gated unit, silu(a) * b: the next layer's weight takes its scale back."""
+    gate = written_by(search.graph_module, cast("Node", node.args[0]))
+    factors = _factors_of_gate(search.graph_module, gate)
+    reasons = []
+    for writer, place in factors:
+        try:
+            reader = _reader_of(search, writer, gate, place, scaled=False, what="gated values")
+            break
+        except Unbalanced as reason:
+            reasons.append(str(reason))
+    else:
+        raise Unbalanced(reasons[0])
+    if reader.numbers.shape != shape_of(gate) or reader.along_last() is None:
+        raise Unbalanced("its gate has another shape")
+    mine = distinct(reader.numbers)
+    behind = _columns(readers_of(search.graph_module, gate, reader.numbers, scaled=False))
+    readers = [Columns(c.node, torch.searchsorted(mine, c.numbers.double())) for c in behind]
+    rows = (_rows(writer, mine, torch.arange(len(mine))),)
+    return _place("gate", rows, readers, len(mine), (_name(writer),), False, at=site(_name(node), "lhs"))
+
+
+_FINDERS = {"norm": _norm, "value": _value, "key": _key, "gate": _gate}
+
+
+def _place(
+    kind: BalanceKind,
+    writers: tuple[Rows, ...],
+    readers: Iterable[Columns],
+    channels: int,
+    names: tuple[str, ...],
+    shifts: bool,
+    at: str | None = None,
+) -> Place:
+    readers = tuple(readers)
+    planned = [name for c in readers if (name := planned_product(c.node)) is not None]
+    if kind != "key" and not planned:
+        raise Unbalanced("nothing that reads it is quantized")
+    for writer in writers:
+        if kind != "norm" and planned_product(writer.node) is None:
+            raise Unbalanced(f"{_name(writer.node)} is not quantized, so that nothing observes it")
+    shifts = shifts and all(kind_of(c.node) == "linear" for c in readers)  # a product without a bias takes none back
+    balance = Balance(
+        kind, at or site(planned[0], "lhs"), names, tuple(_name(c.node) for c in readers), channels, shifts
+    )
+    return Place(balance, writers, readers)
+
+
+def _reader(search: _Search, node: Node, place: int, *, scaled: bool, what: str) -> Reader:
+    writer = written_by(search.graph_module, cast("Node", node.args[place]))
+    return _reader_of(search, writer, node, place, scaled=scaled, what=what)
+
+
+def _reader_of(search: _Search, writer: Node, node: Node, place: int, *, scaled: bool, what: str) -> Reader:
+    """Return how a node reads an operand that rows of a linear layer give, which nothing else reads."""
+    if kind_of(writer) != "linear" or not is_stored(writer.args[1]) or not _has_constant_bias(writer):
+        raise Unbalanced(f"its {what} come out of {writer.name}, not of a linear layer with stored weights")
+    all_readers = search.readers(writer, scaled=scaled)
+    mine = [r for r in all_readers if r.node is node and r.value is node.args[place]]
+    if len(mine) != 1:
+        raise Unbalanced(f"its {what} are changed on their way from {writer.name}")
+    rows = distinct(mine[0].numbers)
+    for other in all_readers:
+        if other is not mine[0] and bool(torch.isin(other.numbers, rows).any()):
+            raise Unbalanced(f"{other.node.name} reads its {what} too")
+    return mine[0]
+
+
+def _rows(writer: Node, mine: Tensor, channels: Tensor, *, times: bool = False) -> Rows:
+    numbers = torch.full((shape_of(writer)[-1],), -1)
+    numbers[mine.long()] = channels
+    return Rows(writer, numbers, times)
+
+
+def _columns(readers: Iterable[Reader]) -> list[Columns]:
+    """Return the columns that read channels; raises Unbalanced if something else than a product with a weight does."""
+    found = []
+    for reader in readers:
+        node = reader.node
+        if node.op == "output":
+            raise Unbalanced("the model returns it")
+        has_weight = (
+            kind_of(node) in ("linear", "matmul") and is_stored(node.args[1]) and len(shape_of(node.args[1])) == 2
+        )
+        if not has_weight or node.args[0] is not reader.value or not _has_constant_bias(node):
+            raise Unbalanced(f"{node.name} reads it, which is no product with a stored weight")
+        numbers = reader.along_last()
+        if numbers is None:
+            raise Unbalanced(f"{node.name} reads its channels mixed with tokens")
+        found.append(Columns(node, numbers))
+    if not found:
+        raise Unbalanced("nothing reads it")
+    return found
+
+
+def _has_constant_bias(node: Node) -> bool:
+    bias = node.args[2] if kind_of(node) == "linear" else None
+    return bias is None or is_stored(bias)
+
+
+def _rows_sum_to_one(graph_module: GraphModule, node: Node) -> bool | None:
+    """Return whether each row of a product's left operand is a whole softmax; None if it comes out of none."""
+    left = cast("Node", node.args[0])
+    source = written_by(graph_module, left)
+    if source.target is not F.softmax:
+        return None
+    if source.kwargs.get("dim") not in (-1, len(shape_of(source)) - 1):
+        return False
+    mine = [r for r in readers_of(graph_module, source, scaled=False) if r.node is node and r.value is left]
+    keys = shape_of(source)[-1]
+    if not mine or mine[0].numbers.shape[-1] != keys:
+        return False
+    found = mine[0].numbers.sort(-1).values
+    return torch.equal(found, torch.arange(keys, dtype=found.dtype).expand(found.shape))
+
+
+def _shifts_keys(graph_module: GraphModule, node: Node) -> bool:
+    """Return whether all that becomes of scores is a softmax over the keys: what all keys share goes unseen there.
+
+    On the way they may be multiplied by a positive number, added to what does not depend on them, and masked.
+    """
+    waiting, seen = [node], {node}
+    while waiting:
+        value = waiting.pop()
+        for user in value.users:
+            if user in seen or (is_observer(graph_module, user) and user.args[3] is not value):
+                continue
+            if user.target is F.softmax and user.kwargs.get("dim") in (-1, len(shape_of(user)) - 1):
+                continue
+            if not is_tensor(user):
+                if user.op == "output" or any(is_tensor(reader) for reader in user.users):
+                    return False
+                continue  # a size
+            if not _keeps_rows_of_scores(graph_module, user, value, seen):
+                return False
+            seen.add(user)
+            waiting.append(user)
+    return True
+
+
+def _keeps_rows_of_scores(graph_module: GraphModule, user: Node, value: Node, seen: set[Node]) -> bool:
+    if is_observer(graph_module, user) or positive_factor(graph_module, user) is not None:
+        return True
+    name = call_name(user)
+    if name in KEEPS_ROWS and user.args[0] is value:
+        return shape_of(user)[-1] == shape_of(value)[-1]
+    if user.target in ADDITIONS or getattr(user.target, "__name__", "") == "add_mask":
+        return sum(operand in seen for operand in user.all_input_nodes) == 1 and not user.kwargs
+    if name == "masked_fill" and user.args[0] is value:
+        fills_whole_rows = shape_of(cast("Node", user.args[1]))[-1:] == (1,)
+        return fills_whole_rows or bool(user.args[2] == float("-inf"))
+    return False
+
+
+def _factors_of_gate(graph_module: GraphModule, node: Node) -> list[tuple[Node, int]]:
+    """Return the linear layers whose values a product element by element multiplies, and as which operand."""
+    if node.target not in MULTIPLICATIONS or len(node.args) != 2 or not all(is_tensor(x) for x in node.args):
+        return []
+    if any(is_stored(x) for x in node.args) or node.args[0] is node.args[1]:
+        return []
+    writers = [(written_by(graph_module, cast("Node", x)), place) for place, x in enumerate(node.args)]
+    return [(writer, place) for writer, place in writers if kind_of(writer) == "linear"]
+
+
+def distinct(x: Tensor) -> Tensor:
+    """Return the distinct values of x, or its distinct rows if it has several dimensions of pairs, sorted."""
+    return torch.unique(x, dim=0 if x.ndim == 2 and x.shape[1] == 2 else None)  # type: ignore[no-untyped-call]
+
+
+def _name(node: Node) -> str:
+    return planned_product(node) or scope_of(node)
