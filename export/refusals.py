@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator
 
@@ -9,8 +10,11 @@ import torch
 from torch.fx import Graph, Node
 
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.passes.graph.causes import NOT_OURS, Cause, cause_of, said
-from ptq4vit_fx.passes.graph.marks import scope_of
+from ptq4vit_fx.passes.graph.batch_limits import BatchLimits
+from ptq4vit_fx.passes.graph.causes import PIECES, Cause, cause_of, said
+from ptq4vit_fx.passes.graph.dataflow import TAKEN_APART, call_name
+from ptq4vit_fx.passes.graph.places import line_of, place_of_node
+from ptq4vit_fx.passes.open_embeddings import embedding_call
 
 OPERATOR = Cause(
     r"No ONNX function found|No decompositions registered",
@@ -18,12 +22,13 @@ OPERATOR = Cause(
     "write it out with torch's own functions before prepare_fx (attention as F.scaled_dot_product_attention)",
 )
 BATCH = Cause(
-    r"Constraints violated|specialized it to be a constant|invalid for input of size|[sS]ize.*must match|\bs\d+\b",
+    r"Constraints violated|specialized it to be a constant|invalid for input of size|[sS]ize.*must match|\bs\d+\b"
+    r"|Not all values of batch|tuple index out of range",
     "a forward for any number of images",
-    "count images with x.shape[0] in that line, or pass batch={}, the number of images that it is written for",
+    "count images with x.shape[0] in that line",
 )
 DATA = Cause(
-    r"[dD]ata-dependent|DataDependent|unbacked|Could not extract specialized",
+    r"[dD]ata-dependent|DataDependent|unbacked|Could not extract specialized|Boolean index_put",
     "sizes that do not depend on the values of pixels",
     "write selections by value (boolean masks, nonzero, unique) as torch.where or a multiplication, which keep sizes",
 )
@@ -39,13 +44,18 @@ OTHER = Cause(
 EXPORTING = (OPERATOR, DATA, MEMORY, BATCH)
 
 _OPERATOR_NAME = re.compile(r"op='([\w.]+)', overload")
+#: What torch says of a size that its own checks fix, instead of the line.
+_LIMITED = re.compile(r"Not all values of batch|specialized it to be a constant")
 _NODE = re.compile(r"(?:translating node|executing) %(\w+)")
 
 
-def refused(error: BaseException, graphs: list[Graph], batch: int | None, only: int | None) -> PTQError:
+def refused(
+    error: BaseException, graphs: list[Graph], batch: int | None, only: int | None, limits: BatchLimits[Node | None]
+) -> PTQError:
     """Return the error of an export that failed.
 
     graphs: where a node that the exporter names is looked for. only: the one batch size that the model takes, if known.
+    limits: the nodes at which the batch could not be any number.
     """
     chain = list(_chain(error))
     missing = next((e for e in chain if isinstance(e, ImportError)), None)
@@ -54,12 +64,39 @@ def refused(error: BaseException, graphs: list[Graph], batch: int | None, only: 
     text = "\n".join(f"{type(e).__name__}: {e}" for e in chain)
     cause = cause_of(text, EXPORTING, OTHER)
     telling = next((e for e in reversed(chain) if str(e).strip()), error)
-    got, do = said(telling), cause.do.format("" if only is None else only)
+    node = _node(text, graphs) or (limits.first if cause is BATCH else None)
+    got, do = said(telling), cause.do
+    if node is not None and node is limits.first and _LIMITED.search(text):
+        got = f"{'a constant' if limits.constants else 'a condition on it'} in that line"
     if cause is OPERATOR and (found := _OPERATOR_NAME.search(text)):
         got = found[1].replace(".", "::", 1)
-    if cause is BATCH and batch is not None:
-        do = f"pass batch={only or ''}, the number of images that the forward is written for, which is not {batch}"
-    return failure("export_onnx", _place(text, graphs), expected=cause.expected, got=got, do=do)
+    if cause is BATCH:
+        fixed = f"pass batch={only or ''}, the number of images that the forward is written for"
+        do = f"{fixed}, which is not {batch}" if batch else f"{_for_any_batch(node, got)}, or {fixed}"
+    place = place_of_node(node) if node else "the model"
+    return failure("export_onnx", place, expected=cause.expected, got=got, do=do)
+
+
+def _for_any_batch(node: Node | None, got: str) -> str:
+    """Return what helps a forward that torch.export does not take any batch through."""
+    source = node.args[0] if node and node.target is operator.getitem else node
+    is_piece = isinstance(source, Node) and call_name(source) in TAKEN_APART
+    if node and (is_piece or re.search(PIECES.pattern, line_of(node))):
+        return PIECES.do
+    return "leave what depends on that condition out of that line" if "a condition" in got else BATCH.do
+
+
+def check_bags(graph: Graph) -> None:
+    """Raise PTQError on bags of embeddings that stayed closed, which the exporter would write as a loop."""
+    for node in graph.nodes:
+        if "mode" in (embedding_call(node) or {}):
+            raise failure(
+                "export_onnx",
+                place_of_node(node),
+                expected="bags of one length",
+                got="embedding_bag with offsets, which ONNX does not have",
+                do="pass it ids of shape (batch, length) without offsets, short bags filled up with padding_idx=",
+            )
 
 
 def _without_package(error: ImportError) -> PTQError:
@@ -82,23 +119,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
-def _place(text: str, graphs: list[Graph]) -> str:
-    """Return `module path, file:line: source` of the node that the exporter names, as far as that is known."""
+def _node(text: str, graphs: list[Graph]) -> Node | None:
+    """Return the node that the exporter names, of which the module and line are known if they are of any."""
     names = _NODE.findall(text)
     every = [node for graph in graphs for node in graph.nodes]
     nodes = [node for name in names for node in every if node.name == name]
     if not nodes:  # a decomposition has names of its own, most of which end like the operator
         nodes = [node for name in names for node in every if name in node.name and node.op.startswith("call")]
-    if not nodes:
-        return "the model"
-    scopes = [scope for scope in map(scope_of, nodes) if scope]
-    lines = [line for line in map(line_of, nodes) if line]
-    parts = [f"module {scopes[0]!r}" if scopes else "the model's own forward", *lines[:1]]
-    return ", ".join(parts) if lines else f"{parts[0]}, {nodes[0].name}"
-
-
-def line_of(node: Node) -> str:
-    """Return `file:line: source` of the model's line that made a node, "" if the tracer did not note it."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    theirs = [frame for frame in frames if not frame[0].startswith((*NOT_OURS, "<"))]
-    return "{}:{}: {}".format(*theirs[-1]) if theirs else ""
+    return min(nodes, key=lambda node: not line_of(node), default=None)

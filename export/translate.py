@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -11,11 +12,13 @@ import onnxscript
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.export.refusals import refused
+from ptq4vit_fx.export.refusals import check_bags, refused
 from ptq4vit_fx.inputs.batches import FIXED_BATCH
 from ptq4vit_fx.inputs.tensors import Inputs
+from ptq4vit_fx.passes.graph.batch_limits import batch_limits
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
+from ptq4vit_fx.passes.graph.places import node_at
 from ptq4vit_fx.passes.graph.silence import muted_stdout, quiet_loggers, silence
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -39,15 +42,17 @@ def translate(
     size = batch or (3 if only == 2 else 2)
     batches = tuple(x.detach()[:1].expand(size, *x.shape[1:]).contiguous().to(device) for x in inputs)
     shapes = None if batch else tuple({0: torch.export.Dim("batch", min=1)} for _ in batches)
+    check_bags(converted.graph)
     graphs = [converted.graph]
     # What is left to say is in the report: no progress lines of the exporter, no logs of onnx's libraries.
-    with silence(), muted_stdout(), quiet_loggers(("onnxscript", "onnx_ir"), logging.ERROR):
+    quiet = quiet_loggers(("onnxscript", "onnx_ir"), logging.ERROR)
+    with silence(), muted_stdout(), quiet, batch_limits(partial(node_at, graph_module=converted)) as limits:
         try:
             captured = torch.export.export(converted, batches, dynamic_shapes=shapes, strict=False)
             graphs.append(captured.graph)
             program = _translate(captured, *names, opset, *_translations(opset))
         except Exception as error:  # noqa: BLE001 - the sentence has its cause; torch's own story fills a screen
-            raise refused(error, graphs, batch, only) from None
+            raise refused(error, graphs, batch, only, limits) from None
     return program.model
 
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from ptq4vit_fx.passes.from_aten import SAME_ARGUMENTS
 from ptq4vit_fx.passes.graph.activations import SPELLINGS
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import moves_only, origin, overwrites
+from ptq4vit_fx.passes.graph.dataflow import may_be_view, memory_of, overwrites
 from ptq4vit_fx.passes.graph.opaque import is_foreign
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.shapes import WRITTEN
@@ -84,10 +84,10 @@ def _pure(node: Node) -> Any:
 
 def _has_other_views(node: Node, changed: Node, order: dict[Node, int]) -> bool:
     """Return whether other nodes that may share memory with `changed` are read after `node`."""
-    root = origin(changed)
+    root = memory_of(changed)
     queue, shared = [root], [root]
     while queue:
-        views = [user for user in queue.pop().users if moves_only(user) and user not in shared]
+        views = [user for user in queue.pop().users if may_be_view(user) and user not in shared]
         queue += views
         shared += views
     return any(order[user] > order[node] for view in shared if view is not changed for user in view.users)

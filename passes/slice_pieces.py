@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.passes.graph.behaviour import sizes_on_another_batch
 from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.dataflow import call_name, moves_only, overwrites
+from ptq4vit_fx.passes.graph.dataflow import call_name, may_be_view, overwrites
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.shapes import RESULT, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
@@ -29,7 +29,7 @@ def slice_pieces(graph_module: GraphModule) -> int:
     torch forbids to write into one of several views while it computes gradients; its exporter takes the batch for a
     constant where the number of pieces could depend on it.
     """
-    written = {piece for node in graph_module.graph.nodes if overwrites(node) for piece in _moves_behind(node)}
+    written = {piece for node in graph_module.graph.nodes if overwrites(node) for piece in _views_behind(node)}
     found = [node for node in graph_module.graph.nodes if _is_taken_apart(node)]
     images = {node.args[0]: node for node in found if call_name(node) == "chunk" and _dimension(node) == 0}
     others = sizes_on_another_batch(graph_module, images.keys()) if images else {}
@@ -45,10 +45,10 @@ def slice_pieces(graph_module: GraphModule) -> int:
     return count
 
 
-def _moves_behind(node: Node) -> list[Node]:
-    """Return the nodes that only move what this one overwrites, the nearest first."""
+def _views_behind(node: Node) -> list[Node]:
+    """Return the views that this node writes through, the nearest first."""
     found, value = [], node.args[0] if node.args else None
-    while isinstance(value, Node) and moves_only(value):
+    while isinstance(value, Node) and may_be_view(value):
         found.append(value)
         value = value.args[0]
     return found
@@ -56,7 +56,9 @@ def _moves_behind(node: Node) -> list[Node]:
 
 def _is_taken_apart(node: Node) -> bool:
     """Return whether a node returns pieces of known shape, each of which is read by its number."""
-    if call_name(node) not in (*PIECES, "unbind") or not isinstance(node.meta.get(RESULT), (tuple, list)):
+    if call_name(node) not in (*PIECES, "tensor_split", "unbind") or not isinstance(
+        node.meta.get(RESULT), (tuple, list)
+    ):
         return False
     by_number = all(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
     return by_number and isinstance(node.args[0], Node)
@@ -75,7 +77,7 @@ def _size(node: Node) -> Any:
 
 def _depends_on_the_batch(node: Node) -> bool:
     """Return whether the first dimension is cut in a number of pieces that is known, whatever the batch."""
-    if call_name(node) == "unbind":
+    if call_name(node) not in PIECES:
         return False
     size = _size(node)
     return call_name(node).endswith("chunk") or not isinstance(size, int)

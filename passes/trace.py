@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm.layers
@@ -15,21 +16,24 @@ from torch.nn.modules import module as global_hooks
 
 from ptq4vit_fx.errors import PTQError, failure, near_names
 from ptq4vit_fx.inputs.batches import FIXED_BATCH
+from ptq4vit_fx.passes.graph.autocasting import autocast_left_out, warn_of_autocast
+from ptq4vit_fx.passes.graph.batch_limits import batch_limits
 from ptq4vit_fx.passes.graph.behaviour import BEHAVIOUR, Behaviour, behaviour_of
-from ptq4vit_fx.passes.graph.causes import BATCH, Failed, failed, neither
+from ptq4vit_fx.passes.graph.causes import BATCHES, Failed, failed, neither
 from ptq4vit_fx.passes.graph.contract import Rewrite, enter
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
 from ptq4vit_fx.passes.graph.model_copy import another_copy, float_copy, is_float32
 from ptq4vit_fx.passes.graph.own_names import traced_module
+from ptq4vit_fx.passes.graph.places import place_of
 from ptq4vit_fx.passes.graph.randomness import random_numbers_kept
 from ptq4vit_fx.passes.graph.shapes import hides_products, record_shapes
 from ptq4vit_fx.passes.graph.silence import silence
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.symbolic_sizes import symbolic_sizes
 from ptq4vit_fx.passes.graph.untouched import untouched
-from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, specializations, trace_by_export, warn_of_largest_batch
+from ptq4vit_fx.passes.trace_by_export import LARGEST_BATCH, trace_by_export, warn_of_largest_batch
 
 #: In timm's list of modules to stop at, but traceable, with an activation inside that belongs into the graph.
 TRACEABLE = (timm.layers.BatchNormAct2d,)
@@ -57,7 +61,7 @@ def trace(
     original = float_model(model)
     source = float_copy(original)
     call = call_of(source, len(example_inputs or "x"), names, complete=example_inputs is not None)
-    with silence(), random_numbers_kept(source):
+    with silence(), random_numbers_kept(source), autocast_left_out() as autocasts:
         if example_inputs is None:
             graph_module = _by_fx(another_copy(source), call, leaf_modules)
             if isinstance(graph_module, Failed):
@@ -67,6 +71,7 @@ def trace(
         graph_module = _first_that_behaves(source, behaviour, leaf_modules)
         if not is_float32(original):
             _take_other_floats(graph_module, behaviour.runs[0].inputs)
+    warn_of_autocast(original, autocasts)
     largest = graph_module.meta.get(LARGEST_BATCH)
     if largest is not None:
         warn_of_largest_batch(largest)
@@ -146,19 +151,20 @@ def _by_export(source: nn.Module, behaviour: Behaviour) -> GraphModule | Failed:
     for batch, symbols in tries[:1] if fixed else tries:
         root = another_copy(source)
         sizes = symbolic_sizes(root) if symbols else contextlib.nullcontext()
-        with specializations(root) as places, sizes, untouched(root):
+        with batch_limits(partial(place_of, model=root)) as limits, sizes, untouched(root):
             try:
                 graph_module = trace_by_export(root, inputs, behaviour.call, batch=batch, fixed=fixed)
             except Exception as error:  # noqa: BLE001 - it is part of the sentence
-                failures.append(failed(error, root, places))
-                if failures[-1].cause is not BATCH:
+                failures.append(failed(error, root, limits))
+                if failures[-1].cause not in BATCHES:
                     break
                 continue
         result = _checked(graph_module, behaviour)
         if isinstance(result, GraphModule):
             return result
         failures.append(result)
-    return failures[0]
+    # where sizes stay symbols, what is left to fail is the cause
+    return next((f for f in failures[1:2] if f.cause in BATCHES), failures[0])
 
 
 def _hides_products(graph_module: GraphModule, leaf_modules: Sequence[str]) -> bool:

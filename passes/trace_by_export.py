@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ptq4vit_fx.errors import warn
 from ptq4vit_fx.names import leaf_of, owner_of
-from ptq4vit_fx.passes.graph.causes import place_of
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.marks import NO_MODULE
 from ptq4vit_fx.passes.graph.model_call import ModelCall, call_of, name_inputs
@@ -74,24 +70,6 @@ def trace_by_export(
     if largest:
         graph_module.meta[LARGEST_BATCH] = min(largest)
     return graph_module
-
-
-@contextlib.contextmanager
-def specializations(root: nn.Module) -> Iterator[list[str]]:
-    """Give a list that fills with the places where torch.export replaces a size by a constant."""
-    places: list[str] = []
-    original = ShapeEnv._set_replacement
-
-    def replacing(self: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
-        if target.is_number:
-            places.append(place_of(traceback.walk_stack(None), root))
-        original(self, symbol, target, message)
-
-    setattr(ShapeEnv, "_set_replacement", replacing)  # noqa: B010 - a method, to mypy
-    try:
-        yield places
-    finally:
-        setattr(ShapeEnv, "_set_replacement", original)  # noqa: B010
 
 
 def warn_of_largest_batch(largest: int) -> None:

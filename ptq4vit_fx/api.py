@@ -16,6 +16,7 @@ from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.batches import first_item
+from ptq4vit_fx.inputs.containers import check_containers
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
@@ -51,13 +52,18 @@ def prepare_fx(
     rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
     """
     model = float_model(model)
-    example = example_of(model, example_inputs)
     closed = module_paths(model, leaf_modules)
+    try:
+        example = example_of(model, example_inputs)
+    except PTQError:
+        check_containers(model, example_inputs, "prepare_fx")
+        raise
     try:
         traced = trace(model, example.tensors, closed, example.names)
     except PTQError:
         inputs_alone = without_labels(model, example)
         if inputs_alone is None:
+            check_containers(model, example_inputs, "prepare_fx")
             check_batch_dimension(model, example)
             raise
         return prepare_fx(model, qconfig_mapping, inputs_alone.tensors, leaf_modules=leaf_modules, skip=skip)
@@ -169,11 +175,17 @@ def quantize(
     forward is given more of an item than it must have. The other arguments go to `calibrate`. The result has `.plan`
     and `.calibration`.
     """
+    item = None
     if example_inputs is None:
         model = float_model(model)
         item, data = first_item(data, "quantize")
-        example_inputs = first_example(model, item, "quantize")
-    prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example_inputs)
+    try:
+        example = example_inputs if item is None else first_example(model, item, "quantize")
+        prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example)
+    except PTQError:
+        if item is not None:
+            check_containers(model, item, "quantize", "the first item of data")
+        raise
     calibrate(prepared, data, **calibrate_kwargs)
     return convert_fx(prepared)
 

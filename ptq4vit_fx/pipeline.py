@@ -33,6 +33,7 @@ from ptq4vit_fx.passes.lower_products import lower_products
 from ptq4vit_fx.passes.multiply_in_float32 import multiply_in_float32
 from ptq4vit_fx.passes.narrow_tokens import narrow_tokens
 from ptq4vit_fx.passes.open_einsum import open_einsum
+from ptq4vit_fx.passes.open_embeddings import open_embeddings
 from ptq4vit_fx.passes.open_vector_products import open_vector_products
 from ptq4vit_fx.passes.remove_identities import remove_identities
 from ptq4vit_fx.passes.replace_in_place import replace_in_place
@@ -116,6 +117,7 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
         (remove_identities, "an identity between two calls would hide a pattern"),
         (open_einsum, "a product inside of an einsum must be seen; needs shapes, which einsum's labels stand for"),
         (open_vector_products, "a product has rows and columns from here on; needs shapes, which tell a vector"),
+        (open_embeddings, "sums and maxima have forms that ONNX has; needs shapes, which tell bags of one length"),
         (
             decompose_attention,
             "softmax and both products of attention must be seen; its calls are spelled later",

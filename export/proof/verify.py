@@ -21,6 +21,7 @@ from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
 from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.passes.graph.contract import on_cpu
 from ptq4vit_fx.passes.graph.outputs import logits_in
+from ptq4vit_fx.passes.graph.running import run
 from ptq4vit_fx.passes.graph.staged_model import model_at
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.torch_state import independent_of_caller
@@ -231,7 +232,7 @@ def verify_onnx(
     saturating = products_saturate()
     session = open_session(path)
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
-    simulated = outputs_of_model(converted, batches, device)
+    simulated = outputs_of_model(lambda *inputs: run(converted, inputs, "verify_onnx"), batches, device)
     here = on_cpu(converted)
     alike = outputs_of_model(RuntimeFunctions(here).run, batches, torch.device("cpu"))
     actual = outputs_of_file(str(path), session, batches, list(simulated))

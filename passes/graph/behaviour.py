@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.passes.graph.autocasting import autocast_left_out
 from ptq4vit_fx.passes.graph.causes import rejected
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.model_call import ModelCall
@@ -120,8 +121,8 @@ def check_behaviour(graph_module: GraphModule) -> None:
 
 @contextlib.contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Run a model as it is traced: without gradients and fused layers; the caller's random numbers stay his."""
-    with exclusive(), random_numbers_kept(model), torch.no_grad(), without_fast_attention():
+    """Run a model as it is traced: without gradients, autocast, fused layers; random numbers stay the caller's."""
+    with exclusive(), random_numbers_kept(model), torch.no_grad(), without_fast_attention(), autocast_left_out():
         yield
 
 

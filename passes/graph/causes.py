@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import linecache
-import os
 import re
-import types
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.passes.graph.batch_limits import BatchLimits
+from ptq4vit_fx.passes.graph.places import frames_of, place_of
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 #: Lines of torch's messages that say nothing about the cause.
@@ -20,11 +18,6 @@ ASIDE = re.compile(
     r"For more information|Constraints violated|Suggested fixes|The error above|TORCH_LOGS|While executing|draft_export"
 )
 LONGEST = 300
-
-#: Directories whose frames are not the user's.
-NOT_OURS = tuple(
-    os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, os.path.join(__file__, "..", ".."))
-)
 
 
 @dataclass(frozen=True)
@@ -122,6 +115,23 @@ BATCH = Cause(
     "a forward for any batch size",
     "count images with x.shape[0], and compute on whole batches instead of image by image",
 )
+#: What BATCH is, where the place is known: the first whose pattern is in it.
+PIECES = Cause(
+    r"\b(tensor_|[hv]|d)?(split|chunk|unbind)\(",
+    "a forward for any batch size",
+    "compute on the whole batch instead of pieces of it",
+)
+CONDITION = Cause(
+    "",
+    "the same computation for any batch size",
+    "leave the condition on the number of images out of that line, or decide it outside of the model",
+)
+VMAP = Cause(
+    r"\b(vmap|jacrev|jacfwd|hessian|vjp|jvp)\(|vmapped|functorch|torch[.]func[.]|transform API must be Tensor",
+    "a forward without torch.vmap and the other transforms of torch.func",
+    "compute on whole batches: the layers of a model take them",
+)
+BATCHES = (BATCH, VMAP, PIECES, CONDITION)
 VALUES = Cause(
     r"control flow|Proxy|data-dependent|DataDependent|symbolically traced|[.]item\(\)|[.]tolist\(\)",
     "a forward without control flow that depends on tensor values",
@@ -147,6 +157,7 @@ TYPE = Cause(
 )
 #: Exceptions of tracers, in their order.
 TRACING = (
+    VMAP,
     BATCH,
     ITERATION,
     TYPE,
@@ -191,12 +202,16 @@ class Failed:
         return Failed(type(model).__name__, difference, DIFFERS)
 
 
-def failed(error: BaseException, model: nn.Module, places: Sequence[str] = ()) -> Failed:
-    """Return why `error` stopped a tracer; places: where a batch size became a constant, if it did."""
+def failed(error: BaseException, model: nn.Module, limits: BatchLimits[str] | None = None) -> Failed:
+    """Return why `error` stopped a tracer; limits: where the batch could not be any number, if that was watched."""
     text = f"{type(error).__name__}: {ANSI.sub('', str(error))}"
     cause = cause_of(text, TRACING, UNTRACEABLE)
-    if cause is BATCH and places:
-        return Failed(places[0], "a number of images that the line takes for a constant", BATCH, error)
+    if cause is BATCH and limits and limits.first:
+        where = limits.first
+        if limits.constants:
+            got = "a number of images that the line takes for a constant"
+            return Failed(where, got, cause_of(where, (VMAP, PIECES), BATCH), error)
+        return Failed(where, "a condition on the number of images", cause_of(where, (VMAP, PIECES), CONDITION), error)
     return Failed(place_of(frames_of(error), model), said(error), cause, error)
 
 
@@ -207,8 +222,12 @@ LATE = (VALUES, UNTRACEABLE, DIFFERS)
 def neither(last: Failed, first: Failed | None) -> PTQError:
     """Return the error of a model that no tracer gets through; what names the cause is told first."""
     main, other = last, first
-    if first is not None and last.cause in LATE and first.cause is not DIFFERS:
+    if first is not None and (first.cause is VMAP or (last.cause in LATE and first.cause is not DIFFERS)):
         main, other = first, last
+    if (
+        main.cause is VALUES and last.cause is DIFFERS
+    ):  # torch.export cannot pass a branch on values, one on sizes it can
+        main = replace(main, cause=CONDITION)
     error = failure("trace", main.where, expected=main.cause.expected, got=main.got, do=main.cause.do)
     if other is None:
         return error
@@ -229,30 +248,3 @@ def rejected(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -
         got=got,
         do=cause.do,
     )
-
-
-Frames = Iterable[tuple[types.FrameType, int]]
-
-
-def frames_of(error: BaseException) -> Frames:
-    """Return the frames of an exception, the innermost first."""
-    found, entry = [], error.__traceback__
-    while entry is not None:
-        found.append((entry.tb_frame, entry.tb_lineno))
-        entry = entry.tb_next
-    return reversed(found)
-
-
-def place_of(frames: Frames, model: nn.Module) -> str:
-    """Return `module 'blocks.0.attn' (Attention), file:line: source` of the innermost frame that is the user's."""
-    paths = {id(module): name for name, module in model.named_modules()}
-    module, line = "", ""
-    for frame, number in frames:
-        owner, file = frame.f_locals.get("self"), frame.f_code.co_filename
-        if not module and id(owner) in paths:
-            module = f"module {paths[id(owner)] or '(root)'!r} ({type(owner).__name__})"
-        if not line and not file.startswith(NOT_OURS) and not file.startswith("<"):
-            line = f"{file}:{number}: `{linecache.getline(file, number).strip()}`"
-        if module and line:
-            break
-    return ", ".join(part for part in (module or f"module '(root)' ({type(model).__name__})", line) if part)

@@ -22,6 +22,13 @@ MOVES = frozenset(
         *("unbind", "chunk", "split", "split_with_sizes", "narrow", "select", "slice", "index_select", "getitem"),
     }
 )
+#: Calls that return several views of one tensor.
+TAKEN_APART = frozenset({"chunk", "unsafe_chunk", "split", "split_with_sizes", "tensor_split", "unbind"})
+#: What else gives a view, of a part or in another order.
+VIEWS = MOVES | {
+    *("tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk", "diagonal", "as_strided"),
+    *("swapdims", "moveaxis", "ravel", "broadcast_to", "adjoint", "mH", "H", "real", "view_as_real", "data"),
+}
 
 
 def moves_only(node: Node) -> bool:
@@ -62,6 +69,18 @@ def permutation(node: Node, ndim: int) -> list[int] | None:
 def origin(node: Node) -> Node:
     """Return the node that computed these values: walk back through nodes that only move them."""
     while moves_only(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def may_be_view(node: Node) -> bool:
+    """Return whether the value of a node may share the memory of its first argument."""
+    return call_name(node) in VIEWS
+
+
+def memory_of(node: Node) -> Node:
+    """Return the node whose memory this value may share: walk back through views."""
+    while may_be_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

@@ -18,6 +18,13 @@ _PRODUCT = "ptq4vit_op"
 SCOPES = "nn_module_stack"
 #: What torch.export writes as the scope of nodes that it made itself: the one scope that is no path of the model.
 NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+#: Where a node that a pass inserted keeps the stack of the one that it stands for; torch's own is written to files.
+LINE = "ptq4vit_stack_trace"
+
+
+def stack_of(node: Node) -> str:
+    """Return the lines of the forward that made a node, as a traceback, "" if the tracer did not note them."""
+    return str(node.meta.get("stack_trace") or node.meta.get(LINE) or "")
 
 
 def kind_of(node: Node) -> ProductKind | None:
@@ -53,7 +60,8 @@ def scopes_of(node: Node) -> list[str]:
 
 
 def put_in_scope(node: Node, like: Node, scope: str | None = None) -> Node:
-    """Give a node the scopes of `like`, and `scope` as the innermost one if given; return it."""
+    """Give a node the scopes and the line of `like`, and `scope` as the innermost one if given; return it."""
+    node.meta[LINE] = stack_of(like)
     scopes = dict(like.meta.get(SCOPES, {}))
     if scope is not None:
         scopes.pop(scope, None)

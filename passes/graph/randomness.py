@@ -6,7 +6,6 @@ import contextlib
 import pickle
 import random
 import threading
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptq4vit_fx.passes.graph.causes import place_of
+from ptq4vit_fx.passes.graph.places import frames_here, place_of
 from ptq4vit_fx.passes.graph.symbolic_sizes import namespaces
 
 #: Operators that torch tags as random, whether they drop anything or not.
@@ -92,6 +91,6 @@ class RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         drops = not name.startswith(FUSED) or any(isinstance(x, float) and x > 0 for x in args)
         if torch.Tag.nondeterministic_seeded in func.tags and drops:
-            place = place_of(traceback.walk_stack(None), self.model)
+            place = place_of(frames_here(), self.model)
             self.found.append(f"{name} is random in {place}")
         return func(*args, **(kwargs or {}))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import PythonCode
 from torch.fx.node import map_aggregate
 
 from ptq4vit_fx.errors import failure
@@ -69,6 +70,13 @@ class TracedModule(GraphModule):
             return super().__call__(*inputs, **named)
         with without_autocast():
             return super().__call__(*inputs, **named)
+
+    def recompile(self) -> PythonCode:
+        """Compile the graph, and leave out what torch.fx puts around its call: it prints half a graph on stderr."""
+        code = super().recompile()
+        if "__call__" in vars(type(self)):
+            del type(self).__call__
+        return code
 
     def __copy__(self) -> TracedModule:
         # A graph of its own: one of two modules belongs to neither.

@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.losses import Loss, check_gradient, loss_values
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.dataflow import overwrites
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.observer import ProductObserver
+from ptq4vit_fx.passes.graph.running import run
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product, to_product
 
@@ -88,22 +89,10 @@ def capture(
         for batch in batches:
             with exclusive():
                 with torch.set_grad_enabled(with_gradient):
-                    output = _forward(prepared, batch)
+                    output = run(prepared, batch, "calibrate")
                 if with_gradient:
                     _differentiate(loss, output, len(batch[0]))
     return captured
-
-
-def _forward(prepared: GraphModule, batch: Inputs) -> Any:
-    """Run the model; raises PTQError where it cannot run: it has run without gradients, on images of this size."""
-    try:
-        return prepared(*batch)
-    except (PTQError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        expected, got = "a forward that runs with gradients", (str(error).splitlines() or [""])[0]
-        do = "write that call without changing a tensor in place, or keep its module closed with leaf_modules="
-        raise failure("calibrate", "the prepared model", expected=expected, got=got, do=do) from error
 
 
 def _differentiate(loss: Loss, output: Any, images: int) -> None:

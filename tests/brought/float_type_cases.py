@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ptq4vit_fx as ptq
 from brought import brought
 from brought.pipeline import pictures, pipeline, sum_of_squares, vit
 from ptq4vit_fx.passes.graph.contract import plan_of
@@ -108,3 +112,51 @@ def logits_in_double() -> None:
             return self.head(self.net(x)).double().softmax(-1)
 
     pipeline(Model(lambda f: f).eval(), pictures(), loss=sum_of_squares)
+
+
+class Under(Head):
+    """A forward that switches autocast on for its transformer."""
+
+    dtype = torch.bfloat16
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", self.dtype):
+            y = super().forward(x)
+        return y.float()
+
+
+def _under_autocast(model: nn.Module, said: str, plain: Callable[[Tensor], Any]) -> None:
+    """Take a model through that says so: what it computes without autocast is what is quantized."""
+    with pytest.warns(ptq.PTQWarning, match=said) as warned:
+        pipeline(model, pictures(), reference=plain)
+    assert sum("autocast" in str(warning.message) for warning in warned) == 1
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@brought("tracing", "torch.autocast in a forward: quantized from float32, with a warning", quick=True)
+def autocast_in_a_forward() -> None:
+    model = Under(lambda f: f).eval()
+    _under_autocast(model, "with torch.autocast", lambda x: Head.forward(model, x))
+    inside = model(pictures())
+    assert not torch.equal(inside, Head.forward(model, pictures())), "the user's own calls compute without it"
+
+
+@brought("tracing", "autocast as a decorator, in float16, around a block; switched off")
+def other_autocasts() -> None:
+    class Decorated(Head):
+        forward = torch.autocast("cpu", torch.bfloat16)(Head.forward)
+
+    model: Any = Decorated(lambda f: f).eval()
+    _under_autocast(model, "a decorator of its forward", lambda x: Head.forward(model, x))
+    half = Under(lambda f: f).eval()
+    half.dtype = torch.float16
+    _under_autocast(half, "torch.float16", lambda x: Head.forward(half, x))
+    model = Head(lambda f: f).eval()
+    plain = copy.deepcopy(model)
+    block = model.net.blocks[1]
+    block.forward = torch.autocast("cpu", torch.bfloat16)(block.forward)
+    _under_autocast(model, "autocast", plain)
+    off = Head(lambda f: torch.autocast("cpu", torch.bfloat16, enabled=False)(torch.exp)(f * 0.1)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*autocast")
+        pipeline(off, pictures())

@@ -120,6 +120,17 @@ def split_written() -> None:
     _features(forward)
 
 
+@brought("tracing", "a piece of tensor_split is written, and memory that swapdims shares")
+def other_views_written() -> None:
+    def forward(f: Tensor) -> Any:
+        first, _, last = f.tensor_split(3, dim=2)
+        last.mul_(2)
+        f.swapdims(0, 1).add_(first[:1].mean())
+        return f.mean(1)
+
+    _features(forward)
+
+
 def _two_views(cut: Callable[[Tensor, int], Any]) -> None:
     class Model(Around):
         def forward(self, a: Tensor, b: Tensor) -> Any:  # type: ignore[override]
