@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -15,14 +14,15 @@ from ptq4vit_fx.balances import Balance, BalanceKind
 from ptq4vit_fx.names import site
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.attention_rows import rows_sum_to_one, shifts_keys
+from ptq4vit_fx.passes.graph.channel_places import Channels
 from ptq4vit_fx.passes.graph.channels import Reader, readers_of, written_by
-from ptq4vit_fx.passes.graph.dataflow import is_stored
+from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
+from ptq4vit_fx.passes.graph.norms import NORMS, is_rms_norm_module, normalizes
 from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.plan import Transformed
 from ptq4vit_fx.qconfig import Transforms
 
-NORMS = (F.layer_norm, F.rms_norm)
 #: The field of `Transforms` that asks for each kind.
 FIELDS: dict[BalanceKind, str] = {"norm": "norms", "value": "attention", "key": "attention", "gate": "gates"}
 
@@ -79,7 +79,7 @@ def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[l
         kind = _kind(graph_module, node)
         if kind is None or not getattr(transforms, FIELDS[kind]):
             continue
-        name = scope_of(node) if kind == "norm" else planned_product(node) or scope_of(node)
+        name = _name(node)
         try:
             place = _FINDERS[kind](search, node)
         except Unbalanced as reason:
@@ -94,7 +94,7 @@ def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[l
 
 def _kind(graph_module: GraphModule, node: Node) -> BalanceKind | None:
     """Return what might be balanced at a node."""
-    if node.target in NORMS and node.op == "call_function":
+    if call_name(node) in NORMS or is_rms_norm_module(graph_module, node):
         return "norm"
     name = planned_product(node)
     if kind_of(node) == "matmul" and name is not None and not any(is_stored(x) for x in node.args[:2]):
@@ -108,14 +108,13 @@ def _kind(graph_module: GraphModule, node: Node) -> BalanceKind | None:
 def _norm(search: _Search, node: Node) -> Place:
     """Balance what a normalization gives: its own scale and bias take it, every reader's weight takes it back."""
     channels = shape_of(node)[-1]
-    if tuple(cast("Any", node.args[1])) != (channels,):
-        raise Unbalanced("it normalizes more than the last dimension")
-    for name in ("weight", "bias"):
-        if not (node.kwargs.get(name) is None or is_stored(node.kwargs[name])):
-            raise Unbalanced(f"its {name} is computed")
+    if is_rms_norm_module(search.graph_module, node):
+        raise Unbalanced("it is a module of torch.nn, RMSNorm, which stays one")
+    if not normalizes(search.graph_module, node, Channels(-1)):
+        raise Unbalanced("it normalizes more than the last dimension, or with weights that are computed")
     readers = _columns(search.readers(node, scaled=False))
-    shifts = node.target is F.layer_norm
-    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (scope_of(node),), shifts)
+    shifts = call_name(node) == "layer_norm"
+    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (_name(node),), shifts)
 
 
 def _value(search: _Search, node: Node) -> Place:
@@ -275,4 +274,4 @@ def distinct(x: Tensor) -> Tensor:
 
 
 def _name(node: Node) -> str:
-    return planned_product(node) or scope_of(node)
+    return planned_product(node) or scope_of(node) or node.name
