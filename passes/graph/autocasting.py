@@ -17,27 +17,39 @@ from ptq4vit_fx.passes.graph.places import frames_here, line_in
 
 @contextlib.contextmanager
 def autocast_left_out() -> Iterator[dict[str, None]]:
-    """Let this thread enter torch.autocast without effect; give the lines that do, which fill while forwards run."""
+    """Let this thread switch autocast on without effect; give the lines that do, which fill while forwards run."""
     own, lines = threading.get_ident(), dict[str, None]()
     enter: Callable[[Any], Any] = torch.autocast.__enter__
+    switch: Callable[..., None] = torch.set_autocast_enabled
 
-    def without_effect(self: Any) -> Any:
+    def note(dtype: torch.dtype) -> None:
+        lines[f"{line_in(frames_here()) or 'a decorator of its forward'} ({dtype})"] = None
+
+    def entered(self: Any) -> Any:
         if threading.get_ident() != own or not self._enabled:
             return enter(self)
-        line = line_in(frames_here()) or "a decorator of its forward"
-        lines[f"{line} ({self.fast_dtype})"] = None
+        note(self.fast_dtype)
         self._enabled = False
         try:
             return enter(self)
         finally:
             self._enabled = True
 
+    def switched(*arguments: Any) -> None:  # of a device, or of CUDA
+        if threading.get_ident() == own and arguments[-1]:
+            device = arguments[0] if len(arguments) > 1 else "cuda"
+            note(torch.get_autocast_dtype(device))
+            arguments = (*arguments[:-1], False)
+        switch(*arguments)
+
     with exclusive():
-        setattr(torch.autocast, "__enter__", without_effect)  # noqa: B010 - a method, to mypy
+        setattr(torch.autocast, "__enter__", entered)  # noqa: B010 - a method, to mypy
+        setattr(torch, "set_autocast_enabled", switched)  # noqa: B010
         try:
             yield lines
         finally:
             setattr(torch.autocast, "__enter__", enter)  # noqa: B010
+            setattr(torch, "set_autocast_enabled", switch)  # noqa: B010
 
 
 def warn_of_autocast(model: nn.Module, lines: dict[str, None]) -> None:

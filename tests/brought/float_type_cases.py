@@ -141,7 +141,7 @@ def autocast_in_a_forward() -> None:
     assert not torch.equal(inside, Head.forward(model, pictures())), "the user's own calls compute without it"
 
 
-@brought("tracing", "autocast as a decorator, in float16, around a block; switched off")
+@brought("tracing", "autocast as a decorator, in float16, around a block, by hand; switched off")
 def other_autocasts() -> None:
     class Decorated(Head):
         forward = torch.autocast("cpu", torch.bfloat16)(Head.forward)
@@ -156,6 +156,17 @@ def other_autocasts() -> None:
     block = model.net.blocks[1]
     block.forward = torch.autocast("cpu", torch.bfloat16)(block.forward)
     _under_autocast(model, "autocast", plain)
+
+    class ByHand(Head):
+        def forward(self, x: Tensor) -> Any:
+            torch.set_autocast_enabled("cpu", True)
+            try:
+                return super().forward(x).float()
+            finally:
+                torch.set_autocast_enabled("cpu", False)
+
+    by_hand = ByHand(lambda f: f).eval()
+    _under_autocast(by_hand, r'torch.set_autocast_enabled\("cpu", True\)', lambda x: Head.forward(by_hand, x))
     off = Head(lambda f: torch.autocast("cpu", torch.bfloat16, enabled=False)(torch.exp)(f * 0.1)).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*autocast")
