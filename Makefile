@@ -8,7 +8,7 @@ QUICK := pipeline quantizers search screening operators qconfig passes canonical
 OLDEST := $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
 	-e 's/^[a-z]* = \["\([a-z-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml)
 
-.PHONY: setup demo quick test test-all test-oldest coverage what-works fuzz lint clean
+.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -30,12 +30,14 @@ quick: setup
 	$(BIN)/python $(PYTEST) -m 'not sweep' $(QUICK:%=tests/test_%.py)
 
 test: setup
-	$(BIN)/python $(PYTEST) -m 'not sweep'
+	$(BIN)/python $(PYTEST) --cov --cov-report= -m 'not sweep'
 
-# Everything, with its coverage: also every family, every target at every opset, trained models on many images.
-test-all: setup
-	$(BIN)/python $(PYTEST) --cov --cov-report=
+# What takes minutes: every family, every target at every opset, trained models on many images; and the coverage of all.
+sweeps: setup
+	$(BIN)/python $(PYTEST) --cov --cov-report= --cov-append -m sweep
 	$(BIN)/coverage report --skip-covered --fail-under=96
+
+test-all: test sweeps
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python $(PYTEST) -m 'not sweep'

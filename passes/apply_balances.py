@@ -16,6 +16,7 @@ from ptq4vit_fx.passes.graph.channels import is_observer
 from ptq4vit_fx.passes.graph.contract import calibration_of, graph_pass, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_path
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
+from ptq4vit_fx.passes.graph.norms import arguments_of
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.stages import Stage
 
@@ -75,7 +76,9 @@ def _balance_rows(graph_module: GraphModule, rows: Rows, scale: Tensor, shift: T
 
 
 def _balance_norm(graph_module: GraphModule, node: Node, scale: Tensor, shift: Tensor) -> None:
-    weight, bias = node.kwargs.get("weight"), node.kwargs.get("bias")
+    call = arguments_of(node)
+    node.args, node.kwargs = (call.pop("input"), call.pop("normalized_shape")), call
+    weight, bias = call.get("weight"), call.get("bias")
     one = torch.ones_like(scale) if weight is None else _stored(graph_module, weight)
     _store(graph_module, node, "weight", one / scale, "weight")
     if bias is not None or bool((shift != 0).any()):

@@ -163,6 +163,17 @@ class NormReadTwice(Block):
         return x + x.tanh()
 
 
+class NormByPosition(Block):
+    def behind_norm(self, x):
+        return F.layer_norm(x, (16,), self.norm.weight, self.norm.bias, 1e-6)
+
+
+class ModuleOfRms(Block):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(16)  # type: ignore[assignment]
+
+
 class Capped(Block):
     def scores(self, scores):
         return 5 * torch.tanh(scores / 5)
@@ -224,6 +235,7 @@ ANY = "48 channels scaled"
 QK, AV, NORM = "attention matmul_qk: ", "attention matmul_av: ", "norms norm: "
 BOTH = "16 channels scaled and shifted"
 SCALED = "16 channels scaled"
+TWICE = "norms layer_norm: " + BOTH
 
 
 @pytest.mark.parametrize(
@@ -231,6 +243,11 @@ SCALED = "16 channels scaled"
     [
         (Block, [NORM + BOTH, QK + BOTH, AV + BOTH]),
         (NormReadTwice, [NORM + "no, tanh reads it, which is no product with a stored weight", QK + BOTH, AV + BOTH]),
+        (
+            NormByPosition,
+            [NORM + "no, layer_norm reads it, which is no product with a stored weight", TWICE, QK + BOTH, AV + BOTH],
+        ),
+        (ModuleOfRms, [NORM + "no, it is a module of torch.nn, RMSNorm, which stays one", QK + BOTH, AV + BOTH]),
         (Capped, [NORM + BOTH, QK + SCALED, AV + BOTH]),
         (Masked, [NORM + BOTH, QK + BOTH, AV + BOTH]),
         (MaskedByANumber, [NORM + BOTH, QK + SCALED, AV + BOTH]),

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.balances import Balance, BalanceKind
 from ptq4vit_fx.names import site
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
-from ptq4vit_fx.passes.graph.channels import Reader, is_observer, positive_factor, readers_of, written_by
+from ptq4vit_fx.passes.graph.attention_rows import rows_sum_to_one, shifts_keys
+from ptq4vit_fx.passes.graph.channel_places import Channels
+from ptq4vit_fx.passes.graph.channels import Reader, readers_of, written_by
 from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
+from ptq4vit_fx.passes.graph.norms import NORMS, is_rms_norm_module, normalizes
 from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.plan import Transformed
 from ptq4vit_fx.qconfig import Transforms
 
-NORMS = (F.layer_norm, F.rms_norm)
-ADDITIONS = (torch.add, operator.add, operator.iadd, "add", torch.ops.aten.add.Tensor)
-#: What keeps the last dimension, if that is as long behind it.
-KEEPS_ROWS = frozenset({"reshape", "view", "contiguous", "flatten", "unflatten", "unsqueeze", "squeeze", "clone"})
 #: The field of `Transforms` that asks for each kind.
 FIELDS: dict[BalanceKind, str] = {"norm": "norms", "value": "attention", "key": "attention", "gate": "gates"}
 
@@ -82,7 +79,7 @@ def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[l
         kind = _kind(graph_module, node)
         if kind is None or not getattr(transforms, FIELDS[kind]):
             continue
-        name = scope_of(node) if kind == "norm" else planned_product(node) or scope_of(node)
+        name = _name(node)
         try:
             place = _FINDERS[kind](search, node)
         except Unbalanced as reason:
@@ -97,11 +94,11 @@ def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[l
 
 def _kind(graph_module: GraphModule, node: Node) -> BalanceKind | None:
     """Return what might be balanced at a node."""
-    if node.target in NORMS and node.op == "call_function":
+    if call_name(node) in NORMS or is_rms_norm_module(graph_module, node):
         return "norm"
     name = planned_product(node)
     if kind_of(node) == "matmul" and name is not None and not any(is_stored(x) for x in node.args[:2]):
-        return "value" if _rows_sum_to_one(graph_module, node) is not None else "key"
+        return "value" if rows_sum_to_one(graph_module, node) is not None else "key"
     if kind_of(node) == "linear" and name is not None:
         source = written_by(graph_module, cast("Node", node.args[0]))
         return "gate" if _factors_of_gate(graph_module, source) else None
@@ -111,14 +108,13 @@ def _kind(graph_module: GraphModule, node: Node) -> BalanceKind | None:
 def _norm(search: _Search, node: Node) -> Place:
     """Balance what a normalization gives: its own scale and bias take it, every reader's weight takes it back."""
     channels = shape_of(node)[-1]
-    if tuple(cast("Any", node.args[1])) != (channels,):
-        raise Unbalanced("it normalizes more than the last dimension")
-    for name in ("weight", "bias"):
-        if not (node.kwargs.get(name) is None or is_stored(node.kwargs[name])):
-            raise Unbalanced(f"its {name} is computed")
+    if is_rms_norm_module(search.graph_module, node):
+        raise Unbalanced("it is a module of torch.nn, RMSNorm, which stays one")
+    if not normalizes(search.graph_module, node, Channels(-1)):
+        raise Unbalanced("it normalizes more than the last dimension, or with weights that are computed")
     readers = _columns(search.readers(node, scaled=False))
-    shifts = node.target is F.layer_norm
-    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (scope_of(node),), shifts)
+    shifts = call_name(node) == "layer_norm"
+    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (_name(node),), shifts)
 
 
 def _value(search: _Search, node: Node) -> Place:
@@ -130,7 +126,7 @@ def _value(search: _Search, node: Node) -> Place:
     mine = distinct(numbers)
     behind = readers_of(search.graph_module, node, numbers.expand(shape_of(node)).contiguous(), scaled=False)
     readers = [Columns(c.node, torch.searchsorted(mine, c.numbers.double())) for c in _columns(behind)]
-    shifts = _rows_sum_to_one(search.graph_module, node) is True
+    shifts = rows_sum_to_one(search.graph_module, node) is True
     writer = written_by(search.graph_module, cast("Node", node.args[1]))
     rows = (_rows(writer, mine, torch.arange(len(mine))),)
     return _place("value", rows, readers, len(mine), (_name(writer),), shifts, at=site(_name(node), "rhs"))
@@ -151,7 +147,7 @@ def _key(search: _Search, node: Node) -> Place:
     if len(distinct(of_query)) < len(of_query):
         raise Unbalanced("a query meets different channels of keys")
     mine = distinct(of_key)
-    shifts = _shifts_keys(search.graph_module, node)
+    shifts = shifts_keys(search.graph_module, node)
     writers = [written_by(search.graph_module, cast("Node", x)) for x in node.args[:2]]
     rows = (
         _rows(writers[1], mine, torch.arange(len(mine))),
@@ -261,60 +257,6 @@ def _has_constant_bias(node: Node) -> bool:
     return bias is None or is_stored(bias)
 
 
-def _rows_sum_to_one(graph_module: GraphModule, node: Node) -> bool | None:
-    """Return whether each row of a product's left operand is a whole softmax; None if it comes out of none."""
-    left = cast("Node", node.args[0])
-    source = written_by(graph_module, left)
-    if source.target is not F.softmax:
-        return None
-    if source.kwargs.get("dim") not in (-1, len(shape_of(source)) - 1):
-        return False
-    mine = [r for r in readers_of(graph_module, source, scaled=False) if r.node is node and r.value is left]
-    keys = shape_of(source)[-1]
-    if not mine or mine[0].numbers.shape[-1] != keys:
-        return False
-    found = mine[0].numbers.sort(-1).values
-    return torch.equal(found, torch.arange(keys, dtype=found.dtype).expand(found.shape))
-
-
-def _shifts_keys(graph_module: GraphModule, node: Node) -> bool:
-    """Return whether all that becomes of scores is a softmax over the keys: what all keys share goes unseen there.
-
-    On the way they may be multiplied by a positive number, added to what does not depend on them, and masked.
-    """
-    waiting, seen = [node], {node}
-    while waiting:
-        value = waiting.pop()
-        for user in value.users:
-            if user in seen or (is_observer(graph_module, user) and user.args[3] is not value):
-                continue
-            if user.target is F.softmax and user.kwargs.get("dim") in (-1, len(shape_of(user)) - 1):
-                continue
-            if not is_tensor(user):
-                if user.op == "output" or any(is_tensor(reader) for reader in user.users):
-                    return False
-                continue  # a size
-            if not _keeps_rows_of_scores(graph_module, user, value, seen):
-                return False
-            seen.add(user)
-            waiting.append(user)
-    return True
-
-
-def _keeps_rows_of_scores(graph_module: GraphModule, user: Node, value: Node, seen: set[Node]) -> bool:
-    if is_observer(graph_module, user) or positive_factor(graph_module, user) is not None:
-        return True
-    name = call_name(user)
-    if name in KEEPS_ROWS and user.args[0] is value:
-        return shape_of(user)[-1] == shape_of(value)[-1]
-    if user.target in ADDITIONS or getattr(user.target, "__name__", "") == "add_mask":
-        return sum(operand in seen for operand in user.all_input_nodes) == 1 and not user.kwargs
-    if name == "masked_fill" and user.args[0] is value:
-        fills_whole_rows = shape_of(cast("Node", user.args[1]))[-1:] == (1,)
-        return fills_whole_rows or bool(user.args[2] == float("-inf"))
-    return False
-
-
 def _factors_of_gate(graph_module: GraphModule, node: Node) -> list[tuple[Node, int]]:
     """Return the linear layers whose values a product element by element multiplies, and as which operand."""
     if node.target not in MULTIPLICATIONS or len(node.args) != 2 or not all(is_tensor(x) for x in node.args):
@@ -332,4 +274,4 @@ def distinct(x: Tensor) -> Tensor:
 
 
 def _name(node: Node) -> str:
-    return planned_product(node) or scope_of(node)
+    return planned_product(node) or scope_of(node) or node.name

@@ -45,7 +45,7 @@ def normalizes(graph_module: GraphModule, node: Node, channels: Channels) -> boo
     if is_rms_norm_module(graph_module, node):
         shape: Any = getattr(graph_module.get_submodule(str(node.target)), "normalized_shape", ())
         return tuple(shape) == shape_of(node)[-1:]
-    call = _call(node)
+    call = arguments_of(node)
     sizes = call.get("normalized_shape", ())
     weights = [call.get(name) for name in ("weight", "bias")]
     over = (sizes,) if isinstance(sizes, int) else tuple(sizes)
@@ -62,7 +62,7 @@ def affine_of(graph_module: GraphModule, node: Node) -> Affine | None:
     if is_rms_norm_module(graph_module, node):
         weight = getattr(graph_module.get_submodule(str(node.target)), "weight", None)
         return None if weight is None else Affine(node, shape_of(node)[-1], join(str(node.target), "weight"))
-    gamma, beta = (stored_path(_call(node).get(name)) for name in ("weight", "bias"))
+    gamma, beta = (stored_path(arguments_of(node).get(name)) for name in ("weight", "bias"))
     return Affine(node, shape_of(node)[-1], gamma, beta) if gamma or beta else None
 
 
@@ -111,7 +111,7 @@ def norm_input(graph_module: GraphModule, node: Node) -> Node | None:
     measured = measured_from(node)
     if measured is not None:
         return measured[0]
-    value = _call(node).get("input") if call_name(node) in NORMS else None
+    value = arguments_of(node).get("input") if call_name(node) in NORMS else None
     if is_rms_norm_module(graph_module, node):
         value = node.args[0] if node.args else None
     return value if is_tensor(value) else None
@@ -123,7 +123,7 @@ def without_weights(graph_module: GraphModule, node: Node) -> None:
         module = cast("nn.RMSNorm", graph_module.get_submodule(str(node.target)))
         replace(node, Writer(node)(F.rms_norm, node.args[0], module.normalized_shape, None, module.eps))
     elif call_name(node) in NORMS:
-        call = _call(node)
+        call = arguments_of(node)
         given: Any = call.pop("input")
         sizes = call.pop("normalized_shape")
         node.args = (given, sizes)
@@ -133,7 +133,7 @@ def without_weights(graph_module: GraphModule, node: Node) -> None:
         replace(node, given)
 
 
-def _call(node: Node) -> dict[str, Any]:
-    """Return the arguments of a call that normalizes by their names, {} for any other."""
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call of layer_norm or rms_norm by their names, {} for any other node."""
     names = NORMS.get(call_name(node), ())
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs) if names else {}
