@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4vit_fx.names import is_head, owner_of
-from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
+from ptq4vit_fx.passes.graph.channels import positive_factor
 from ptq4vit_fx.passes.graph.contract import graph_pass
 from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, moves_only, stored_path
 from ptq4vit_fx.passes.graph.marks import planned_product, planned_products
@@ -69,7 +69,7 @@ def _projection(graph_module: GraphModule, linear: Node) -> Projection | None:
         if _is_division(graph_module, user):
             found.divisions.append(user)
             continue
-        if _factor(graph_module, user) is not None:
+        if positive_factor(graph_module, user) is not None:
             found.factors.append(user)
         elif not moves_only(user):
             return None
@@ -81,15 +81,6 @@ def _is_division(graph_module: GraphModule, node: Node) -> bool:
     """Return whether this divides by scales per head: by tensors of this package's, not by a model's `head.scale`."""
     holder = owner_of(stored_path(node.args[1])) if node.target is torch.div else ""
     return is_head(holder) and isinstance(graph_module.get_submodule(holder), SiteTensors)
-
-
-def _factor(graph_module: GraphModule, node: Node) -> float | None:
-    """Return the positive number that a node multiplies by, None if it does something else."""
-    factor = node.args[1] if node.target in MULTIPLICATIONS and len(node.args) == 2 else None
-    if is_stored(factor):
-        value = get_attribute(graph_module, stored_path(factor))
-        factor = float(value) if value.numel() == 1 else None
-    return float(factor) if isinstance(factor, (int, float)) and factor > 0 else None
 
 
 def _columns(graph_module: GraphModule, projection: Projection, division: Node) -> Tensor:
@@ -122,7 +113,7 @@ def _fold(graph_module: GraphModule, projection: Projection) -> int:
     count = shape_of(linear)[-1]
     divisors = torch.zeros(count, dtype=torch.float64)
     for division in projection.divisions:
-        factors = [_factor(graph_module, n) or 1.0 for n in _way(division, linear) if n in projection.factors]
+        factors = [positive_factor(graph_module, n) or 1.0 for n in _way(division, linear) if n in projection.factors]
         per_head = get_attribute(graph_module, stored_path(division.args[1])).double().flatten() / math.prod(factors)
         for head, numbers in enumerate(_columns(graph_module, projection, division).movedim(-3, 0)):
             mine = numbers.unique()
