@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.balances import ChannelAffine
-from ptq4vit_fx.names import Site, leaf_of, owner_of
+from ptq4vit_fx.names import Site
 from ptq4vit_fx.passes.graph.balance_places import Columns, Rows, balance_places
 from ptq4vit_fx.passes.graph.channels import is_observer
 from ptq4vit_fx.passes.graph.contract import calibration_of, graph_pass, plan_of
@@ -19,6 +19,7 @@ from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
 from ptq4vit_fx.passes.graph.norms import arguments_of
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.passes.graph.stored_tensors import overwrite, reads_of
 
 
 @graph_pass(before=Stage.OBSERVED, after=Stage.OBSERVED)
@@ -94,14 +95,14 @@ def _stored(graph_module: GraphModule, node: object) -> Tensor:
 def _store(graph_module: GraphModule, node: Node, place: int | str, value: Tensor, leaf: str) -> None:
     """Let an operand of a node be another tensor: under the name that it has if nothing else reads that."""
     old = node.kwargs.get(place) if isinstance(place, str) else node.args[place]
+    observers = [user for user in node.users if is_observer(graph_module, user)]
+    if is_stored(old):
+        reads = reads_of(graph_module, get_attribute(graph_module, stored_path(old)))
+        if all(read.users.keys() <= {node, *observers} for read in reads):
+            overwrite(graph_module, reads, value)
+            return
     device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
     new = value.float().contiguous().to(device)
-    observers = [user for user in node.users if is_observer(graph_module, user)]
-    if is_stored(old) and _reads_alone(graph_module, old, {node, *observers}):
-        owner, own = graph_module.get_submodule(owner_of(stored_path(old))), leaf_of(stored_path(old))
-        delattr(owner, own)
-        owner.register_buffer(own, new)
-        return
     name = planned_product(node) or scope_of(node) or node.name
     (held,) = Writer(node, scope=f"{name}_balanced_{leaf}").hold({leaf: new})
     if isinstance(place, str):
@@ -110,11 +111,3 @@ def _store(graph_module: GraphModule, node: Node, place: int | str, value: Tenso
     node.update_arg(place, held)
     for observer in observers:
         observer.update_arg(place, held)
-
-
-def _reads_alone(graph_module: GraphModule, stored: Node, mine: set[Node]) -> bool:
-    """Return whether only these nodes read a stored tensor."""
-    path = stored_path(stored)
-    return all(
-        node.users.keys() <= mine for node in graph_module.graph.nodes if node is stored or stored_path(node) == path
-    )

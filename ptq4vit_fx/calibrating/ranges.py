@@ -13,7 +13,7 @@ from ptq4vit_fx.balances import ChannelAffine, balanced_ranges, matched_ranges
 from ptq4vit_fx.calibrating.capture import check_finite, recording
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import Site
-from ptq4vit_fx.passes.graph.balance_places import FIELDS, Place, balance_places
+from ptq4vit_fx.passes.graph.balance_places import FIELDS, Columns, Place, balance_places
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.marks import planned_product
@@ -76,23 +76,24 @@ def _watched(places: Iterable[Place]) -> set[tuple[str, str]]:
     found = set()
     for place in places:
         if place.balance.kind in ("norm", "gate"):
-            found.add(_reader_of(place))
+            found.add((str(planned_product(_observed(place).node)), "lhs"))
         else:
             found.update((str(planned_product(rows.node)), "out") for rows in place.writers)
     return found
 
 
-def _reader_of(place: Place) -> tuple[str, str]:
-    first = next(columns for columns in place.readers if planned_product(columns.node) is not None)
-    return str(planned_product(first.node)), "lhs"
+def _observed(place: Place) -> Columns:
+    """Return the first reader of the channels that has an observer."""
+    return next(columns for columns in place.readers if planned_product(columns.node) is not None)
 
 
 def _affine(prepared: GraphModule, place: Place, extremes: dict[tuple[str, str], Extremes]) -> ChannelAffine:
     balance = place.balance
     exponent = getattr(plan_of(prepared).transforms, FIELDS[balance.kind])
     if balance.kind in ("norm", "gate"):
-        first = next(columns for columns in place.readers if planned_product(columns.node) is not None)
-        low, high = _per_channel(extremes[_reader_of(place)].ends(), first.numbers, balance.channels)
+        reader = _observed(place)
+        seen = extremes[str(planned_product(reader.node)), "lhs"]
+        low, high = _per_channel(seen.ends(), reader.numbers, balance.channels)
         return balanced_ranges(low, high, exponent, shifts=balance.shifts)
     ranges = [
         _per_channel(extremes[str(planned_product(rows.node)), "out"].ends(), rows.numbers, balance.channels)
