@@ -63,11 +63,12 @@ def test_python_in_the_documents_runs(tmp_path, monkeypatch, capsys):
     for place, source in python_blocks():
         document = place.partition(":")[0]
         names[document] = run_source(source, place, names.get(document))
-    assert list(names) == ["README.md", "targets.md"]
-    quantized, read = names.values()
+    assert list(names) == ["README.md", "targets.md", "transforms.md"]
+    quantized, read, transformed = names.values()
     printed = capsys.readouterr().out
     assert "to the last bit" in printed
     assert "fold_head_scales" in printed
+    assert all(record.done for record in transformed["prepared"].plan.transformed), transformed["prepared"].plan.table()
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "scales.safetensors"}
     params = quantized["converted"].calibration.params
     assert read["scales"]["blocks.0.attn.proj:rhs.scale"].shape == params["blocks.0.attn.proj:rhs"].scale.shape
