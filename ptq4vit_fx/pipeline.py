@@ -40,7 +40,7 @@ from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.rotate_residual import rotate_residual
 from ptq4vit_fx.passes.round_weights import round_weights
 from ptq4vit_fx.passes.slice_pieces import slice_pieces
-from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.qconfig import EXPONENTS, QConfigMapping
 
 Pass = Callable[[GraphModule], GraphModule]
 
@@ -110,7 +110,7 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
     """
     transforms = mapping.transforms
     rotated = [] if transforms.rotation is None else [(partial(rotate_residual, seed=transforms.rotation), ROTATED)]
-    balanced = bool(transforms.norms or transforms.attention or transforms.gates)
+    balanced = any(getattr(transforms, name) for name in EXPONENTS)
     return _pipeline(
         "prepare",
         (from_aten, "first, so that nothing behind it asks which tracer made the graph"),
