@@ -12,7 +12,7 @@ from torch import nn
 import ptq4vit_fx as ptq
 from ptq4vit_fx.balances import LEAST_RANGE, ChannelAffine, shrunk_ranges
 from ptq4vit_fx.passes.apply_balances import apply_balances
-from ptq4vit_fx.passes.graph.contract import plan_of, sharing_tensors
+from ptq4vit_fx.passes.graph.contract import history, plan_of, sharing_tensors
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 BALANCED = QUICK.with_transforms(convolutions=1.0)
@@ -287,6 +287,50 @@ def test_it_fires_where_it_is_exact_and_says_why_not_elsewhere(kind, expected):
     assert max(differences(prepared, IMAGES)) < 1e-5
 
 
+class BatchNormInFront(Net):
+    """Behind ReLU: nothing takes it."""
+
+    def between(self, x):
+        return self.last(x.relu())
+
+    def more(self):
+        self.last = nn.BatchNorm2d(8)
+
+
+class StemReadTwice(Net):
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.behind(self.second(self.norm(x).relu()) + x[:, :, :8, :8]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "folded", "left"),
+    [
+        (Net, 1, 0),
+        (NormWithoutWeights, 1, 0),
+        (FunctionalNorm, 1, 0),
+        (Residual, 2, 0),
+        (NoBatchNorm, 0, 0),
+        (GroupNorm, 0, 0),
+        (BatchNormInFront, 1, 1),
+        (StemReadTwice, 0, 1),
+        (SharedNorm, 2, 0),
+        (BatchStatistics, 0, 1),
+    ],
+)
+def test_batch_norms_go_into_the_convolutions_in_front(kind, folded, left):
+    model = trained_like(kind())
+    prepared = ptq.prepare_fx(model, BALANCED, IMAGES[:1])
+    assert {rewrite.name: rewrite.count for rewrite in history(prepared)}["fold_batch_norms"] == folded
+    modules = [type(prepared.get_submodule(n.target)) for n in prepared.graph.nodes if n.op == "call_module"]
+    calls = [n for n in prepared.graph.nodes if n.target is F.batch_norm]
+    assert modules.count(nn.BatchNorm2d) + len(calls) == left
+    with torch.no_grad():
+        for batch in (IMAGES, IMAGES[:2]):
+            torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-5, atol=1e-5)
+    assert "fold_batch_norms" not in [r.name for r in history(ptq.prepare_fx(model, QUICK, IMAGES[:1]))]
+
+
 class SiluDepthwise(Depthwise):
     def between(self, x):
         return F.silu(x)
@@ -409,6 +453,13 @@ def test_a_calibration_travels(calibrated, tmp_path):
     fresh = ptq.load_calibration(ptq.prepare_fx(hybrid(), STEPS, IMAGES[:1]), loaded)
     with torch.no_grad():
         assert torch.equal(ptq.convert_fx(fresh)(IMAGES), ptq.convert_fx(prepared)(IMAGES))
+
+
+def test_a_convolution_of_patches_may_read_another_one():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 5)).eval()
+    prepared = ptq.prepare_fx(model, QUICK, IMAGES[:1])
+    ptq.calibrate(prepared, IMAGES, progress=False)
+    assert ptq.convert_fx(prepared)(IMAGES).shape == (4, 5)
 
 
 def test_constant_channels():

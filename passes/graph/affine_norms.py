@@ -79,6 +79,12 @@ def is_norm_module(graph_module: GraphModule, node: Node) -> bool:
     return type(module) is nn.GroupNorm
 
 
+def is_batch_norm(graph_module: GraphModule, node: Node) -> bool:
+    """Return whether a node is a batch norm with stored statistics, a module or a call."""
+    is_module = node.op == "call_module" and type(graph_module.get_submodule(str(node.target))) is not nn.GroupNorm
+    return affine_dimension(graph_module, node) is not None and (is_module or call_name(node) == "batch_norm")
+
+
 def opened_norm(graph_module: GraphModule, node: Node) -> Node:
     """Return a norm as a call with its tensors: a call of a module is written so, in its place."""
     if not is_norm_module(graph_module, node):
