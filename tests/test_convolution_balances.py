@@ -13,6 +13,7 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.balances import LEAST_RANGE, ChannelAffine, shrunk_ranges
 from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.graph.contract import history, plan_of, sharing_tensors
+from ptq4vit_fx.tools.families import find_family
 
 QUICK = ptq.recipes.ptq4vit().with_search(n=8, rounds=1)
 BALANCED = QUICK.with_transforms(convolutions=1.0)
@@ -460,6 +461,21 @@ def test_a_convolution_of_patches_may_read_another_one():
     prepared = ptq.prepare_fx(model, QUICK, IMAGES[:1])
     ptq.calibrate(prepared, IMAGES, progress=False)
     assert ptq.convert_fx(prepared)(IMAGES).shape == (4, 5)
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore::ptq4vit_fx.PTQWarning")
+@pytest.mark.parametrize(
+    "name",
+    ["mobilevit", "mobilevitv2", "edgenext", "efficientformerv2", "efficientvit_mit", "fastvit", "repvit", "tiny_vit"],
+)
+def test_families_keep_their_function(name):
+    family = find_family(name)
+    images = torch.randn(3, 3, family.image, family.image, generator=torch.Generator().manual_seed(1))
+    recipe = BALANCED.with_transforms(depthwise=1.0)
+    prepared = ptq.prepare_fx(trained_like(family.create()), recipe, images[:1])
+    assert plan_of(prepared).balances
+    assert max(differences(prepared, images)) < 1e-4
 
 
 def test_constant_channels():
