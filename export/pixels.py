@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -40,6 +40,14 @@ class Pixels:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     layout: Layout
+
+    def fit(self, inputs: Sequence[Tensor | Array]) -> bool:
+        """Return whether inputs are one batch of float images, with as many channels as mean and std have."""
+        if len(inputs) != 1 or inputs[0].ndim != 4:
+            return False
+        kind = inputs[0].dtype
+        is_float = kind.is_floating_point if isinstance(kind, torch.dtype) else kind.kind == "f"
+        return bool(is_float) and len(self.mean) in (1, inputs[0].shape[1])
 
     def values(self, pixels: Array) -> Tensor:
         """Return uint8 images, in this layout, as the model's (batch, channels, height, width) float32."""

@@ -21,6 +21,7 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.export.metadata import UINT8_KEY
 from ptq4vit_fx.export.nodes import QUANTIZE, name_of
 from ptq4vit_fx.export.pixels import LAYOUTS, Pixels
+from ptq4vit_fx.export.proof.inspection import inspect_file
 from ptq4vit_fx.export.proof.layers import add_outputs
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model, open_session
 from ptq4vit_fx.tools.evaluation import evaluate_file
@@ -93,6 +94,9 @@ def test_the_file_says_what_it_takes(files, layout):
     metadata = {item.key: item.value for item in onnx.load(files[layout]).metadata_props}
     assert metadata[UINT8_KEY] == layout
     onnx.checker.check_model(str(files[layout]), full_check=True)
+    mine, theirs = inspect_file(files[layout]), inspect_file(files["float"])
+    assert mine.sites == theirs.sites
+    assert len(mine.sites) > 10
 
 
 @pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5,) * 3, (0.5,) * 3)])
@@ -169,6 +173,27 @@ def test_what_is_refused(tmp_path, small_converted, small_images, options, sente
         ptq.export_onnx(small_converted, tmp_path / "model.onnx", small_images[:1], **options)
     assert sentence in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_other_inputs_gets_a_sentence(files):
+    """The file of a model of images, given a model of two inputs, and one of another number of channels."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 5)
+
+        def forward(self, x, y):
+            return self.head(x + y)
+
+    two = (torch.randn(4, 8), torch.randn(4, 8))
+    converted = ptq.quantize(Two().eval(), [two], example_inputs=two, progress=False)
+    with pytest.raises(ptq.PTQError, match="verify_onnx"):
+        ptq.verify_onnx(files["nhwc"], converted, [two])
+    gray = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5)).eval()
+    images = torch.randn(4, 1, 16, 16)
+    with pytest.raises(ptq.PTQError, match="verify_onnx"):
+        ptq.verify_onnx(files["nchw"], ptq.quantize(gray, images, progress=False), images)
 
 
 @pytest.mark.parametrize("layout", ["hwcn", ""])

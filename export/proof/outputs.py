@@ -101,7 +101,7 @@ def run(operation: str, path: str, session: InferenceSession, inputs: Sequence[A
     Raises PTQError if the runtime refuses them or fails, and on outputs that are no arrays of numbers.
     """
     pixels = pixels_of(session, path, operation)
-    if pixels is not None and len(inputs) == 1 and inputs[0].dtype.kind == "f":
+    if pixels is not None and pixels.fit(inputs):
         inputs = [pixels.pixels(torch.from_numpy(inputs[0]))]
     try:
         entries = [entry.name for entry in session.get_inputs()]

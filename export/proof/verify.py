@@ -240,7 +240,9 @@ def verify_onnx(
     saturating = products_saturate()
     session = open_session(path)
     pixels = pixels_of(session, str(path), "verify_onnx")
-    batches, rounded = (batches, None) if pixels is None else pixels.rounded(batches)
+    rounded = None
+    if pixels is not None and all(map(pixels.fit, batches)):
+        batches, rounded = pixels.rounded(batches)
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
     simulated = outputs_of_model(lambda *inputs: run(converted, inputs, "verify_onnx"), batches, device)
     here = on_cpu(converted)
