@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx, quantize
     from ptq4vit_fx.calibration import Calibration
     from ptq4vit_fx.errors import PTQError, PTQWarning
+    from ptq4vit_fx.export.huggingface import export_huggingface
     from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
     from ptq4vit_fx.plan import QuantPlan
@@ -36,6 +37,7 @@ __all__ = [
     "calibrate",
     "choose_twins",
     "convert_fx",
+    "export_huggingface",
     "export_onnx",
     "load_calibration",
     "prepare_fx",
@@ -50,6 +52,7 @@ _MODULES = {
     "api": ("calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"),
     "calibration": ("Calibration",),
     "errors": ("PTQError", "PTQWarning"),
+    "export.huggingface": ("export_huggingface",),
     "export.onnx_export": ("ExportReport", "export_onnx"),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
     "plan": ("QuantPlan",),

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, printable
 from ptq4vit_fx.export.model_files import load_file, unreadable
+from ptq4vit_fx.export.pixels import pixels_of
 from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
 from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_model
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
@@ -136,7 +137,8 @@ class VerifyReport:
     difference between the file and the simulation. saturating: this CPU's default u8 x s8 kernels are inexact (no
     VNNI); both comparisons are then of an exact session, and `default_agreement` tells what a plain session does.
     code_comparison: the integer codes of every site on the first images; None if not asked for. outputs: every output
-    of the file by itself, under the model's own name, against the model as it runs in PyTorch.
+    of the file by itself, under the model's own name, against the model as it runs in PyTorch. rounded: of a file that
+    takes uint8, how many of the images were no such images: both sides then got the nearest ones; else None.
     """
 
     simulation: Comparison
@@ -146,6 +148,7 @@ class VerifyReport:
     default_agreement: float
     code_comparison: Layers | None
     outputs: Mapping[str, Comparison] = field(default_factory=dict)
+    rounded: int | None = None
 
     @property
     def images(self) -> int:
@@ -168,6 +171,11 @@ class VerifyReport:
             f"  LayerNorm, softmax and GELU from PyTorch:     {self.simulation}",
             f"  {self._explanation()}",
         ]
+        if self.rounded is not None:
+            which = (
+                f"{self.rounded} of them rounded to uint8 on both sides" if self.rounded else "all of them exactly such"
+            )
+            lines.append(f"  the file takes uint8 images: {which}")
         if len(self.outputs) > 1:
             lines += [
                 f"  output {name}: bit-equal {found.bit_equal:.2%}, largest difference "
@@ -231,6 +239,10 @@ def verify_onnx(
     batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)
+    pixels = pixels_of(session, str(path), "verify_onnx")
+    rounded = None
+    if pixels is not None and all(map(pixels.fit, batches)):
+        batches, rounded = pixels.rounded(batches)
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
     simulated = outputs_of_model(lambda *inputs: run(converted, inputs, "verify_onnx"), batches, device)
     here = on_cpu(converted)
@@ -249,4 +261,5 @@ def verify_onnx(
         default_agreement=compare_outputs(simulated, default).agreement,
         code_comparison=compare_layers(here, path, session, batches, layers) if layers > 0 else None,
         outputs={name: compare(simulated[name], array) for name, array in actual.items()},
+        rounded=rounded,
     )

@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, demo, coverage."""
+"""The command line: quantize, eval, inspect, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -84,6 +84,13 @@ def quantize(
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
     ] = None,
+    layout: Annotated[
+        str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
+    ] = "file",
+    uint8_input: Annotated[
+        str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and verify it in ONNX Runtime."""
     with _readable_errors(checkpoint):
@@ -93,11 +100,13 @@ def quantize(
         import ptq4vit_fx
         from ptq4vit_fx.export.onnx_export import check_target
         from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
+        from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.models import create_model, data_config, list_images, load_images, said_of_skipped
 
         mapping = _mapping(recipe, twins, w_bits, a_bits)
         # Before the download and the minutes, not after:
-        check_writable(out, "quantize --out")
+        destination = Destination(out, layout, uint8_input, labels)
+        destination.check()
         if checkpoint is not None:
             check_writable(checkpoint, "quantize --checkpoint")
         check_target(target, opset, batch)
@@ -109,7 +118,7 @@ def quantize(
         network = create_model(model, weights, model_arg or [], entry=weights_entry, said=said)
         for line in said:
             _say(line)
-        preprocessing = data_config(network)
+        class_names, preprocessing = destination.class_names(network), data_config(network)
         skipped: list[str] = []
         channels = preprocessing["input_size"][0]
         if channels == 1:
@@ -133,11 +142,12 @@ def quantize(
         ptq4vit_fx.load_calibration(prepared, calibration)
         converted = ptq4vit_fx.convert_fx(prepared)
         with console.status("export to ONNX"):
-            exported = ptq4vit_fx.export_onnx(converted, out, pixels[:1], target=target, opset=opset, batch=batch)
+            options = {"target": target, "opset": opset, "batch": batch}
+            exported = destination.write(converted, pixels[:1], class_names, preprocessing, **options)
         with console.status("verify in ONNX Runtime"):
             # A file of a fixed batch takes no other: repeat the first images until the last batch is full.
             shown = pixels if batch is None else pixels[torch.arange(-(-len(pixels) // batch) * batch) % len(pixels)]
-            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(shown, batch or batch_size)))
+            verified = ptq4vit_fx.verify_onnx(exported.path, converted, list(torch.split(shown, batch or batch_size)))
         plan = plan_of(prepared)
         _say(
             f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "
@@ -145,6 +155,8 @@ def quantize(
             f"calibrated in {calibration.provenance['seconds']:.1f} s",
         )
         _say(f"{exported}\n{verified}")
+        figures = {"model": model, "bits": f"W{w_bits}A{a_bits}, recipe {recipe}, {len(pixels)} images"}
+        destination.note(exported, verified, figures)
 
 
 def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
@@ -193,6 +205,14 @@ def inspect(
 
         report = inspect_file(file)
         _say(report.to_json() if as_json else str(report), highlight=not as_json)
+
+
+@app.command()
+def targets() -> None:
+    """Print which flags of quantize belong to which runtime."""
+    from ptq4vit_fx.tools.runtimes import as_text
+
+    _say(as_text(min(console.width, 100)), highlight=False)
 
 
 @app.command()
