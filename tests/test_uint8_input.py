@@ -87,6 +87,18 @@ def test_the_same_codes_and_logits_bit_for_bit(files, photos, pixels, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_floats_inside_of_the_file_are_torchvisions_for_every_byte(files, layout):
+    """Codes forgive a last bit, unless a value lies between two of them: the floats themselves do not."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    model = ir.load(files[layout])
+    (last,) = (node for node in model.graph if [name_of(value) for value in node.inputs][1:] == ["image_std"])
+    add_outputs(model, (name_of(last.outputs[0]),))
+    floats = open_model(model).run(None, {"image": in_layout(ramp[None], layout)})[-1]
+    expected = transforms.Normalize(MEAN, STD)(transforms.ToTensor()(Image.fromarray(ramp)))
+    np.testing.assert_array_equal(floats[0], expected.numpy())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_file_says_what_it_takes(files, layout):
     (entry,) = open_session(files[layout]).get_inputs()
     shape = ["batch", 16, 16, 3] if layout == "nhwc" else ["batch", 3, 16, 16]
