@@ -1,10 +1,15 @@
-"""The paper's ablation: the Hessian-guided metric, the softmax twin and the GELU twin, each on and off.
+"""What each part of a recipe is worth: `paper`, the parts of PTQ4ViT, and `steps`, what is done beyond it.
 
-    python examples/ablation.py deit_tiny_p8_64 --fixtures ../shared/fixtures
+    python examples/ablation.py paper deit_tiny_p8_64 --fixtures ../shared/fixtures
+    python examples/ablation.py steps deit_tiny_p8_64 --fixtures ../shared/fixtures
 
-Everything else is the recipe `ptq4vit`; without the Hessian-guided metric the scales are chosen by cosine
-similarity, and without a twin its operand gets one uniform scale. Top-1 is ONNX Runtime's, on the exported file. The
-fixtures folder is described in accuracy.py.
+`paper`: the Hessian-guided metric, the softmax twin and the GELU twin, each on and off. Everything else is the recipe
+`ptq4vit`; without the Hessian-guided metric the scales are chosen by cosine similarity, and without a twin its operand
+gets one uniform scale. Top-1 is ONNX Runtime's, on the exported file.
+
+`steps`: what the literature does in front of the search and behind it, one by one and together, on the quantizers and
+the search of `ptq4vit`, so that only the step differs. Measured as simulate.py does. The fixtures folder is described
+in accuracy.py.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,14 +26,25 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
+from simulate import measure, open_source, row, widths
 from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.passes.graph.contract import plan_of
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 BATCH = 25
+#: What the literature calls them -> bits of weights and activations -> the recipe.
+STEPS: dict[str, Callable[[int, int], ptq.QConfigMapping]] = {
+    "base PTQ": ptq.recipes.base_ptq,
+    "PTQ4ViT": ptq.recipes.ptq4vit,
+    "balance behind norms (RepQ-ViT's idea)": lambda w, a: ptq.recipes.ptq4vit(w, a).with_transforms(norms=1.0),
+    "balance in attention": lambda w, a: ptq.recipes.ptq4vit(w, a).with_transforms(attention=1.0),
+    "rounding (GPTQ's idea)": lambda w, a: ptq.recipes.ptq4vit(w, a).with_search(rounding="gram"),
+    "rotation": lambda w, a: ptq.recipes.ptq4vit(w, a).with_transforms(rotation=0),
+    "best": ptq.recipes.best,
+}
 
 
 def runtime_top1(converted: torch.fx.GraphModule, images: Tensor, labels: Tensor) -> float:
@@ -56,8 +73,8 @@ def recipe(bits: int, weights: Literal["channel", "group"], *, hessian: bool, so
     return mapping.set_global(qconfig).with_search(metric="hessian" if hessian else "cosine")
 
 
-@app.command(help=__doc__)
-def main(
+@app.command()
+def paper(
     model: str,
     fixtures: Annotated[Path, typer.Option(help="folder with trained models and images")],
     images: Annotated[int, typer.Option(help="validation images")] = 1000,
@@ -65,7 +82,7 @@ def main(
     bits: Annotated[list[int] | None, typer.Option(help="of weights and activations, repeatable")] = None,
     weights: Annotated[Literal["channel", "group"], typer.Option(help="granularity; the paper's: group")] = "group",
 ) -> None:
-    """Print one Markdown row per combination.
+    """Print one Markdown row per combination of the paper's parts.
 
     Products are calibrated independently of each other, so two calibrations, with all twins and with none, hold
     the scales of every combination of twins.
@@ -103,6 +120,39 @@ def main(
     for on_off in itertools.product((False, True), repeat=3):
         marks = " | ".join("yes" if on else "" for on in on_off)
         print(f"| {marks} | " + " | ".join(f"{scores[on_off, b]:.2%}" for b in widths) + " |")
+
+
+@app.command()
+def steps(
+    model: str,
+    fixtures: Annotated[Path, typer.Option(help="folder with trained models and images")],
+    bits: Annotated[list[str], typer.Option(help="W8A8, W4A8, ..., repeatable")] = ["8", "6", "W4A8", "4"],  # noqa: B006
+    step: Annotated[list[str] | None, typer.Option(help="a row's beginning, repeatable (default: all)")] = None,
+    first: Annotated[list[int], typer.Option(help="number of the first calibration image, repeatable")] = [0],  # noqa: B006
+    calibration_images: int = 32,
+    images: Annotated[int, typer.Option(help="validation images")] = 1000,
+    file: Annotated[bool, typer.Option("--file", help="measure the exported file, in ONNX Runtime")] = False,
+    scales: Annotated[Path, typer.Option(help="folder of finished scales")] = Path("out/scales"),
+) -> None:
+    """Print one Markdown row per step and width: top-1, share of images of the float model's class, divergence."""
+    source = open_source(model, fixtures, images, scales)
+    rows = []
+    for name, recipe_of in STEPS.items():
+        if step and not name.startswith(tuple(step)):
+            continue
+        for width in bits:
+            weights, activations = widths(width)
+            scores = []
+            for start in first:
+                key = "_".join(
+                    [name.partition(" (")[0], f"W{weights}A{activations}", str(calibration_images), str(start)]
+                )
+                pixels = source.calibration_images(start, calibration_images)
+                scores.append(measure(source, recipe_of(weights, activations), pixels, key, file=file))
+            rows.append(f"| {name} | W{weights}A{activations} | {row(scores)} |")
+    print(f"\n{model}, {images} images of `val`, {'ONNX Runtime' if file else 'simulated'}\n")
+    print("| step | bits | top-1 | mean | agreement | KL |\n|---|---|---|---|---|---|")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

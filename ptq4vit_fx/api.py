@@ -28,7 +28,7 @@ from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.trace import module_paths, trace
 from ptq4vit_fx.pipeline import CONVERSION, preparation
 from ptq4vit_fx.qconfig import QConfigMapping
-from ptq4vit_fx.recipes import ptq4vit
+from ptq4vit_fx.recipes import best
 from ptq4vit_fx.torch_state import independent_of_caller
 
 
@@ -171,7 +171,7 @@ def quantize(
 ) -> GraphModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
-    qconfig_mapping: default recipes.ptq4vit(8, 8). example_inputs: default the first image of `data`; needed where
+    qconfig_mapping: default recipes.best(8, 8). example_inputs: default the first image of `data`; needed where
     forward is given more of an item than it must have. The other arguments go to `calibrate`. The result has `.plan`
     and `.calibration`.
     """
@@ -181,7 +181,7 @@ def quantize(
         item, data = first_item(data, "quantize")
     try:
         example = example_inputs if item is None else first_example(model, item, "quantize")
-        prepared = prepare_fx(model, qconfig_mapping or ptq4vit(), example)
+        prepared = prepare_fx(model, qconfig_mapping or best(), example)
     except PTQError:
         if item is not None:
             check_containers(model, item, "quantize", "the first item of data")

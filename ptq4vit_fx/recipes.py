@@ -10,6 +10,23 @@ from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
 from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
 
 
+def best(
+    w_bits: int = 8,
+    a_bits: int = 8,
+    weights: Literal["channel", "group"] = "channel",
+    twins: Literal["exact", "wide", "uniform"] = "exact",
+) -> QConfigMapping:
+    """`ptq4vit` with what keeps more of the float model at no cost in the runtime (docs/transforms.md).
+
+    The residual stream is rotated, queries, keys and values are balanced, weights are rounded by the Gram matrix of
+    their inputs. Where a step is not exact on a model it is left out, and the plan says why. Bits from 2 to 8, else
+    PTQError; weights and twins as in `ptq4vit`.
+    """
+    mapping = ptq4vit(w_bits, a_bits, weights, twins).with_transforms(rotation=0, attention=1.0)
+    mapping.recipe = f"best({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})"
+    return mapping.with_search(rounding="gram")
+
+
 def base_ptq(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
     """Plain post-training quantization, the paper's baseline ("Base PTQ", section 4.1).
 

@@ -60,10 +60,14 @@ def quantize(
         str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
     ] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
-    recipe: Annotated[str, typer.Option(help="ptq4vit, tensorrt (for that target) or base")] = "ptq4vit",
+    recipe: Annotated[
+        str, typer.Option(help="best, ptq4vit (the paper's), tensorrt (for that target) or base")
+    ] = "best",
     twins: Annotated[
         str,
-        typer.Option(help="of ptq4vit: exact, wide, uniform, or auto: uniform where that adds little and saves time"),
+        typer.Option(
+            help="of best and ptq4vit: exact, wide, uniform, or auto: uniform where that adds little and saves time"
+        ),
     ] = "exact",
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
     a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
@@ -97,7 +101,7 @@ def quantize(
         if checkpoint is not None:
             check_writable(checkpoint, "quantize --checkpoint")
         check_target(target, opset, batch)
-        if target == "tensorrt" and recipe == "ptq4vit":
+        if target == "tensorrt" and recipe in ("best", "ptq4vit"):
             expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
             raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do=do)
         folder = list_images(data, limit=images)
@@ -147,17 +151,19 @@ def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMappin
     """Return the recipe of that name; raises PTQError on a name that does not exist or does not go with the twins."""
     from ptq4vit_fx import recipes
 
-    named = {"ptq4vit": recipes.ptq4vit, "tensorrt": recipes.tensorrt, "base": recipes.base_ptq}
-    if recipe not in named:
-        expected = "ptq4vit, tensorrt or base"
+    with_twins = {"best": recipes.best, "ptq4vit": recipes.ptq4vit}
+    without = {"tensorrt": recipes.tensorrt, "base": recipes.base_ptq}
+    if recipe not in {*with_twins, *without}:
+        expected = "best, ptq4vit, tensorrt or base"
         raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
-    kinds = ("exact", "wide", "uniform", "auto") if recipe == "ptq4vit" else ("exact",)
+    kinds = ("exact", "wide", "uniform", "auto") if recipe in with_twins else ("exact",)
     if twins not in kinds:
         expected = f"{' or '.join(kinds)} with the recipe {recipe}"
         raise failure("quantize", "--twins", expected=expected, got=repr(twins), do="choose one")
-    if twins in ("wide", "uniform"):
-        return recipes.ptq4vit(w_bits, a_bits, twins=cast("Literal['wide', 'uniform']", twins))
-    return named[recipe](w_bits, a_bits)
+    if recipe in without:
+        return without[recipe](w_bits, a_bits)
+    searched = "exact" if twins == "auto" else cast("Literal['exact', 'wide', 'uniform']", twins)
+    return with_twins[recipe](w_bits, a_bits, twins=searched)
 
 
 @app.command(name="eval")
