@@ -50,12 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--fixtures", type=Path, required=True)
-    parser.add_argument("--recipe", choices=["ptq4vit", "base_ptq"], default="ptq4vit")
+    parser.add_argument("--recipe", choices=["best", "ptq4vit", "base_ptq"], default="ptq4vit")
     parser.add_argument("--bits", type=int, default=8, help="of weights and activations")
     parser.add_argument("--images", type=int, default=5000, help="validation images")
     parser.add_argument("--simulated", type=int, help="validation images for the simulation (default: all)")
     parser.add_argument("--first", type=int, default=0, help="number of the first of the 32 calibration images")
-    parser.add_argument("--weights", choices=["channel", "group"], default="channel", help="of the recipe ptq4vit")
+    parser.add_argument("--weights", choices=["channel", "group"], default="channel", help="not of base_ptq")
     parser.add_argument("--loss", default=DEFAULT_LOSS)
     parser.add_argument("--metric", help="of the search (default: the recipe's)")
     parser.add_argument("--verified", type=int, default=1000, help="images of the proof, 0 for none")
@@ -96,10 +96,8 @@ def main() -> None:
 
     model, size = fixtures.load_model(arguments.model)
     calibration_images = fixtures.load_images("calib", 32, size, arguments.first)[0]
-    if arguments.recipe == "ptq4vit":
-        mapping = ptq.recipes.ptq4vit(arguments.bits, arguments.bits, arguments.weights)
-    else:
-        mapping = ptq.recipes.base_ptq(arguments.bits, arguments.bits)
+    own = () if arguments.recipe == "base_ptq" else (arguments.weights,)
+    mapping = getattr(ptq.recipes, arguments.recipe)(arguments.bits, arguments.bits, *own)
     if arguments.metric:
         mapping = mapping.with_search(metric=arguments.metric)
     converted = ptq.quantize(model, calibration_images, qconfig_mapping=mapping, loss=arguments.loss)

@@ -30,6 +30,8 @@ class Balance:
     of a key, the queries' behind the keys'. readers: the products whose weights take it back; of a key none, as
     (k - m) / t meets q * t, and softmax does not see what all keys of a query have in common. channels: how many.
     shifts: whether a shift leaves the function as it is: not through a gate, an RMSNorm, or rows that do not sum to 1.
+    alike: of each channel, the first one of those that have to have its scale, as rotary embeddings add queries, and
+    keys, in pairs; () where each stands alone.
     Sources: RepQ-ViT (scales behind LayerNorm); shifts instead of zero points are ours.
     """
 
@@ -39,6 +41,7 @@ class Balance:
     readers: tuple[str, ...]
     channels: int
     shifts: bool
+    alike: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,5 +117,8 @@ def check_balances(planned: Iterable[Balance], balances: Mapping[Site, ChannelAf
                 raise here.at(role).refusal(f"finite float32 numbers of shape {shape}", got)
         if not bool(((own.scale >= 1 / LARGEST_SCALE) & (own.scale <= LARGEST_SCALE)).all()):
             raise here.at("balance_scale").refusal("scales from 2^-40 to 2^40", "others")
+        alike = list(known[name].alike)
+        if alike and not torch.equal(own.scale, own.scale[alike]):
+            raise here.at("balance_scale").refusal("one scale for channels that are added to each other", "several")
         if not known[name].shifts and bool((own.shift != 0).any()):
             raise here.at("balance_shift").refusal("zeros, as a shift would change the function", "others")

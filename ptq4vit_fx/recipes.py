@@ -22,7 +22,7 @@ def best(
     their inputs. Where a step is not exact on a model it is left out, and the plan says why. Bits from 2 to 8, else
     PTQError; weights and twins as in `ptq4vit`.
     """
-    mapping = ptq4vit(w_bits, a_bits, weights, twins).with_transforms(rotation=0, attention=1.0)
+    mapping = ptq4vit(w_bits, a_bits, weights, twins).with_transforms(rotation=0, attention=0.5)
     mapping.recipe = f"best({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})"
     return mapping.with_search(rounding="gram")
 

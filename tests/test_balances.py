@@ -57,7 +57,9 @@ def drawn(prepared, seed: int = 3) -> dict[str, ChannelAffine]:
     generator = torch.Generator().manual_seed(seed)
     return {
         balance.name: ChannelAffine(
-            torch.randn(balance.channels, generator=generator).mul(0.5).exp(),
+            torch.randn(balance.channels, generator=generator)
+            .mul(0.5)
+            .exp()[list(balance.alike or range(balance.channels))],
             torch.randn(balance.channels, generator=generator) * balance.shifts,
         )
         for balance in plan_of(prepared).balances
@@ -107,6 +109,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("vit_small_patch14_reg4_dinov2", DINO),
     "swiglu": ("vit_giant_patch14_dinov2", DINO),
     "eva02": ("eva02_tiny_patch14_224", DINO),
+    "dinov3": ("vit_small_patch16_dinov3", {**SMALL, "img_size": 64}),
     "beit": ("beit_base_patch16_224", SMALL),
     "parallel": ("vit_small_patch16_18x2_224", SMALL),
     "attention pool": ("vit_base_patch16_siglip_224", SMALL),
@@ -212,17 +215,63 @@ class Kept(Block):
 
 
 class Rotated(Block):
-    """Positions by rotation: q and k are no linear layer's any more."""
+    """Positions by rotation: pairs of channels of q and of k are added to each other."""
 
     def heads(self, qkv):
         q, k, v = super().heads(qkv)
         angle = torch.arange(16.0)[:, None] * torch.arange(1, 5)
-        cosine, sine = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        cosine, sine = self.spread(angle.cos()), self.spread(angle.sin())
+        return self.turned(q, cosine, sine), self.turned(k, cosine, sine), v
 
-        def turned(x):
-            return x * cosine + torch.cat([-x[..., 4:], x[..., :4]], -1) * sine
+    def spread(self, x):
+        return x.repeat(1, 2)
 
-        return turned(q), turned(k), v
+    def turned(self, x, cosine, sine):
+        return x * cosine + torch.cat([-x[..., 4:], x[..., :4]], -1) * sine
+
+
+class RotatedInPlaceOfNeighbours(Rotated):
+    """Pairs of neighbours, the first token left as it is, the sum written the other way round."""
+
+    def spread(self, x):
+        return x.repeat_interleave(2, 1)
+
+    def turned(self, x, cosine, sine):
+        crossed = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        turned = (crossed * sine + cosine * x).to(x.dtype)
+        return torch.cat([x[..., :1, :], turned[..., 1:, :]], 2)
+
+
+class RotatedAsComplex(Rotated):
+    """Both sums begin with the same channel."""
+
+    def turned(self, x, cosine, sine):
+        one, other, cosine, sine = x[..., :4], x[..., 4:], cosine[:, :4], sine[:, :4]
+        return torch.cat([one * cosine - other * sine, one * sine + other * cosine], -1)
+
+
+class GatedQueries(Block):
+    """Linear in appearance: the factor is made of the channels that it multiplies."""
+
+    def heads(self, qkv):
+        q, k, v = super().heads(qkv)
+        return q * q.tanh(), k, v
+
+
+class ShiftedQueries(Block):
+    """A sum with what is not scaled."""
+
+    def heads(self, qkv):
+        q, k, v = super().heads(qkv)
+        return -(q + torch.arange(8.0)), k, v
+
+
+class ScaledKeys(Block):
+    """A factor of each channel, which a shift would not go through."""
+
+    def heads(self, qkv):
+        q, k, v = super().heads(qkv)
+        return q, -k * torch.arange(16.0)[:, None], v
 
 
 class KeysAreValues(Block):
@@ -253,10 +302,12 @@ TWICE = "norms layer_norm: " + BOTH
         (MaskedByANumber, [NORM + BOTH, QK + SCALED, AV + BOTH]),
         (Sink, [NORM + BOTH, QK + SCALED, AV + SCALED]),
         (Kept, [NORM + BOTH, QK + BOTH, AV + "no, gelu reads it, which is no product with a stored weight"]),
-        (
-            Rotated,
-            [NORM + BOTH, QK + "no, its queries come out of add, not of a linear layer with stored weights", AV + BOTH],
-        ),
+        (Rotated, [NORM + BOTH, QK + SCALED, AV + BOTH]),
+        (RotatedInPlaceOfNeighbours, [NORM + BOTH, QK + SCALED, AV + BOTH]),
+        (RotatedAsComplex, [NORM + BOTH, QK + SCALED, AV + BOTH]),
+        (GatedQueries, [NORM + BOTH, QK + "no, tanh reads its queries too", AV + BOTH]),
+        (ShiftedQueries, [NORM + BOTH, QK + "no, its queries are changed on their way from qkv_1", AV + BOTH]),
+        (ScaledKeys, [NORM + BOTH, QK + SCALED, AV + BOTH]),
         (
             KeysAreValues,
             [NORM + BOTH, QK + "no, matmul_av reads its keys too", AV + "no, matmul_qk reads its values too"],
@@ -269,6 +320,34 @@ def test_near_misses_are_left_alone_and_said(kind, expected):
     prepared = ptq.prepare_fx(trained_like(kind()), BALANCED, images[:1])
     assert noted(prepared) == expected
     assert max(differences(prepared, images)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"),
+    [
+        (Rotated, [first + 8 * head for head in range(2) for first in (0, 1, 2, 3, 0, 1, 2, 3)]),
+        (RotatedAsComplex, [first + 8 * head for head in range(2) for first in (0, 1, 2, 3, 0, 1, 2, 3)]),
+        (RotatedInPlaceOfNeighbours, [first for first in range(0, 16, 2) for _ in range(2)]),
+        (ScaledKeys, []),
+    ],
+)
+def test_channels_that_are_added_have_one_scale(tmp_path, kind, pairs):
+    images = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    prepared = ptq.prepare_fx(trained_like(kind()), QUICK.with_transforms(attention=1.0), images[:1])
+    balance = next(b for b in plan_of(prepared).balances if b.kind == "key")
+    assert list(balance.alike) == pairs
+    calibration = ptq.calibrate(prepared, images, loss=lambda out: out.square().sum(), progress=False)
+    scale = calibration.balances[balance.name].scale
+    assert torch.equal(scale, scale[list(balance.alike or range(16))])
+    assert len(scale.unique()) == (8 if pairs else 16)
+    calibration.save(tmp_path / "scales.safetensors")
+    assert ptq.Calibration.load(tmp_path / "scales.safetensors").plan == calibration.plan
+    if pairs:
+        wrong = with_number(calibration, balance.name, scale=scale * torch.linspace(1, 2, 16))
+        with pytest.raises(
+            ptq.PTQError, match="expected one scale for channels that are added to each other, got several"
+        ):
+            ptq.load_calibration(prepared, wrong)
 
 
 def test_talking_heads_have_no_rows_that_sum_to_one():

@@ -136,7 +136,7 @@ BAD = {
     "opset": ([*GOOD, "--opset", "16"], "opset: expected 17 to"),
     "target without twins": (
         [*GOOD, "--target", "tensorrt"],
-        "tensorrt or base with the target tensorrt, got 'ptq4vit'",
+        "tensorrt or base with the target tensorrt, got 'best'",
     ),
     "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
     "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),

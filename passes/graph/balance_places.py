@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,7 +15,8 @@ from ptq4vit_fx.names import site
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.attention_rows import rows_sum_to_one, shifts_keys
 from ptq4vit_fx.passes.graph.channel_places import Channels
-from ptq4vit_fx.passes.graph.channels import Reader, readers_of, written_by
+from ptq4vit_fx.passes.graph.channel_readers import Readers, Unbalanced, distinct, has_constant_bias
+from ptq4vit_fx.passes.graph.channels import Groups, Reader, readers_of, written_by
 from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
 from ptq4vit_fx.passes.graph.norms import NORMS, is_rms_norm_module, normalizes
@@ -25,10 +26,6 @@ from ptq4vit_fx.qconfig import Transforms
 
 #: The field of `Transforms` that asks for each kind.
 FIELDS: dict[BalanceKind, str] = {"norm": "norms", "value": "attention", "key": "attention", "gate": "gates"}
-
-
-class Unbalanced(Exception):  # noqa: N818 - an answer, no error
-    """Why channels cannot be balanced."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,9 @@ class Place:
     readers: tuple[Columns, ...]
 
 
-@dataclass
-class _Search:
-    graph_module: GraphModule
-    #: What reads a linear layer, through positive factors and without.
-    known: dict[tuple[Node, bool], list[Reader]] = field(default_factory=dict)
-
-    def readers(self, node: Node, *, scaled: bool) -> list[Reader]:
-        if (node, scaled) not in self.known:
-            self.known[node, scaled] = readers_of(self.graph_module, node, scaled=scaled)
-        return self.known[node, scaled]
-
-
 def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[list[Place], list[Transformed]]:
     """Return where the channels of a planned graph can be balanced, and what was found of every candidate."""
-    search, places, notes = _Search(graph_module), list[Place](), list[Transformed]()
+    search, places, notes = Readers(graph_module), list[Place](), list[Transformed]()
     for node in graph_module.graph.nodes:
         kind = _kind(graph_module, node)
         if kind is None or not getattr(transforms, FIELDS[kind]):
@@ -105,21 +90,21 @@ def _kind(graph_module: GraphModule, node: Node) -> BalanceKind | None:
     return None
 
 
-def _norm(search: _Search, node: Node) -> Place:
+def _norm(search: Readers, node: Node) -> Place:
     """Balance what a normalization gives: its own scale and bias take it, every reader's weight takes it back."""
     channels = shape_of(node)[-1]
     if is_rms_norm_module(search.graph_module, node):
         raise Unbalanced("it is a module of torch.nn, RMSNorm, which stays one")
     if not normalizes(search.graph_module, node, Channels(-1)):
         raise Unbalanced("it normalizes more than the last dimension, or with weights that are computed")
-    readers = _columns(search.readers(node, scaled=False))
+    readers = _columns(search.all_of(node, scaled=False))
     shifts = call_name(node) == "layer_norm"
     return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (_name(node),), shifts)
 
 
-def _value(search: _Search, node: Node) -> Place:
+def _value(search: Readers, node: Node) -> Place:
     """Balance the values of attention: rows of a linear layer give them, columns of the next one take that back."""
-    reader = _reader(search, node, 1, scaled=False, what="values")
+    reader = search.operand(node, 1, scaled=False, what="values")
     numbers = reader.numbers[..., :1, :]
     if not torch.equal(numbers.expand_as(reader.numbers), reader.numbers):
         raise Unbalanced("its values have their channels elsewhere than in the last dimension")
@@ -132,39 +117,41 @@ def _value(search: _Search, node: Node) -> Place:
     return _place("value", rows, readers, len(mine), (_name(writer),), shifts, at=site(_name(node), "rhs"))
 
 
-def _key(search: _Search, node: Node) -> Place:
+def _key(search: Readers, node: Node) -> Place:
     """Balance keys against queries: what keys are divided by, queries are multiplied with."""
-    query, key = (_reader(search, node, place, scaled=True, what=what) for place, what in ((0, "queries"), (1, "keys")))
-    q, k = query.numbers[..., :1, :], key.numbers[..., :, :1]
-    if not torch.equal(q.expand_as(query.numbers), query.numbers) or not torch.equal(
-        k.expand_as(key.numbers), key.numbers
-    ):
+    query, from_query, met = search.mixed_operand(node, 0, "queries")
+    key, from_key, met_keys = search.mixed_operand(node, 1, "keys")
+    of_query, of_key = met.firsts(query.numbers), met_keys.firsts(key.numbers)
+    q, k = of_query[..., :1, :], of_key[..., :, :1]
+    if not torch.equal(q.expand_as(of_query), of_query) or not torch.equal(k.expand_as(of_key), of_key):
         raise Unbalanced("its operands have their channels elsewhere than in the dimension that is summed")
     q, k = q.squeeze(-2), k.squeeze(-1)
     shape = torch.broadcast_shapes(q.shape, k.shape)  # type: ignore[no-untyped-call]
-    pairs = [x.expand(shape).flatten() for x in (q, k)]
-    of_query, of_key = distinct(torch.stack(pairs, 1)).T
-    if len(distinct(of_query)) < len(of_query):
-        raise Unbalanced("a query meets different channels of keys")
-    mine = distinct(of_key)
-    shifts = shifts_keys(search.graph_module, node)
-    writers = [written_by(search.graph_module, cast("Node", x)) for x in node.args[:2]]
+    paired = Groups()  # of keys, and of queries below zero
+    paired.join(-1 - q.expand(shape), k.expand(shape))
+    queries, keys = met.all_of(q, shape_of(from_query)[-1]), met_keys.all_of(k, shape_of(from_key)[-1])
+    together, group = torch.unique(paired.firsts(met_keys.firsts(keys)), return_inverse=True)
+    first = torch.full((len(together),), len(keys)).scatter_reduce_(0, group, torch.arange(len(keys)), "amin")
+    group_of_query = torch.searchsorted(together, paired.firsts(-1 - met.firsts(queries)))
     rows = (
-        _rows(writers[1], mine, torch.arange(len(mine))),
-        _rows(writers[0], of_query, torch.searchsorted(mine, of_key.contiguous()), times=True),
+        _rows(from_key, keys, torch.arange(len(keys))),
+        _rows(from_query, queries, first[group_of_query], times=True),
     )
-    names = (_name(writers[1]), _name(writers[0]))
-    return _place("key", rows, [], len(mine), names, shifts, at=site(_name(node), "rhs"))
+    names, is_moved = (_name(from_key), _name(from_query)), query.is_moved and key.is_moved
+    shifts = is_moved and shifts_keys(search.graph_module, node)
+    place = _place("key", rows, [], len(keys), names, shifts, at=site(_name(node), "rhs"))
+    alike = () if len(together) == len(keys) else tuple(first[group].tolist())
+    return replace(place, balance=replace(place.balance, alike=alike))
 
 
-def _gate(search: _Search, node: Node) -> Place:
+def _gate(search: Readers, node: Node) -> Place:
     """Balance the linear factor of a gated unit, silu(a) * b: the next layer's weight takes its scale back."""
     gate = written_by(search.graph_module, cast("Node", node.args[0]))
     factors = _factors_of_gate(search.graph_module, gate)
     reasons = []
     for writer, place in factors:
         try:
-            reader = _reader_of(search, writer, gate, place, scaled=False, what="gated values")
+            reader = search.of(writer, gate, place, scaled=False, what="gated values")
             break
         except Unbalanced as reason:
             reasons.append(str(reason))
@@ -205,26 +192,6 @@ def _place(
     return Place(balance, writers, readers)
 
 
-def _reader(search: _Search, node: Node, place: int, *, scaled: bool, what: str) -> Reader:
-    writer = written_by(search.graph_module, cast("Node", node.args[place]))
-    return _reader_of(search, writer, node, place, scaled=scaled, what=what)
-
-
-def _reader_of(search: _Search, writer: Node, node: Node, place: int, *, scaled: bool, what: str) -> Reader:
-    """Return how a node reads an operand that rows of a linear layer give, which nothing else reads."""
-    if kind_of(writer) != "linear" or not is_stored(writer.args[1]) or not _has_constant_bias(writer):
-        raise Unbalanced(f"its {what} come out of {writer.name}, not of a linear layer with stored weights")
-    all_readers = search.readers(writer, scaled=scaled)
-    mine = [r for r in all_readers if r.node is node and r.value is node.args[place]]
-    if len(mine) != 1:
-        raise Unbalanced(f"its {what} are changed on their way from {writer.name}")
-    rows = distinct(mine[0].numbers)
-    for other in all_readers:
-        if other is not mine[0] and bool(torch.isin(other.numbers, rows).any()):
-            raise Unbalanced(f"{other.node.name} reads its {what} too")
-    return mine[0]
-
-
 def _rows(writer: Node, mine: Tensor, channels: Tensor, *, times: bool = False) -> Rows:
     numbers = torch.full((shape_of(writer)[-1],), -1)
     numbers[mine.long()] = channels
@@ -241,7 +208,7 @@ def _columns(readers: Iterable[Reader]) -> list[Columns]:
         has_weight = (
             kind_of(node) in ("linear", "matmul") and is_stored(node.args[1]) and len(shape_of(node.args[1])) == 2
         )
-        if not has_weight or node.args[0] is not reader.value or not _has_constant_bias(node):
+        if not has_weight or node.args[0] is not reader.value or not has_constant_bias(node):
             raise Unbalanced(f"{node.name} reads it, which is no product with a stored weight")
         numbers = reader.along_last()
         if numbers is None:
@@ -252,11 +219,6 @@ def _columns(readers: Iterable[Reader]) -> list[Columns]:
     return found
 
 
-def _has_constant_bias(node: Node) -> bool:
-    bias = node.args[2] if kind_of(node) == "linear" else None
-    return bias is None or is_stored(bias)
-
-
 def _factors_of_gate(graph_module: GraphModule, node: Node) -> list[tuple[Node, int]]:
     """Return the linear layers whose values a product element by element multiplies, and as which operand."""
     if node.target not in MULTIPLICATIONS or len(node.args) != 2 or not all(is_tensor(x) for x in node.args):
@@ -265,12 +227,6 @@ def _factors_of_gate(graph_module: GraphModule, node: Node) -> list[tuple[Node, 
         return []
     writers = [(written_by(graph_module, cast("Node", x)), place) for place, x in enumerate(node.args)]
     return [(writer, place) for writer, place in writers if kind_of(writer) == "linear"]
-
-
-def distinct(x: Tensor) -> Tensor:
-    """Return the distinct values of x, or its distinct rows if it has several dimensions of pairs, sorted."""
-    found: Tensor = torch.unique(x, dim=0 if x.ndim == 2 and x.shape[1] == 2 else None)
-    return found
 
 
 def _name(node: Node) -> str:

@@ -99,6 +99,8 @@ def _affine(prepared: GraphModule, place: Place, extremes: dict[tuple[str, str],
         _per_channel(extremes[str(planned_product(rows.node)), "out"].ends(), rows.numbers, balance.channels)
         for rows in place.writers
     ]
+    if balance.alike:
+        ranges = [_joined(ends, torch.tensor(balance.alike)) for ends in ranges]
     low, high = ranges[0]
     if balance.kind == "value":
         return balanced_ranges(low, high, exponent, shifts=balance.shifts)
@@ -114,3 +116,10 @@ def _per_channel(ends: tuple[Tensor, Tensor], numbers: Tensor, channels: int) ->
     lowest = torch.full((channels,), torch.inf).scatter_reduce_(0, own, low[mine].float(), "amin")
     highest = torch.full((channels,), -torch.inf).scatter_reduce_(0, own, high[mine].float(), "amax")
     return lowest, highest
+
+
+def _joined(ends: tuple[Tensor, Tensor], firsts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each channel the range of all channels with its first one."""
+    low, high = ends
+    lowest, highest = low.scatter_reduce(0, firsts, low, "amin"), high.scatter_reduce(0, firsts, high, "amax")
+    return lowest[firsts], highest[firsts]
