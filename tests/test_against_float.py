@@ -7,12 +7,18 @@ import json
 import math
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.export.proof.against_float import Share, against_float, closeness
+from ptq4vit_fx.export.float_export import export_float
+from ptq4vit_fx.export.metadata import provenance
+from ptq4vit_fx.export.proof.against_float import Share
+from ptq4vit_fx.export.proof.float_figures import against_float, closeness
+from ptq4vit_fx.export.proof.latency import measure_latency
+from ptq4vit_fx.export.proof.runtime import open_session
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_classes():
     assert found.closeness.snr == pytest.approx(10 * math.log10((mine["logits"] ** 2).sum() / noise), abs=1e-4)
     assert found.worst.image == 1  # its class is wrong; the probabilities of the last one are farther off
     assert (found.worst.name, found.worst.classes) == ("b", (1, 0))
-    assert "3 of 4 images: 75.0 % (95 %: 30.1 to 95.4 %)" in str(found)
+    assert "3 of 4 images: 75.0% (95%: 30.1% to 95.4%)" in str(found)
     assert "worst image 1 (b): class 0 instead of 1" in str(found)
 
 
@@ -78,8 +84,8 @@ def test_embeddings_are_searched_among_floats():
     assert broken.worst.image in (3, 4)
     assert broken.neighbours < found.neighbours
     by_hand = [np.argsort(-(a @ (mine / np.linalg.norm(mine, axis=1, keepdims=True)).T)) for a in (mine, near)]
-    by_hand = [[[i for i in row if i != own][:5] for own, row in enumerate(rows)] for rows in by_hand]
-    common = sum(len(set(a) & set(b)) for a, b in zip(*by_hand, strict=True))
+    nearest = [[[i for i in row if i != own][:5] for own, row in enumerate(rows)] for rows in by_hand]
+    common = sum(len(set(a) & set(b)) for a, b in zip(*nearest, strict=True))
     assert found.neighbours == pytest.approx(common / 200)
 
 
@@ -111,8 +117,8 @@ def test_what_the_model_says_and_what_the_user_says():
     assert against_float(x, x, says="embeddings").kind == "embeddings"
     assert against_float(x, x, says="embeddings", kind="classes").kind == "classes"
     with pytest.raises(ptq.PTQError, match="kind: expected one of classes, embeddings, values, got 'class'"):
-        against_float(x, x, kind="class")
-    with pytest.raises(ptq.PTQError, match='as classes have it, got .*; pass kind="values"'):
+        against_float(x, x, kind="class")  # type: ignore[arg-type]
+    with pytest.raises(ptq.PTQError, match=r'as classes have it, got .*; pass kind="values"'):
         against_float({"y": x["logits"][:, :1]}, {"y": x["logits"][:, :1]}, kind="classes")
 
 
@@ -174,7 +180,7 @@ def test_a_model_without_a_head_gives_embeddings(small_images):
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 6))
     converted = ptq.quantize(model, small_images, progress=False)
     assert ptq.compare_float(converted, model, small_images).kind == "classes"
-    model.num_classes = 0
+    setattr(model, "num_classes", 0)  # noqa: B010 - as timm's models have it
     found = ptq.compare_float(converted, model, small_images)
     assert found.kind == "embeddings"
     assert found.recall.of == 12
@@ -191,5 +197,31 @@ def test_another_model_is_refused(files, small_images, small_vit, small_converte
         ptq.compare_float(small_converted, nn.Linear(3, 3), small_images)
     with pytest.raises(ptq.PTQError, match="expected shape"):
         ptq.compare_float(files / "int8.onnx", small_vit, torch.randn(2, 3, 20, 20))
-    with pytest.raises(ptq.PTQError, match="int8.onnx.missing"):
+    with pytest.raises(ptq.PTQError, match=r"int8\.onnx\.missing"):
         ptq.compare_float(files / "int8.onnx.missing", small_vit, small_images)
+
+
+def test_the_float_file_computes_the_float_model(tmp_path, small_vit, small_images):
+    path = tmp_path / "float.onnx"
+    facts = {"preprocessing": {"mean": [0.5]}}
+    assert export_float(small_vit, path, small_images[:1], opset=17, facts=facts) == path.stat().st_size
+    session = open_session(path)
+    assert [entry.name for entry in (*session.get_inputs(), *session.get_outputs())] == ["image", "logits"]
+    with torch.no_grad():
+        wanted = small_vit(small_images).numpy()
+    np.testing.assert_allclose(session.run(None, {"image": small_images.numpy()})[0], wanted, rtol=1e-4, atol=1e-5)
+    assert provenance(session.get_modelmeta().custom_metadata_map, "read", str(path)) == facts
+    assert {domain.version for domain in onnx.load(path).opset_import if not domain.domain} == {17}
+
+
+def test_latency_is_of_both_files_in_turn(tmp_path, files, small_vit, small_images):
+    found = measure_latency(files / "int8.onnx", files / "float.onnx", seconds=0)
+    assert (found.images, found.rounds) == (1, 5)
+    assert 0 < found.low <= found.ratio <= found.high
+    assert found.milliseconds > 0 < found.float_milliseconds
+    export_float(small_vit, tmp_path / "four.onnx", small_images[:1], batch=4)
+    slower = measure_latency(tmp_path / "four.onnx", files / "float.onnx", seconds=0)
+    assert slower.images == 4
+    assert "times float here: 4 images " in str(slower)
+    with pytest.raises(ptq.PTQError, match=r"none\.onnx"):
+        measure_latency(files / "int8.onnx", tmp_path / "none.onnx")

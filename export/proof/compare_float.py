@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.metadata import own_outputs
-from ptq4vit_fx.export.proof.against_float import AgainstFloat, Array, Kind, against_float
+from ptq4vit_fx.export.proof.against_float import AgainstFloat, Kind
+from ptq4vit_fx.export.proof.float_figures import Array, against_float
 from ptq4vit_fx.export.proof.outputs import fixed_batch, outputs_of_file, outputs_of_model
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.batches import FIXED_BATCH, batches_of
@@ -28,7 +29,7 @@ from ptq4vit_fx.passes.graph.staged_model import model_at
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.torch_state import independent_of_caller
 
-OPERATION = "compare_float"
+OPERATION, PASS = "compare_float", "pass the converted model, or its ONNX file"
 #: ONNX Runtime's spelling of the types that images, masks and positions have.
 TYPES = {
     **{"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16},
@@ -87,7 +88,7 @@ def _outputs(model: Any, batches: list[Inputs], wanted: Sequence[Input], own: li
         path, session = os.fspath(model), open_session(model)
         return outputs_of_file(path, session, batches, own or _names(path, session), OPERATION)
     if own is None:
-        converted = model_at(Stage.CONVERTED, model, OPERATION, "pass the converted model, or its ONNX file")
+        converted = model_at(Stage.CONVERTED, model, OPERATION, PASS)
         device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
         return outputs_of_model(lambda *inputs: run(converted, inputs, OPERATION), batches, device)
     copied = float_copy(float_model(model))
@@ -111,10 +112,9 @@ def _wanted(quantized: Any, reference: Any) -> tuple[tuple[Input, ...], int | No
 
     Raises PTQError if neither says its sizes: a converted model does, and a file that was written from one.
     """
-    if isinstance(quantized, GraphModule):
-        return model_inputs(quantized), quantized.meta.get(FIXED_BATCH)
     if not isinstance(quantized, (str, os.PathLike)):
-        model_at(Stage.CONVERTED, quantized, OPERATION, "pass the converted model, or its ONNX file")  # says what it is
+        converted = model_at(Stage.CONVERTED, quantized, OPERATION, PASS)
+        return model_inputs(converted), converted.meta.get(FIXED_BATCH)
     entries: tuple[Input, ...] = ()
     for file in (x for x in (quantized, reference) if isinstance(x, (str, os.PathLike))):
         session = open_session(file)
