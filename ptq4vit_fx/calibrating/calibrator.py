@@ -25,11 +25,11 @@ from ptq4vit_fx.errors import failure, printable, warn
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.inputs.tensors import Inputs
-from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.graph.contract import plan_of, sharing_tensors
 from ptq4vit_fx.plan import QuantOp, QuantPlan
+from ptq4vit_fx.search.metrics import get_metric
 from ptq4vit_fx.search.search_op import search_op
 from ptq4vit_fx.torch_state import intra_op_threads, single_threaded_pool
 
