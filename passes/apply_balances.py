@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -11,12 +12,13 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.balances import ChannelAffine
 from ptq4vit_fx.names import Site
-from ptq4vit_fx.passes.graph.balance_places import Columns, Rows, balance_places
+from ptq4vit_fx.passes.graph.affine_norms import argument, opened_norm, parameters_of, place_of
+from ptq4vit_fx.passes.graph.balance_places import balance_places
+from ptq4vit_fx.passes.graph.balanced_layers import Columns, Rows
 from ptq4vit_fx.passes.graph.channels import is_observer
 from ptq4vit_fx.passes.graph.contract import calibration_of, graph_pass, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_path
-from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
-from ptq4vit_fx.passes.graph.norms import arguments_of
+from ptq4vit_fx.passes.graph.marks import kind_of, planned_product
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.stored_tensors import overwrite, reads_of
@@ -35,56 +37,78 @@ def apply_balances(graph_module: GraphModule, numbers: Mapping[Site, ChannelAffi
     if not numbers:
         return 0
     places, _ = balance_places(graph_module, plan_of(graph_module).transforms)
+    writers = dict.fromkeys(rows.node for place in places for rows in place.writers)
+    opened = {node: opened_norm(graph_module, node) for node in writers}
     for place in places:
         affine = numbers[place.balance.name]
         scale, shift = affine.scale.double().cpu(), affine.shift.double().cpu()
         for columns in place.readers:
             _take_back(graph_module, columns, scale, shift)
+            if place.balance.kind == "depthwise":
+                _divide_in_front(graph_module, columns.node, scale)
         for rows in place.writers:
-            if kind_of(rows.node) is None:
-                _balance_norm(graph_module, rows.node, scale, shift)
-            else:
-                _balance_rows(graph_module, rows, scale, shift)
+            _balance_rows(graph_module, replace(rows, node=opened[rows.node]), scale, shift)
     return len(places)
 
 
 def _take_back(graph_module: GraphModule, columns: Columns, scale: Tensor, shift: Tensor) -> None:
     """x = scale x' + shift, so W x + b = (W diag(scale)) x' + (b + W shift)."""
-    node, is_linear = columns.node, kind_of(columns.node) == "linear"
+    node, mine, kind = columns.node, columns.numbers >= 0, kind_of(columns.node)
     stored = _stored(graph_module, node.args[1])
-    weight = stored if is_linear else stored.T  # (out, in)
-    changed = weight * scale[columns.numbers]
+    factor = torch.ones(len(mine), dtype=torch.float64)
+    factor[mine] = scale[columns.numbers[mine]]
     if bool((shift != 0).any()):
-        assert is_linear
-        added = weight @ shift[columns.numbers]
+        assert kind == "linear"
+        added = stored @ shift[columns.numbers]
         bias = node.args[2]
         _store(graph_module, node, 2, added if bias is None else _stored(graph_module, bias) + added, "bias")
-    _store(graph_module, node, 1, changed if is_linear else changed.T, "weight")
+    _store(graph_module, node, 1, _with_columns(node, stored, factor), "weight")
+
+
+def _divide_in_front(graph_module: GraphModule, node: Node, scale: Tensor) -> None:
+    """Multiply what a convolution reads by 1 / scale, channel by channel, for it alone."""
+    lhs = cast("Node", node.args[0])
+    factor = (1 / scale).float().view(-1, 1, 1).to(_device(graph_module))
+    write = Writer(node, scope=f"{planned_product(node)}_balanced_input")
+    divided = write(torch.mul, lhs, *write.hold({"factor": factor}))
+    for reader in (node, *(user for user in node.users if is_observer(graph_module, user))):
+        reader.update_arg(0, divided)
+
+
+def _with_columns(node: Node, weight: Tensor, factor: Tensor) -> Tensor:
+    """Return a weight whose input channels are multiplied by factors."""
+    if kind_of(node) != "conv2d":
+        return weight * (factor if kind_of(node) == "linear" else factor[:, None])
+    groups = cast("int", node.args[6])
+    rows = factor.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)  # every group reads channels of its own
+    return weight * rows.reshape(*weight.shape[:2], 1, 1)
 
 
 def _balance_rows(graph_module: GraphModule, rows: Rows, scale: Tensor, shift: Tensor) -> None:
-    """Give (x - shift) / scale, or scale x, in the rows that have a channel."""
+    """Give (x - shift) / scale, or scale x, in the rows that have a channel: of a product's weight, or of a norm's."""
     node, mine = rows.node, rows.numbers >= 0
     factor, less = torch.ones(len(mine), dtype=torch.float64), torch.zeros(len(mine), dtype=torch.float64)
     factor[mine] = scale[rows.numbers[mine]] if rows.times else 1 / scale[rows.numbers[mine]]
     if not rows.times:
         less[mine] = shift[rows.numbers[mine]]
+    if kind_of(node) is None:
+        _balance_norm(graph_module, node, factor, less)
+        return
     weight, bias = _stored(graph_module, node.args[1]), node.args[2]
-    _store(graph_module, node, 1, weight * factor[:, None], "weight")
+    _store(graph_module, node, 1, weight * factor.view(-1, *[1] * (weight.ndim - 1)), "weight")
     if bias is not None or bool((less != 0).any()):
         own = torch.zeros_like(less) if bias is None else _stored(graph_module, bias)
         _store(graph_module, node, 2, (own - less) * factor, "bias")
 
 
-def _balance_norm(graph_module: GraphModule, node: Node, scale: Tensor, shift: Tensor) -> None:
-    call = arguments_of(node)
-    node.args, node.kwargs = (call.pop("input"), call.pop("normalized_shape")), call
-    weight, bias = call.get("weight"), call.get("bias")
-    one = torch.ones_like(scale) if weight is None else _stored(graph_module, weight)
-    _store(graph_module, node, "weight", one / scale, "weight")
-    if bias is not None or bool((shift != 0).any()):
-        zero = torch.zeros_like(shift) if bias is None else _stored(graph_module, bias)
-        _store(graph_module, node, "bias", (zero - shift) / scale, "bias")
+def _balance_norm(graph_module: GraphModule, node: Node, factor: Tensor, less: Tensor) -> None:
+    weight = argument(node, "weight")
+    one = torch.ones_like(factor) if weight is None else _stored(graph_module, weight)
+    _store(graph_module, node, place_of(node, "weight"), one * factor, "weight")
+    bias = argument(node, "bias") if "bias" in parameters_of(node) else None
+    if bias is not None or bool((less != 0).any()):
+        own = torch.zeros_like(less) if bias is None else _stored(graph_module, bias)
+        _store(graph_module, node, place_of(node, "bias"), (own - less) * factor, "bias")
 
 
 def _stored(graph_module: GraphModule, node: object) -> Tensor:
@@ -101,9 +125,8 @@ def _store(graph_module: GraphModule, node: Node, place: int | str, value: Tenso
         if all(read.users.keys() <= {node, *observers} for read in reads):
             overwrite(graph_module, reads, value)
             return
-    device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
-    new = value.float().contiguous().to(device)
-    name = planned_product(node) or scope_of(node) or node.name
+    new = value.float().contiguous().to(_device(graph_module))
+    name = planned_product(node) or node.name
     (held,) = Writer(node, scope=f"{name}_balanced_{leaf}").hold({leaf: new})
     if isinstance(place, str):
         node.update_kwarg(place, held)
@@ -111,3 +134,7 @@ def _store(graph_module: GraphModule, node: Node, place: int | str, value: Tenso
     node.update_arg(place, held)
     for observer in observers:
         observer.update_arg(place, held)
+
+
+def _device(graph_module: GraphModule) -> torch.device:
+    return next((p.device for p in graph_module.parameters()), torch.device("cpu"))

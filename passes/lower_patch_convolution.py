@@ -28,8 +28,10 @@ def lower_patch_convolution(graph_module: GraphModule) -> int:
     sizes that the patch does not divide, are left alone.
     """
     found = [node for node, _ in planned_products(graph_module.graph) if _is_patch_embedding(node)]
-    for node in found:
-        _lower(graph_module, node)
+    # Of all of them before the first is written: what is written has no shape, and another one may read it.
+    sizes = [shape_of(cast("Node", cast("Node", node.args[0]).args[0]))[2:] for node in found]
+    for node, size in zip(found, sizes, strict=True):
+        _lower(graph_module, node, size)
     return len(found)
 
 
@@ -45,11 +47,11 @@ def _is_patch_embedding(node: Node) -> bool:
     return is_stored(weight) and plain and divides
 
 
-def _lower(graph_module: GraphModule, node: Node) -> None:
+def _lower(graph_module: GraphModule, node: Node, size: tuple[int, ...]) -> None:
     quantized, weight, bias = cast("tuple[Node, Node, Any]", node.args[:3])
     image, kernel = cast("Node", quantized.args[0]), cast("Node", weight.args[0])
     columns, channels, patch_height, patch_width = shape_of(kernel)
-    height, width = shape_of(image)[2:]
+    height, width = size
     rows, cols = height // patch_height, width // patch_width
     matrix = f"{stored_path(kernel)}_matrix"
     value = get_attribute(graph_module, stored_path(kernel)).detach().reshape(columns, -1)

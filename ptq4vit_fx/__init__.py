@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx, quantize
     from ptq4vit_fx.calibration import Calibration
     from ptq4vit_fx.errors import PTQError, PTQWarning
+    from ptq4vit_fx.export.huggingface import export_huggingface
     from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
     from ptq4vit_fx.export.proof.against_float import AgainstFloat
     from ptq4vit_fx.export.proof.compare_float import compare_float
@@ -40,6 +41,7 @@ __all__ = [
     "choose_twins",
     "compare_float",
     "convert_fx",
+    "export_huggingface",
     "export_onnx",
     "load_calibration",
     "prepare_fx",
@@ -54,6 +56,7 @@ _MODULES = {
     "api": ("calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"),
     "calibration": ("Calibration",),
     "errors": ("PTQError", "PTQWarning"),
+    "export.huggingface": ("export_huggingface",),
     "export.onnx_export": ("ExportReport", "export_onnx"),
     "export.proof.against_float": ("AgainstFloat",),
     "export.proof.compare_float": ("compare_float",),

@@ -12,8 +12,9 @@ from torch import Tensor
 from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.names import Site, stored
 
-#: Behind a normalization; values of attention; keys against queries; the linear half of a gated unit.
-BalanceKind = Literal["norm", "value", "key", "gate"]
+#: Behind a normalization; values of attention; keys against queries; the linear half of a gated unit; between
+#: convolutions; in front of a depthwise one.
+BalanceKind = Literal["norm", "value", "key", "gate", "convolution", "depthwise"]
 
 #: Largest and smallest scale that a file may hold.
 LARGEST_SCALE = 2.0**40
@@ -27,12 +28,13 @@ class Balance:
     """Channels x that a writer gives as x' = (x - shift) / scale; every reader takes that back in its weight.
 
     name: the site that reads them first. writers: the normalization (its path) or the product whose rows are changed;
-    of a key, the queries' behind the keys'. readers: the products whose weights take it back; of a key none, as
-    (k - m) / t meets q * t, and softmax does not see what all keys of a query have in common. channels: how many.
-    shifts: whether a shift leaves the function as it is: not through a gate, an RMSNorm, or rows that do not sum to 1.
-    alike: of each channel, the first one of those that have to have its scale, as rotary embeddings add queries, and
-    keys, in pairs; () where each stands alone.
-    Sources: RepQ-ViT (scales behind LayerNorm); shifts instead of zero points are ours.
+    of a key, the queries' behind the keys'; none of what is divided in front of its reader. readers: the products whose
+    weights take it back; of a key none, as (k - m) / t meets q * t, and softmax does not see what all keys of a query
+    have in common. channels: how many. shifts: whether a shift leaves the function as it is: not through a gate, an
+    RMSNorm, ReLU, or rows that do not sum to 1. alike: of each channel, the first one of those that have to have its
+    scale, as rotary embeddings add queries, and keys, in pairs; () where each stands alone.
+    Sources: RepQ-ViT (scales behind LayerNorm); cross-layer equalization (scales through ReLU, Nagel et al. 2019,
+    https://arxiv.org/abs/1906.04721); shifts instead of zero points are ours.
     """
 
     kind: BalanceKind
@@ -80,6 +82,22 @@ def matched_ranges(query: Tensor, low: Tensor, high: Tensor, exponent: float, *,
     keys = balanced_ranges(low, high, 1.0, shifts=shifts)
     ratio = (keys.scale.double() / _relative(2 * query.double())).pow(exponent / 2)
     return ChannelAffine((ratio / ratio.log().mean().exp()).float(), keys.shift)
+
+
+def shrunk_ranges(low: Tensor, high: Tensor, exponent: float, minimum: float) -> ChannelAffine:
+    """Return what divides the wider channels alone, so that none goes farther than `minimum` below zero if none did.
+
+    The scale is max(1, w / r)^exponent, w the largest magnitude of a channel. A grid from -minimum to r has steps in
+    proportion to r + minimum: r is the range that makes the sum of their squares over all channels, each in its own
+    units, least. No channel counts for less than the minimum.
+    """
+    width = torch.maximum(high, -low).double()
+    width = torch.maximum(width, (width.mean() * LEAST_RANGE).clamp_min(minimum))
+    if not float(width.max()):
+        return ChannelAffine(torch.ones_like(low), torch.zeros_like(low))
+    steps = (width[:, None] + minimum) / torch.minimum(width[:, None], width)  # of each r, in units of each channel
+    best = width[steps.square().sum(1).argmin()]
+    return ChannelAffine((width / best).clamp_min(1.0).pow(exponent).float(), torch.zeros_like(low))
 
 
 def _relative(width: Tensor) -> Tensor:

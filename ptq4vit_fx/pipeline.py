@@ -19,6 +19,7 @@ from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.canonicalize import canonicalize
 from ptq4vit_fx.passes.decompose_attention import decompose_attention
 from ptq4vit_fx.passes.find_balances import find_balances
+from ptq4vit_fx.passes.fold_batch_norms import fold_batch_norms
 from ptq4vit_fx.passes.fold_constants import fold_constants
 from ptq4vit_fx.passes.fold_head_scales import fold_head_scales
 from ptq4vit_fx.passes.fold_weights import fold_weights
@@ -40,7 +41,7 @@ from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.rotate_residual import rotate_residual
 from ptq4vit_fx.passes.round_weights import round_weights
 from ptq4vit_fx.passes.slice_pieces import slice_pieces
-from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.qconfig import EXPONENTS, QConfigMapping
 
 Pass = Callable[[GraphModule], GraphModule]
 
@@ -99,6 +100,8 @@ def _pipeline(name: str, *steps: tuple[Pass, str]) -> Pipeline:
     return Pipeline(name, tuple(Step(named(run), run, reason) for run, reason in steps))
 
 
+#: Why `fold_batch_norms` stands where it does, if convolutions are balanced.
+FOLDED = "behind folding, for it changes stored weights, and takes a computed one as it takes any other"
 #: Why `rotate_residual` stands where it does, if the mapping asks for it.
 ROTATED = "behind folding, for it changes stored weights; in front of the names, which it leaves as they are"
 
@@ -110,7 +113,8 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
     """
     transforms = mapping.transforms
     rotated = [] if transforms.rotation is None else [(partial(rotate_residual, seed=transforms.rotation), ROTATED)]
-    balanced = bool(transforms.norms or transforms.attention or transforms.gates)
+    folded = [(fold_batch_norms, FOLDED)] if transforms.convolutions or transforms.depthwise else []
+    balanced = any(getattr(transforms, name) for name in EXPONENTS)
     return _pipeline(
         "prepare",
         (from_aten, "first, so that nothing behind it asks which tracer made the graph"),
@@ -127,6 +131,7 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
         (slice_pieces, "behind what makes writes pure: pieces that nobody writes into any more stay as they are"),
         (multiply_in_float32, "in front of folding, which then stores weights as the float32 that they are read as"),
         (fold_constants, "a computed weight is an attribute for the plan; nothing may write into it any more"),
+        *folded,
         *rotated,
         (partial(annotate, mapping=mapping, closed=closed), "products have their final form, so they get their names"),
         *([(find_balances, "behind the plan, whose products' weights take balances back")] if balanced else []),

@@ -74,6 +74,10 @@ class SearchSettings:
         return [self.alpha + step * i for i in range(1, self.n + 1)]
 
 
+#: The fields of `Transforms` that are exponents.
+EXPONENTS = ("norms", "attention", "gates", "convolutions", "depthwise")
+
+
 @dataclass(frozen=True)
 class Transforms:
     """What is changed in front of the search so that less is lost: the float function stays what it is.
@@ -81,20 +85,22 @@ class Transforms:
     rotation: the seed of an orthogonal matrix that the residual stream is rotated with; None leaves it.
     norms: the exponent by which channels behind a normalization are balanced: 0 not at all, 1 to equal ranges.
     attention: the same of q, k and v, whose channels are also shifted. gates: the same of the linear factor of gated
-    units (SwiGLU).
+    units (SwiGLU). convolutions: the same of what a convolution reads or writes, where nothing but ReLU, pools and sums
+    lies between the layers. depthwise: the same of what any other depthwise convolution reads, at the cost of one
+    multiplication of each value in front of it.
     """
 
     rotation: int | None = None
     norms: float = 0.0
     attention: float = 0.0
     gates: float = 0.0
+    convolutions: float = 0.0
+    depthwise: float = 0.0
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
             ("rotation", self.rotation is None or 0 <= self.rotation < 2**63, "None or a seed, 0 to 2^63 - 1"),
-            ("norms", 0 <= self.norms <= 1, "0 to 1"),
-            ("attention", 0 <= self.attention <= 1, "0 to 1"),
-            ("gates", 0 <= self.gates <= 1, "0 to 1"),
+            *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in EXPONENTS),
         ):
             if not valid:
                 raise failure("Transforms", name, expected=expected, got=repr(self), do="change that value")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnxruntime
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.metadata import own_outputs
+from ptq4vit_fx.export.pixels import image_shape, pixels_of
 from ptq4vit_fx.export.proof.against_float import AgainstFloat, Kind
 from ptq4vit_fx.export.proof.float_figures import Array, against_float
 from ptq4vit_fx.export.proof.outputs import fixed_batch, outputs_of_file, outputs_of_model
@@ -123,6 +125,10 @@ def _wanted(quantized: Any, reference: Any) -> tuple[tuple[Input, ...], int | No
             Input(entry.name, entry.name, tuple(entry.shape[1:]), TYPES.get(entry.type, torch.float32))
             for entry in session.get_inputs()
         )
+        pixels = pixels_of(session, str(file), OPERATION)
+        if pixels is not None:  # it is given floats all the same: `run` makes the pixels of them that they were
+            shape: Any = tuple(image_shape(session, pixels)[1:])
+            entries = (replace(entries[0], shape=shape, dtype=torch.float32),)
         if all(isinstance(size, int) for entry in entries for size in entry.shape):
             return entries, None
     got, do = " and ".join(map(str, entries)), "export it again with fixed image sizes; the batch may stay dynamic"

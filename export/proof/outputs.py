@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ptq4vit_fx.errors import PTQError, failure, reason_of
 from ptq4vit_fx.export.metadata import own_outputs
+from ptq4vit_fx.export.pixels import pixels_of
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.exclusive import exclusive
@@ -98,10 +99,13 @@ def outputs_of_file(
 
 
 def run(operation: str, path: str, session: InferenceSession, inputs: Sequence[Array]) -> list[Array]:
-    """Return the outputs of a file; inputs: its own, in their order.
+    """Return the outputs of a file; inputs: its own, in their order; of a file of uint8 images the floats will do.
 
     Raises PTQError if the runtime refuses them or fails, and on outputs that are no arrays of numbers.
     """
+    pixels = pixels_of(session, path, operation)
+    if pixels is not None and pixels.fit(inputs):
+        inputs = [pixels.pixels(torch.from_numpy(inputs[0]))]
     try:
         entries = [entry.name for entry in session.get_inputs()]
         results: list[Array] = session.run(None, dict(zip(entries, inputs, strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,47 +14,17 @@ from ptq4vit_fx.balances import Balance, BalanceKind
 from ptq4vit_fx.names import site
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.attention_rows import rows_sum_to_one, shifts_keys
+from ptq4vit_fx.passes.graph.balanced_layers import FIELDS, Columns, Place, Rows, name_of
 from ptq4vit_fx.passes.graph.channel_places import Channels
 from ptq4vit_fx.passes.graph.channel_readers import Readers, Unbalanced, distinct, has_constant_bias
 from ptq4vit_fx.passes.graph.channels import Groups, Reader, readers_of, written_by
+from ptq4vit_fx.passes.graph.convolution_places import convolution_places, depthwise_places
 from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored
-from ptq4vit_fx.passes.graph.marks import kind_of, planned_product, scope_of
+from ptq4vit_fx.passes.graph.marks import kind_of, planned_product
 from ptq4vit_fx.passes.graph.norms import NORMS, is_rms_norm_module, normalizes
 from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.plan import Transformed
 from ptq4vit_fx.qconfig import Transforms
-
-#: The field of `Transforms` that asks for each kind.
-FIELDS: dict[BalanceKind, str] = {"norm": "norms", "value": "attention", "key": "attention", "gate": "gates"}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Outputs of a linear layer or a normalization: the channel of each, -1 if it is of none.
-
-    times: whether they are multiplied by the scale, as queries are, instead of shifted and divided.
-    """
-
-    node: Node
-    numbers: Tensor
-    times: bool = False
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Inputs of a product with a weight: the channel of each."""
-
-    node: Node
-    numbers: Tensor
-
-
-@dataclass(frozen=True)
-class Place:
-    """A balance and the nodes that it changes."""
-
-    balance: Balance
-    writers: tuple[Rows, ...]
-    readers: tuple[Columns, ...]
 
 
 def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[list[Place], list[Transformed]]:
@@ -64,7 +34,7 @@ def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[l
         kind = _kind(graph_module, node)
         if kind is None or not getattr(transforms, FIELDS[kind]):
             continue
-        name = _name(node)
+        name = name_of(node)
         try:
             place = _FINDERS[kind](search, node)
         except Unbalanced as reason:
@@ -74,6 +44,13 @@ def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[l
         note = f"{place.balance.channels} channels scaled{shifted}"
         notes.append(Transformed(FIELDS[kind], name, True, note))
         places.append(place)
+    if transforms.convolutions:
+        between, noted = convolution_places(graph_module)
+        places, notes = places + between, notes + noted
+    if transforms.depthwise:
+        taken = {columns.node for place in places for columns in place.readers}
+        in_front, noted = depthwise_places(graph_module, taken)
+        places, notes = places + in_front, notes + noted
     return places, notes
 
 
@@ -99,7 +76,7 @@ def _norm(search: Readers, node: Node) -> Place:
         raise Unbalanced("it normalizes more than the last dimension, or with weights that are computed")
     readers = _columns(search.all_of(node, scaled=False))
     shifts = call_name(node) == "layer_norm"
-    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (_name(node),), shifts)
+    return _place("norm", (Rows(node, torch.arange(channels)),), readers, channels, (name_of(node),), shifts)
 
 
 def _value(search: Readers, node: Node) -> Place:
@@ -114,7 +91,7 @@ def _value(search: Readers, node: Node) -> Place:
     shifts = rows_sum_to_one(search.graph_module, node) is True
     writer = written_by(search.graph_module, cast("Node", node.args[1]))
     rows = (_rows(writer, mine, torch.arange(len(mine))),)
-    return _place("value", rows, readers, len(mine), (_name(writer),), shifts, at=site(_name(node), "rhs"))
+    return _place("value", rows, readers, len(mine), (name_of(writer),), shifts, at=site(name_of(node), "rhs"))
 
 
 def _key(search: Readers, node: Node) -> Place:
@@ -137,9 +114,9 @@ def _key(search: Readers, node: Node) -> Place:
         _rows(from_key, keys, torch.arange(len(keys))),
         _rows(from_query, queries, first[group_of_query], times=True),
     )
-    names, is_moved = (_name(from_key), _name(from_query)), query.is_moved and key.is_moved
+    names, is_moved = (name_of(from_key), name_of(from_query)), query.is_moved and key.is_moved
     shifts = is_moved and shifts_keys(search.graph_module, node)
-    place = _place("key", rows, [], len(keys), names, shifts, at=site(_name(node), "rhs"))
+    place = _place("key", rows, [], len(keys), names, shifts, at=site(name_of(node), "rhs"))
     alike = () if len(together) == len(keys) else tuple(first[group].tolist())
     return replace(place, balance=replace(place.balance, alike=alike))
 
@@ -163,7 +140,7 @@ def _gate(search: Readers, node: Node) -> Place:
     behind = _columns(readers_of(search.graph_module, gate, reader.numbers, scaled=False))
     readers = [Columns(c.node, torch.searchsorted(mine, c.numbers.double())) for c in behind]
     rows = (_rows(writer, mine, torch.arange(len(mine))),)
-    return _place("gate", rows, readers, len(mine), (_name(writer),), False, at=site(_name(node), "lhs"))
+    return _place("gate", rows, readers, len(mine), (name_of(writer),), False, at=site(name_of(node), "lhs"))
 
 
 _FINDERS = {"norm": _norm, "value": _value, "key": _key, "gate": _gate}
@@ -184,10 +161,10 @@ def _place(
         raise Unbalanced("nothing that reads it is quantized")
     for writer in writers:
         if kind != "norm" and planned_product(writer.node) is None:
-            raise Unbalanced(f"{_name(writer.node)} is not quantized, so that nothing observes it")
+            raise Unbalanced(f"{name_of(writer.node)} is not quantized, so that nothing observes it")
     shifts = shifts and all(kind_of(c.node) == "linear" for c in readers)  # a product without a bias takes none back
     balance = Balance(
-        kind, at or site(planned[0], "lhs"), names, tuple(_name(c.node) for c in readers), channels, shifts
+        kind, at or site(planned[0], "lhs"), names, tuple(name_of(c.node) for c in readers), channels, shifts
     )
     return Place(balance, writers, readers)
 
@@ -227,7 +204,3 @@ def _factors_of_gate(graph_module: GraphModule, node: Node) -> list[tuple[Node, 
         return []
     writers = [(written_by(graph_module, cast("Node", x)), place) for place, x in enumerate(node.args)]
     return [(writer, place) for writer, place in writers if kind_of(writer) == "linear"]
-
-
-def _name(node: Node) -> str:
-    return planned_product(node) or scope_of(node) or node.name

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.balances import ChannelAffine, balanced_ranges, matched_ranges
+from ptq4vit_fx.activations import NEGATIVE_RANGE
+from ptq4vit_fx.balances import ChannelAffine, balanced_ranges, matched_ranges, shrunk_ranges
 from ptq4vit_fx.calibrating.capture import check_finite, recording
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import Site
-from ptq4vit_fx.passes.graph.balance_places import FIELDS, Columns, Place, balance_places
+from ptq4vit_fx.passes.graph.balance_places import balance_places
+from ptq4vit_fx.passes.graph.balanced_layers import FIELDS, Columns, Place
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.marks import planned_product
 
 #: This share of the values of a channel may lie outside of its range, on each side: single outliers do not count.
 OUTSIDE = 0.0005
+#: Kinds of balances whose channels are measured where they are read, the others where they are written.
+MEASURED_AS_READ = ("norm", "gate", "convolution", "depthwise")
 
 
 @dataclass
@@ -52,14 +56,16 @@ def measure_balances(prepared: GraphModule, batches: Iterable[Inputs], images: i
     """
     places, _ = balance_places(prepared, plan_of(prepared).transforms)
     watched = _watched(places)
+    convolutions = {op.name for op in plan_of(prepared).ops if op.kind == "conv2d"}
     extremes: dict[tuple[str, str], Extremes] = {}
 
     def record(name: str, lhs: Tensor, rhs: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         for what, x in (("lhs", lhs), ("out", out)):
             if (name, what) in watched:
                 check_finite(f"{'input' if what == 'lhs' else 'output'} of {name}", x)
-                rows = images * x[..., 0].numel() / images_now
-                extremes.setdefault((name, what), Extremes(1 + int(OUTSIDE * rows))).add(x)
+                values = x.movedim(-3, -1) if name in convolutions else x
+                rows = images * values[..., 0].numel() / images_now
+                extremes.setdefault((name, what), Extremes(1 + int(OUTSIDE * rows))).add(values)
         return out
 
     images_now = 1
@@ -73,39 +79,43 @@ def measure_balances(prepared: GraphModule, batches: Iterable[Inputs], images: i
 
 def _watched(places: Iterable[Place]) -> set[tuple[str, str]]:
     """Return which operand or output of which product shows the channels of each place."""
-    found = set()
+    found: set[tuple[str, str]] = set()
     for place in places:
-        if place.balance.kind in ("norm", "gate"):
-            found.add((str(planned_product(_observed(place).node)), "lhs"))
+        if place.balance.kind in MEASURED_AS_READ:
+            found.update((str(planned_product(columns.node)), "lhs") for columns in _observed(place))
         else:
             found.update((str(planned_product(rows.node)), "out") for rows in place.writers)
     return found
 
 
-def _observed(place: Place) -> Columns:
-    """Return the first reader of the channels that has an observer."""
-    return next(columns for columns in place.readers if planned_product(columns.node) is not None)
+def _observed(place: Place) -> list[Columns]:
+    """Return the readers of the channels that show them: those with an observer; one, where all read the same."""
+    found = [columns for columns in place.readers if planned_product(columns.node) is not None]
+    return found if place.balance.kind == "convolution" else found[:1]
 
 
 def _affine(prepared: GraphModule, place: Place, extremes: dict[tuple[str, str], Extremes]) -> ChannelAffine:
     balance = place.balance
     exponent = getattr(plan_of(prepared).transforms, FIELDS[balance.kind])
-    if balance.kind in ("norm", "gate"):
-        reader = _observed(place)
-        seen = extremes[str(planned_product(reader.node)), "lhs"]
-        low, high = _per_channel(seen.ends(), reader.numbers, balance.channels)
-        return balanced_ranges(low, high, exponent, shifts=balance.shifts)
+    what, layers = ("lhs", _observed(place)) if balance.kind in MEASURED_AS_READ else ("out", place.writers)
     ranges = [
-        _per_channel(extremes[str(planned_product(rows.node)), "out"].ends(), rows.numbers, balance.channels)
-        for rows in place.writers
+        _per_channel(extremes[str(planned_product(layer.node)), what].ends(), layer.numbers, balance.channels)
+        for layer in layers
     ]
     if balance.alike:
         ranges = [_joined(ends, torch.tensor(balance.alike)) for ends in ranges]
     low, high = ranges[0]
-    if balance.kind == "value":
-        return balanced_ranges(low, high, exponent, shifts=balance.shifts)
-    query = torch.maximum(ranges[1][1], -ranges[1][0])
-    return matched_ranges(query, low, high, exponent, shifts=balance.shifts)
+    if balance.kind == "key":
+        query = torch.maximum(ranges[1][1], -ranges[1][0])
+        return matched_ranges(query, low, high, exponent, shifts=balance.shifts)
+    if balance.kind == "depthwise":
+        source = plan_of(prepared).op(balance.readers[0]).lhs_source
+        return shrunk_ranges(low, high, exponent, 0.0 if source is None else NEGATIVE_RANGE[source])
+    for other in ranges[1:]:
+        low, high = torch.minimum(low, other[0]), torch.maximum(high, other[1])
+    seen = low <= high  # a channel that only float products read has no range
+    affine = balanced_ranges(low.where(seen, 0.0), high.where(seen, 0.0), exponent, shifts=balance.shifts)
+    return ChannelAffine(affine.scale.where(seen, 1.0), affine.shift)
 
 
 def _per_channel(ends: tuple[Tensor, Tensor], numbers: Tensor, channels: int) -> tuple[Tensor, Tensor]:

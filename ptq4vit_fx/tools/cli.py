@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, demo, coverage."""
+"""The command line: quantize, eval, inspect, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -82,16 +82,24 @@ def quantize(
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")] = False,
     as_json: AsJson = False,
+    layout: Annotated[
+        str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
+    ] = "file",
+    uint8_input: Annotated[
+        str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
+        from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.quantizing import quantize_folder
         from ptq4vit_fx.tools.request import Request
 
         request = Request(
             model=model,
             data=data,
-            out=out,
+            destination=Destination(out, layout, uint8_input, labels),
             mapping=_mapping(recipe, twins, w_bits, a_bits),
             weights=weights,
             weights_entry=weights_entry,
@@ -193,6 +201,14 @@ def inspect(
 
         report = inspect_file(file)
         say(report.to_json() if as_json else str(report), highlight=not as_json)
+
+
+@app.command()
+def targets() -> None:
+    """Print which flags of quantize belong to which runtime."""
+    from ptq4vit_fx.tools.runtimes import as_text
+
+    say(as_text(min(console.width, 100)), highlight=False)
 
 
 @app.command()

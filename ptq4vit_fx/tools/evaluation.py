@@ -18,6 +18,8 @@ from rich.progress import track
 from torch import Tensor
 
 from ptq4vit_fx.errors import failure, some_names, warn
+from ptq4vit_fx.export.pixels import image_shape, pixels_of
+from ptq4vit_fx.export.preprocessing import recorded
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.sizes import check_memory
@@ -33,7 +35,6 @@ from ptq4vit_fx.tools.models import (
     list_images,
     read_images,
 )
-from ptq4vit_fx.tools.preprocessing import recorded
 from ptq4vit_fx.tools.scores import Evaluation, classes_of, pair_of, ranks, score_of
 from ptq4vit_fx.torch_state import independent_of_caller
 
@@ -113,7 +114,11 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
                 do="pass --model with the timm model that it was made from",
             )
         config = known
-    return at_size(config, tuple(session.get_inputs()[0].shape[1:]))
+    pixels = pixels_of(session, str(file), "eval")
+    if pixels is not None:  # a file that scales its images itself does so by its own numbers
+        config = config | {"mean": pixels.mean, "std": pixels.std}
+    size: Any = tuple(image_shape(session, pixels)[1:])
+    return at_size(config, size)
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
@@ -170,6 +175,8 @@ def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
     Also on images that are too large for the memory.
     """
     shapes = [entry.shape for entry in session.get_inputs()]
+    if len(shapes) == 1:
+        shapes = [image_shape(session, pixels_of(session, str(file), "eval"))]
     sides = [side for shape in shapes for side in shape[2:] if isinstance(side, int) and side > 0]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES or len(sides) != 2:
         expected = "a file of one input, images (batch, 1 or 3 channels, height, width)"

@@ -19,7 +19,6 @@ from torch.fx import GraphModule
 from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
 from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.float_export import export_float
-from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import Latency, measure_latency
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
@@ -44,6 +43,7 @@ class Source:
     """The float model, how its images are prepared, and those that were read; skipped: `path: reason` of the others."""
 
     network: nn.Module
+    labels: list[str] | None
     preprocessing: dict[str, Any]
     pixels: Tensor
     skipped: tuple[str, ...]
@@ -71,7 +71,8 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
     converted = convert_fx(prepared)
     example, target, opset, batch = source.pixels[:1], request.target, request.opset, request.batch
     with status("export to ONNX"):
-        exported = export_onnx(converted, request.out, example, target=target, opset=opset, batch=batch)
+        options = {"target": target, "opset": opset, "batch": batch}
+        exported = request.destination.write(converted, example, source.labels, source.preprocessing, **options)
     with status("verify in ONNX Runtime"):
         verified = verify_onnx(exported.path, converted, _full_batches(source.pixels, request))
     compared = source.compared
@@ -79,6 +80,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         batches = list(torch.split(compared.pixels, request.batch_size))
         kind, names = request.kind, [os.path.relpath(name, request.data) for name in compared.names]
         against = compare_float(exported.path, source.network, batches, kind=kind, names=names, unseen=compared.unseen)
+    request.destination.note(exported, verified, _figures(request, source) | {"against float": against.headline()})
     float_file = _float_file(request, source, exported.path, status)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
@@ -113,7 +115,7 @@ def _source(request: Request, say: Say, status: Status) -> Source:
     )
     for line in said:
         say(line)
-    preprocessing = data_config(network)
+    labels, preprocessing = request.destination.class_names(network), data_config(network)
     channels = preprocessing["input_size"][0]
     if request.batch is not None:
         size, what = (
@@ -131,7 +133,7 @@ def _source(request: Request, say: Say, status: Status) -> Source:
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
     if skipped:
         say(said_of_skipped(skipped))
-    return Source(network, preprocessing, calibrated[1], tuple(skipped), compared)
+    return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared)
 
 
 def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
@@ -155,6 +157,11 @@ def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -
 
 def _origin(request: Request, source: Source) -> dict[str, Any]:
     return {"model": request.model, "recipe": request.recipe, "preprocessing": source.preprocessing}
+
+
+def _figures(request: Request, source: Source) -> dict[str, str]:
+    bits = f"W{request.w_bits}A{request.a_bits}, recipe {request.recipe}, {len(source.pixels)} images"
+    return {"model": request.model, "bits": bits}
 
 
 def _full_batches(pixels: Tensor, request: Request) -> list[Tensor]:

@@ -12,6 +12,7 @@ from ptq4vit_fx.export.onnx_export import check_target
 from ptq4vit_fx.export.proof.against_float import KINDS, Kind
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.tools.layouts import Destination
 
 #: What torch takes as a seed.
 SEEDS = range(-(2**63), 2**64)
@@ -26,7 +27,7 @@ class Request:
 
     model: str
     data: Path
-    out: str
+    destination: Destination
     mapping: QConfigMapping
     weights: Path | None
     weights_entry: str | None
@@ -72,13 +73,14 @@ def check_request(request: Request) -> None:
 
 def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
-    written = {"--out": request.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
+    request.destination.check()
+    written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
     read = {"--weights": request.weights}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
         if path is None:
             continue
-        if option in written:
+        if option in written and option != "--out":
             check_writable(path, f"quantize {option}")
         name = os.path.realpath(path)
         if name in taken:

@@ -91,6 +91,7 @@ class Summary:
         rows += [
             ("speed", self.why_no_latency if self.latency is None else str(self.latency)),
             ("simulation", f"{'the file computes it' if self.verified.ok else 'NOT what the file computes'}: {exact}"),
+            *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
             ("", f"{size}, opset {report.opset}, target {report.target}"),
             ("quantized", f"{self.products} products, {self.sites} sites, W{self.bits[0]}A{self.bits[1]}, {read}"),
