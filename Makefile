@@ -8,7 +8,7 @@ QUICK := pipeline quantizers search screening operators qconfig passes canonical
 OLDEST := $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
 	-e 's/^[a-z]* = \["\([a-z-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml)
 
-.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz lint clean
+.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser readers lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -53,10 +53,29 @@ fuzz: SECONDS ?= 600
 fuzz: setup
 	cd tests && ../$(BIN)/python -m fuzz $(SECONDS) ../docs/fuzzing.md
 
+# The page of examples/browser in headless Chromium (Debian: apt-get install chromium), with node and npm.
+browser: setup
+	cd examples/browser && npm install --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest -rs -s tests/test_browser.py
+
+# Who reads folders of export_huggingface: transformers.js in node, and optimum-onnx in an environment of its own, since
+# the transformers that it imports is an older one; torch and the rest are those of .venv.
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+.venv-readers/.installed: .venv/.installed
+	$(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/pip install --quiet --disable-pip-version-check --no-deps 'optimum-onnx==0.1.0' 'optimum~=2.1.0' 'transformers==4.57.6'
+	.venv-readers/bin/pip install --quiet --disable-pip-version-check 'huggingface_hub<1' 'tokenizers<=0.23.0' regex requests pyyaml tqdm filelock packaging
+	$(BIN)/python $(SITE) > "$$(.venv-readers/bin/python $(SITE))/reuse.pth"
+	touch $@
+
+readers: setup .venv-readers/.installed
+	cd tests/readers && npm install --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest -rs tests/test_huggingface.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info out .coverage*
+	rm -rf .venv .venv-oldest .venv-readers examples/browser/node_modules tests/readers/node_modules build dist *.egg-info out .coverage*

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
+from ptq4vit_fx.export.proof.comparison import Comparison
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.export.proof.verify import Comparison
 
 BATCH = 25
 #: What the exported file promises against its simulation: share of images with the same top-1, top-1 in points.

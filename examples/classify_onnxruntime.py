@@ -3,7 +3,8 @@
     python classify_onnxruntime.py model.onnx photos/ --labels labels.txt
 
 Copy this one file to where the model is deployed; it imports neither PyTorch nor timm nor ptq4vit_fx. The input size is
-the model's, the preprocessing is the one that the file records. labels.txt has one name per line, line 1 for class 0.
+the model's; preprocessing and labels are those that the file records, unless labels.txt has others: one name per line,
+line 1 for class 0. A file that takes uint8 images (`--uint8-input`) gets them as they are.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 PROVENANCE, TARGET = "ptq4vit_fx.provenance", "ptq4vit_fx.target"
+LABELS, UINT8 = "ptq4vit_fx.labels", "ptq4vit_fx.uint8_input"
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 HIDDEN = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 MODES = {1: "L", 3: "RGB"}
-Array = np.ndarray[Any, np.dtype[np.float32]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def stop(sentence: str) -> SystemExit:
@@ -35,7 +37,10 @@ def stop(sentence: str) -> SystemExit:
 
 
 def open_model(path: Path, threads: int) -> tuple[onnxruntime.InferenceSession, dict[str, Any]]:
-    """Return a session and the preprocessing: timm's data config, input_size (channels, height, width) the model's."""
+    """Return a session and the preprocessing: timm's data config, input_size (channels, height, width) the model's.
+
+    Beside it the labels, and in "uint8" the layout of a file that takes images as they are, "" of any other.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     if not path.is_file():
@@ -48,7 +53,9 @@ def open_model(path: Path, threads: int) -> tuple[onnxruntime.InferenceSession, 
     preprocessing = json.loads(metadata.get(PROVENANCE, "{}")).get("preprocessing")
     if preprocessing is None:
         raise stop(f"{path}: expected a file that records its preprocessing: write it with `ptq4vit quantize`")
-    shape = session.get_inputs()[0].shape
+    shape, layout = session.get_inputs()[0].shape, metadata.get(UINT8, "")
+    if layout == "nhwc" and len(shape) == 4:
+        shape = [shape[0], shape[3], *shape[1:3]]
     if len(session.get_inputs()) != 1 or len(shape) != 4 or shape[1] not in MODES:
         raise stop(f"{path}: expected one input of shape (batch, 1 or 3, height, width), got {shape}")
     if metadata.get(TARGET) == "onnxruntime" and lacks_vnni():
@@ -57,7 +64,8 @@ def open_model(path: Path, threads: int) -> tuple[onnxruntime.InferenceSession, 
             "export the model with --target onnxruntime-avx2, or quantize it with --w-bits 7",
             file=sys.stderr,
         )
-    return session, preprocessing | {"input_size": tuple(shape[1:])}
+    labels = json.loads(metadata.get(LABELS, "[]"))
+    return session, preprocessing | {"input_size": tuple(shape[1:]), "uint8": layout, "labels": labels}
 
 
 def lacks_vnni() -> bool:
@@ -96,7 +104,7 @@ def decode(path: Path, channels: int) -> Image.Image:
 
 
 def preprocess(image: Image.Image, config: dict[str, Any]) -> Array:
-    """Resize, crop and normalize as timm evaluates; return (channels, height, width) float32."""
+    """Resize, crop and normalize as timm evaluates; return (channels, height, width) float32, or the file's uint8."""
     _, height, width = config["input_size"]
     scaled = [math.floor(side / (config["crop_pct"] or 0.875)) for side in (height, width)]
     mode = config.get("crop_mode") or "center"
@@ -105,6 +113,9 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> Array:
     if size != image.size:
         image = image.resize(size, Image.Resampling[config["interpolation"].upper()])
     image = crop(image, (width, height), fill)
+    if config.get("uint8"):
+        codes = np.asarray(image).reshape(height, width, -1)
+        return codes if config["uint8"] == "nhwc" else codes.transpose(2, 0, 1)
     values = np.asarray(image, np.float32).reshape(height, width, -1) / np.float32(255)
     mean, std = (np.array(config[key], np.float32) for key in ("mean", "std"))
     pixels: Array = ((values - mean) / std).transpose(2, 0, 1)
@@ -177,10 +188,10 @@ def probabilities(logits: Array) -> Array:
     return shares
 
 
-def read_labels(path: Path | None, classes: int) -> list[str]:
-    """Return one name per class, empty without a file."""
+def read_labels(path: Path | None, recorded: list[str], classes: int) -> list[str]:
+    """Return one name per class: those of a text file, else those that the model records, which may be none."""
     if path is None:
-        return []
+        return recorded if len(recorded) == classes else []
     if not path.is_file():
         raise stop(f"--labels {path}: expected a text file, got no such file")
     names = path.read_text(encoding="utf-8").splitlines()
@@ -206,7 +217,7 @@ def classify(arguments: argparse.Namespace) -> None:
     for batch, pixels in read_batches(paths, config, size):
         scores = probabilities(run(session, pixels))
         if labels is None:
-            labels = read_labels(arguments.labels, scores.shape[1])
+            labels = read_labels(arguments.labels, config["labels"], scores.shape[1])
             print(f"{'path':{width}}  class  probability" + ("  label" if labels else ""))
         for path, row in zip(batch, scores, strict=True):
             best = int(row.argmax())
@@ -225,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="ONNX file written by `ptq4vit quantize`")
     parser.add_argument("images", type=Path, help="folder of images, nested or flat")
-    parser.add_argument("--labels", type=Path, help="text file, one class name per line")
+    parser.add_argument("--labels", type=Path, help="text file, one class name per line (default: the model's)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="0 lets ONNX Runtime choose")
     arguments = parser.parse_args()

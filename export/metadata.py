@@ -30,6 +30,10 @@ TARGET_KEY = "ptq4vit_fx.target"
 OUTPUTS_KEY = "ptq4vit_fx.outputs"
 #: The calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
 SCALES_KEY = "ptq4vit_fx.scales"
+#: The names of the classes, JSON, in their order; only where they are known.
+LABELS_KEY = "ptq4vit_fx.labels"
+#: Layout of the images, nhwc or nchw, of a file that takes them as uint8 and scales them itself.
+UINT8_KEY = "ptq4vit_fx.uint8_input"
 
 
 def write_metadata(model: ir.Model, values: Mapping[str, str]) -> None:
@@ -74,6 +78,13 @@ def provenance(metadata: Mapping[str, str], operation: str, file: str) -> dict[s
     operation, file: as for `own_outputs`. Raises PTQError on what is no mapping.
     """
     return cast("dict[str, Any]", _entry(metadata, PROVENANCE_KEY, dict[str, Any], operation, file))
+
+
+def labels_of(metadata: Mapping[str, str], operation: str, file: str) -> tuple[str, ...]:
+    """Return the names of the classes, () of a file that has none. operation, file: as for `own_outputs`."""
+    if LABELS_KEY not in metadata:
+        return ()
+    return cast("tuple[str, ...]", _entry(metadata, LABELS_KEY, tuple[str, ...], operation, file))
 
 
 def _entry(metadata: Mapping[str, str], key: str, kind: Any, operation: str, file: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export import metadata
 from ptq4vit_fx.export.contract import Rewrite, run_steps
+from ptq4vit_fx.export.description import Description, describe
 from ptq4vit_fx.export.float_types import compute_in_float32
 from ptq4vit_fx.export.interface import (
     Interface,
@@ -37,6 +38,7 @@ from ptq4vit_fx.export.opsets import (
     to_opset,
     translated_opset,
 )
+from ptq4vit_fx.export.pixels import take_uint8
 from ptq4vit_fx.export.targets import TARGETS, Target
 from ptq4vit_fx.export.translate import translate
 from ptq4vit_fx.files import check_writable
@@ -70,6 +72,7 @@ class ExportReport:
     """What was written: path, size in bytes (with the data file), size of the float weights, node counts, sites.
 
     rewrites: every step on the way from the exporter's graph to this file, what it did, or why there was nothing to do.
+    outputs: their names in the file.
     """
 
     path: Path
@@ -80,6 +83,7 @@ class ExportReport:
     opset: int
     target: str
     rewrites: tuple[Rewrite, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items()))
@@ -100,6 +104,9 @@ def export_onnx(
     batch: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | Mapping[Any, str] | None = None,
+    uint8_input: str | None = None,
 ) -> ExportReport:
     """Write a converted model to an ONNX file with int8 weights; return what was written.
 
@@ -109,6 +116,10 @@ def export_onnx(
     names if there are several. output_names: the model's own names of the outputs that the file is to have, in any
     order, or a new name for each; by default it has all of them: `logits` if there is one, the keys of a mapping (keys
     of keys as `aux.boxes`), output_0, output_1 ... of a tuple. Numbers are left out, with a warning.
+    preprocessing: how images become the input, as `timm.data.resolve_model_data_config(model)` says it (mean and std at
+    least); labels: the name of each class, in their order or by number. Both stand in the file, for those who have
+    nothing else: `ptq4vit eval` and examples/classify_onnxruntime.py read them. uint8_input: "nhwc" or "nchw": the file
+    takes uint8 images, resized and cropped, and scales them itself, bit for bit as the preprocessing does.
 
     Every node is named after the module that it comes from, `blocks/0/attn/...`; Q/DQ nodes carry their site. The plan,
     the recipe and search settings, the library version and the calibration's fingerprint are in the file's metadata.
@@ -120,17 +131,22 @@ def export_onnx(
     rules = check_target(target, opset, batch)
     interface = interface_of(converted, input_names, output_names)
     inputs = tuple(x.cpu() for x in example_for(converted, example_inputs, "export_onnx"))
+    described = describe(converted, inputs, interface, preprocessing, labels, uint8_input)
     check_writable(path, "export_onnx")  # before the work, not after
     qdq = return_results(write_qdq(converted), list(interface.outputs))
     model = translate(qdq, inputs, translated_opset(opset), batch, working_names(interface))
     plan = plan_of(converted)
-    rewrites = run_steps(model, (*STEPS, *rules.steps), plan=plan, opset=opset, interface=interface)
+    # Pixels last: what other steps look for starts at floats.
+    steps = (*STEPS, *rules.steps, *((take_uint8,) if described.pixels else ()))
+    known = {"plan": plan, "opset": opset, "interface": interface, "pixels": described.pixels}
+    rewrites = run_steps(model, steps, **known)
     rules.check(model)
-    _add_metadata(model, converted, target, interface)
+    _add_metadata(model, converted, target, interface, described)
     size = write_model(model, path, "export_onnx")
     counts = dict(Counter(node.op_type for node in model.graph))
     float_bytes = sum(4 * tensor.size for tensor in tensors_of(model))
-    return ExportReport(Path(path), size, float_bytes, counts, len(plan.quantizers), opset, target, rewrites)
+    outputs = tuple(interface.outputs.values())
+    return ExportReport(Path(path), size, float_bytes, counts, len(plan.quantizers), opset, target, rewrites, outputs)
 
 
 def check_target(target: str, opset: int, batch: int | None) -> Target:
@@ -146,18 +162,24 @@ def check_target(target: str, opset: int, batch: int | None) -> Target:
     return TARGETS[target]
 
 
-def _add_metadata(model: ir.Model, converted: GraphModule, target: str, interface: Interface) -> None:
+def _add_metadata(
+    model: ir.Model, converted: GraphModule, target: str, interface: Interface, described: Description
+) -> None:
     calibration, plan = calibration_of(converted), plan_of(converted)
     assert calibration is not None  # convert_fx refuses a model without
+    provenance = dict(calibration.provenance)
+    if described.preprocessing is not None:
+        provenance["preprocessing"] = described.preprocessing
     values = {
         metadata.PLAN_KEY: plan.to_json(),
         metadata.RECIPE_KEY: json.dumps({"recipe": plan.recipe, "searches": _searches(plan)}),
         metadata.VERSION_KEY: version("ptq4vit-fx"),
         metadata.CALIBRATION_KEY: calibration.fingerprint(),
-        metadata.PROVENANCE_KEY: json.dumps(calibration.provenance),
+        metadata.PROVENANCE_KEY: json.dumps(provenance),
         metadata.TARGET_KEY: target,
         metadata.OUTPUTS_KEY: json.dumps({name: own for own, name in interface.outputs.items()}),
         metadata.SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
+        **described.entries(),
     }
     metadata.write_metadata(model, values)
 

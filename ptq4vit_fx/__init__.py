@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx, quantize
     from ptq4vit_fx.calibration import Calibration
     from ptq4vit_fx.errors import PTQError, PTQWarning
+    from ptq4vit_fx.export.huggingface import export_huggingface
     from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
+    from ptq4vit_fx.export.proof.against_float import AgainstFloat
+    from ptq4vit_fx.export.proof.compare_float import compare_float
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
     from ptq4vit_fx.plan import QuantPlan
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgainstFloat",
     "Calibration",
     "ExportReport",
     "PTQError",
@@ -35,7 +39,9 @@ __all__ = [
     "VerifyReport",
     "calibrate",
     "choose_twins",
+    "compare_float",
     "convert_fx",
+    "export_huggingface",
     "export_onnx",
     "load_calibration",
     "prepare_fx",
@@ -50,7 +56,10 @@ _MODULES = {
     "api": ("calibrate", "convert_fx", "load_calibration", "prepare_fx", "quantize"),
     "calibration": ("Calibration",),
     "errors": ("PTQError", "PTQWarning"),
+    "export.huggingface": ("export_huggingface",),
     "export.onnx_export": ("ExportReport", "export_onnx"),
+    "export.proof.against_float": ("AgainstFloat",),
+    "export.proof.compare_float": ("compare_float",),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
     "plan": ("QuantPlan",),
     "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),

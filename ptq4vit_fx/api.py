@@ -18,6 +18,7 @@ from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.batches import first_item
 from ptq4vit_fx.inputs.containers import check_containers
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
+from ptq4vit_fx.inputs.plausible import NORMALIZATION, normalization_of
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu
@@ -67,6 +68,7 @@ def prepare_fx(
             check_batch_dimension(model, example)
             raise
         return prepare_fx(model, qconfig_mapping, inputs_alone.tensors, leaf_modules=leaf_modules, skip=skip)
+    traced.meta[NORMALIZATION] = normalization_of(model)
     return prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed)
 
 
@@ -114,7 +116,8 @@ def calibrate(
     at one forward and backward per product; the default, parallel calibration on float values, is the paper's and is
     better on few images.
     Raises PTQError on a model that is not prepared or that another thread calibrates, on data without images or with
-    NaN, and on a checkpoint of another plan, other weights, images or arguments.
+    NaN, and on a checkpoint of another plan, other weights, images or arguments. Warns (PTQWarning) of fewer than 16
+    images, of equal ones, and of values that no normalized image has.
     """
     prepared = model_at(Stage.OBSERVED, prepared, "calibrate", "call prepare_fx first")
     devices = (device, search_device)

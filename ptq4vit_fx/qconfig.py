@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from ptq4vit_fx.errors import failure
-from ptq4vit_fx.metrics import get_metric
+from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.names import is_inside
 from ptq4vit_fx.product_forms import FORMS
 from ptq4vit_fx.quantizers import Quantizer, Uniform
@@ -21,6 +20,8 @@ OBJECT_KINDS: dict[Any, str] = {
 }
 
 
+#: The distances that a search knows (search/metrics.py).
+METRICS = ("hessian", "mse", "l1", "cosine", "pearson")
 #: How weights become codes: each value by itself, or by the Gram matrix of the inputs (search/rounding.py).
 Rounding = Literal["nearest", "gram"]
 
@@ -52,7 +53,8 @@ class SearchSettings:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        get_metric(self.metric)
+        if self.metric not in METRICS:
+            raise unknown_name("search settings", "metric", self.metric, METRICS)
         for name, valid, expected in (
             ("alpha and beta", 0 <= self.alpha < self.beta < math.inf, "0 <= alpha < beta"),
             ("n", self.n >= 1, "at least 1"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripts import load_script
 
-from ptq4vit_fx.export.proof.verify import compare
+from ptq4vit_fx.export.proof.comparison import compare
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "accuracy.py"
 

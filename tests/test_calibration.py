@@ -293,7 +293,7 @@ def test_a_model_of_zeros_stays_zero_and_its_lost_gradients_are_one_warning(smal
 def test_weak_operands_and_products_are_named_once_and_listed_in_the_report(small_vit, small_images):
     prepared = ptq.prepare_fx(small_vit, ptq.recipes.ptq4vit(2, 2), small_images[:1])
     with pytest.warns(ptq.PTQWarning) as warned:
-        calibration = calibrate(prepared, small_images)
+        calibration = calibrate(prepared, torch.cat([small_images, small_images.flip(3)]))
     said = [str(w.message) for w in warned]
     weak = {name for name, value in calibration.snr.items() if ":" in name and value < 10}
     lossy = {name for name, share in calibration.shares.items() if share > 0.1}

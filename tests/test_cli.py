@@ -140,10 +140,10 @@ BAD = {
     ),
     "missing weights": ([*GOOD[:4], "{w}/none.safetensors", *ARGS], "expected a state dict of this model"),
     "pickle": ([*GOOD[:4], "{w}/evil.pth", *ARGS], "expected a state dict of this model"),
-    "twins": ([*GOOD, "--twins", "best"], "expected exact or wide or uniform or auto with the recipe ptq4vit"),
+    "twins": ([*GOOD, "--twins", "best"], "expected exact or wide or uniform or auto with the recipe best"),
     "twins of base": ([*GOOD, "--recipe", "base", "--twins", "auto"], "expected exact with the recipe base"),
     "bits": ([*GOOD, "--w-bits", "9"], "expected an integer from 2 to 8, got 9"),
-    "recipe": ([*GOOD, "--recipe", "best"], "expected ptq4vit, tensorrt or base, got 'best'"),
+    "recipe": ([*GOOD, "--recipe", "bset"], "expected best, ptq4vit, tensorrt or base, got 'bset'"),
     "model argument": ([*GOOD, "--model-arg", "depth"], "expected key=value"),
     "NaN weights": ([*GOOD[:4], "{w}/nan.safetensors", *ARGS], "parameter norm.weight: expected finite values"),
 }

@@ -246,7 +246,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path, name):
 def test_a_terminal_that_knows_ascii_alone(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(
-        "ptq4vit_fx.tools.cli.console._file", stream
+        "ptq4vit_fx.tools.cli.complaints._file", stream
     )  # its `file`, once set, would stay stdout of today
     (tmp_path / "é").write_bytes(b"no")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "é")])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
-from ptq4vit_fx.export.proof.verify import compare
+from ptq4vit_fx.export.proof.comparison import compare
 from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import QParams, usable_scale

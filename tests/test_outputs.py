@@ -16,8 +16,8 @@ from torch import nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.interface import compute_outputs
+from ptq4vit_fx.export.proof.comparison import compare, compare_outputs
 from ptq4vit_fx.export.proof.outputs import Images
-from ptq4vit_fx.export.proof.verify import compare, compare_outputs
 from ptq4vit_fx.passes.graph.outputs import plain_outputs, tensor_outputs
 
 T = torch.zeros(2, 3)

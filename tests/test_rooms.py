@@ -18,6 +18,8 @@ FILES = {
 }
 #: The API puts the rooms together; twins and the front door stand on it.
 HALL = {NAME, f"{NAME}.api", f"{NAME}.pipeline", f"{NAME}.twins"}
+#: What `python -m` starts is a part of the command line.
+DOOR = f"{NAME}.__main__"
 ROOMS = {room: f"{NAME}.{room}" for room in ("search", "calibrating", "tools", "passes", "export")}
 #: Room -> the rooms that it reaches neither itself nor through what it imports.
 NEVER = {
@@ -32,7 +34,7 @@ NEVER = {
 
 def room_of(module: str) -> str:
     inside = (room for room, path in ROOMS.items() if module == path or module.startswith(f"{path}."))
-    return next(inside, "hall" if module in HALL else "values")
+    return "tools" if module == DOOR else next(inside, "hall" if module in HALL else "values")
 
 
 @cache

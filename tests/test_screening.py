@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vit_fx import SearchSettings, TwinUniform, Uniform
-from ptq4vit_fx.metrics import HESSIAN, L1, get_metric
 from ptq4vit_fx.names import OPERANDS, Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import Quantizer
@@ -24,6 +23,7 @@ from ptq4vit_fx.search.distances import (
     make_evaluation,
 )
 from ptq4vit_fx.search.landscape import Choice, Landscape
+from ptq4vit_fx.search.metrics import HESSIAN, L1, get_metric
 from ptq4vit_fx.search.products import to_product
 from ptq4vit_fx.search.sampling import _draw, sample_rows
 from ptq4vit_fx.search.screening import screen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,10 @@ def test_all_codes_of_all_sites_are_equal(good_file, converted, small_images):
     assert not report.code_comparison.missing
     assert not report.code_comparison.disturbed
     assert f"all codes of {len(names)} sites are equal" in str(report)
+    assert report.ok
+    figures = json.loads(json.dumps(report.to_dict()))
+    assert (figures["ok"], figures["images"], figures["sites_compared"]) == (True, 12, len(names))
+    assert figures["first_divergence"] is None
 
 
 CHANGES = {
@@ -83,6 +88,8 @@ def test_one_wrong_number_is_found_where_it_is(tmp_path, good_file, converted, s
     assert not any(layer.differs for layer in report.layers[:position])
     assert any(layer.equal < 1.0 for layer in report.layers[position:])
     assert report.first_divergence.same_scale == (not initializer.endswith("scale"))
+    assert not report.ok or initializer == "pos_embed"  # other values in front of the first site are another model
+    assert report.to_dict()["first_divergence"] == site
 
 
 def test_batches_of_any_size_count_the_first_images(good_file, converted, small_images, monkeypatch):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ptq4vit_fx.errors import PTQError, failure, reason_of
 from ptq4vit_fx.export.metadata import own_outputs
+from ptq4vit_fx.export.pixels import pixels_of
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.exclusive import exclusive
@@ -33,6 +34,7 @@ class Images:
     """Outputs of several forwards, collected; `outputs()` has them image by image."""
 
     subject: str
+    operation: str = "verify_onnx"
     forwards: list[dict[str, Array]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -56,7 +58,7 @@ class Images:
             rows = [np.broadcast_to(x.reshape(1, 1, -1), (size, 1, x.size)) for x, size in pairs]
         else:
             raise failure(
-                "verify_onnx",
+                self.operation,
                 f"output {name} of {self.subject}",
                 expected="as many values for every image",
                 got=", ".join(str(x.shape) for x in arrays[:3]),
@@ -81,24 +83,29 @@ def as_array(x: Tensor) -> Array:
     return (x.float() if x.is_floating_point() else x).cpu().numpy()
 
 
-def outputs_of_file(path: str, session: InferenceSession, batches: list[Inputs], own: list[str]) -> dict[str, Array]:
+def outputs_of_file(
+    path: str, session: InferenceSession, batches: list[Inputs], own: list[str], operation: str = "verify_onnx"
+) -> dict[str, Array]:
     """Return every output of a file, image by image, under the names `own` of the converted model.
 
     A file of a fixed batch runs as many images at once; a last smaller batch is filled up with its last image.
     """
-    names = own_names(path, session, own)
-    images = Images(path)
-    for batch, kept in pieces(batches, fixed_batch("verify_onnx", path, session)):
-        results = run("verify_onnx", path, session, [x.cpu().numpy() for x in batch])
+    names = own_names(path, session, own, operation)
+    images = Images(path, operation)
+    for batch, kept in pieces(batches, fixed_batch(operation, path, session)):
+        results = run(operation, path, session, [x.cpu().numpy() for x in batch])
         images.add(dict(zip(names, results, strict=True)), len(batch[0]), kept)
     return images.outputs()
 
 
 def run(operation: str, path: str, session: InferenceSession, inputs: Sequence[Array]) -> list[Array]:
-    """Return the outputs of a file; inputs: its own, in their order.
+    """Return the outputs of a file; inputs: its own, in their order; of a file of uint8 images the floats will do.
 
     Raises PTQError if the runtime refuses them or fails, and on outputs that are no arrays of numbers.
     """
+    pixels = pixels_of(session, path, operation)
+    if pixels is not None and pixels.fit(inputs):
+        inputs = [pixels.pixels(torch.from_numpy(inputs[0]))]
     try:
         entries = [entry.name for entry in session.get_inputs()]
         results: list[Array] = session.run(None, dict(zip(entries, inputs, strict=True)))
@@ -130,17 +137,17 @@ def fixed_batch(operation: str, path: str, session: InferenceSession) -> int | N
     return size
 
 
-def own_names(path: str, session: InferenceSession, own: list[str]) -> list[str]:
+def own_names(path: str, session: InferenceSession, own: list[str], operation: str = "verify_onnx") -> list[str]:
     """Return the names that the outputs of a file have in the converted model: by what it says, or by their order."""
     found = [entry.name for entry in session.get_outputs()]
-    said = own_outputs(session.get_modelmeta().custom_metadata_map, "verify_onnx", path)
+    said = own_outputs(session.get_modelmeta().custom_metadata_map, operation, path)
     names = [said.get(name, name) for name in found]
     if set(names) <= set(own) and len(set(names)) == len(names) > 0:
         return names
     if len(found) == len(own):
         return own
     do = "export this model again"
-    raise failure("verify_onnx", path, expected=f"outputs {', '.join(own)}", got=", ".join(found), do=do)
+    raise failure(operation, path, expected=f"outputs {', '.join(own)}", got=", ".join(found), do=do)
 
 
 def pieces(batches: list[Inputs], size: int | None) -> Iterator[tuple[Inputs, int]]:

@@ -24,12 +24,14 @@ from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensor
 from ptq4vit_fx.errors import failure, printable, warn
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.batches import batches_for
+from ptq4vit_fx.inputs.items import model_inputs
+from ptq4vit_fx.inputs.plausible import NORMALIZATION, warn_of_implausible
 from ptq4vit_fx.inputs.tensors import Inputs
-from ptq4vit_fx.metrics import get_metric
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.graph.contract import plan_of, sharing_tensors
 from ptq4vit_fx.plan import QuantOp, QuantPlan
+from ptq4vit_fx.search.metrics import get_metric
 from ptq4vit_fx.search.search_op import search_op
 from ptq4vit_fx.torch_state import intra_op_threads, single_threaded_pool
 
@@ -60,6 +62,7 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
     started = time.perf_counter()
     devices = _Devices.of(prepared, options)
     batches = batches_for(prepared, data, "calibrate", images=options.images, progress=options.progress)
+    warn_of_implausible(batches, model_inputs(prepared), "calibrate", prepared.meta.get(NORMALIZATION))
     run = _start(prepared, batches, options, devices)
     schedule = _schedule(run, batches)
     with _model_at_work(run), _progress(run) as show:

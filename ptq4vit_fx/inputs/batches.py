@@ -37,18 +37,35 @@ SHOWN_AFTER = 2.0
 def batches_for(
     graph_module: GraphModule, data: Any, operation: str, *, images: int | None = None, progress: bool = False
 ) -> list[Inputs]:
-    """Return batches of the inputs of a traced model, in their order, float ones as float32.
+    """Return batches of the inputs of a traced model, in their order, float ones as float32; see `batches_of`.
+
+    Shapes are part of a traced graph (patches, windows, position embeddings), so a model that takes any image size
+    takes one size after tracing.
+    """
+    wanted, fixed = model_inputs(graph_module), graph_module.meta.get(FIXED_BATCH)
+    return batches_of(wanted, data, operation, images=images, fixed=fixed, progress=progress)
+
+
+def batches_of(
+    wanted: Sequence[Input],
+    data: Any,
+    operation: str,
+    *,
+    images: int | None = None,
+    fixed: int | None = None,
+    progress: bool = False,
+) -> list[Inputs]:
+    """Return batches of these inputs, in their order.
 
     data: a tensor or array of images, a mapping of such, or an iterable of batches, which `fitted` describes. images:
     read that many at most; None: all of a tensor, list or tuple, MOST_IMAGES of any other iterable, with a warning
-    (PTQWarning) if there are more. progress: show how many were read once that takes time. Raises PTQError on data
-    without images, with NaN or infinity, or that is not like the example: shapes are part of a traced graph (patches,
-    windows, position embeddings), so a model that takes any image size takes one size after tracing.
+    (PTQWarning) if there are more. fixed: the only size of a batch that the model takes. progress: show how many were
+    read once that takes time. Raises PTQError on data without images, with NaN or infinity, or that is not like
+    `wanted`.
     """
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         do = "leave it out for all of a tensor"
         raise failure(operation, "images", expected="an integer of 1 or more", got=repr(images), do=do)
-    wanted = model_inputs(graph_module)
     items = _items(data, wanted, operation)
     most = images if images is not None or isinstance(items, list) else MOST_IMAGES
     read: list[Inputs] = []
@@ -67,7 +84,6 @@ def batches_for(
                 break
     if not read:
         raise _nothing(data, operation)
-    fixed = graph_module.meta.get(FIXED_BATCH)
     return read if fixed is None else _of_size(read, fixed, operation)
 
 

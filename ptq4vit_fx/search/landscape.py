@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.metrics import Metric
 from ptq4vit_fx.names import OPERANDS, Operand
 from ptq4vit_fx.search.candidates import Candidates, uniform_choice
+from ptq4vit_fx.search.metrics import Metric
 from ptq4vit_fx.search.products import Product
 from ptq4vit_fx.search.sampling import sample_rows
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ptq4vit_fx.calibration import SearchResult
-from ptq4vit_fx.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.qconfig import SearchSettings
@@ -21,6 +20,7 @@ from ptq4vit_fx.quantizers import QParams, Quantizer
 from ptq4vit_fx.search.candidates import make_candidates
 from ptq4vit_fx.search.landscape import Choice, Landscape, Total
 from ptq4vit_fx.search.magnitudes import divided, divided_quantizer, exponents_of, multiplied
+from ptq4vit_fx.search.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.search.own_errors import own_best, settle
 from ptq4vit_fx.search.products import Product, weight_in_graph
 from ptq4vit_fx.search.rounding import round_weight

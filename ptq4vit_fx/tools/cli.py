@@ -1,53 +1,38 @@
-"""The command line: quantize, eval, inspect, demo, coverage."""
+"""The command line: quantize, eval, inspect, targets, demo, coverage."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
-from rich.console import Console
 
-from ptq4vit_fx.errors import PTQError, PTQWarning, failure, printable
-from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.errors import failure
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
 
 if TYPE_CHECKING:
+    from ptq4vit_fx.export.proof.against_float import Kind
     from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console(soft_wrap=True, markup=False, emoji=False)
+AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 
 
-def _say(text: object, *, highlight: bool = True) -> None:
-    """Print lines in which names out of files stand: a terminal obeys nothing of them, and any encoding takes them."""
-    shown = printable(str(text), keep="\n").encode(console.encoding, "backslashreplace").decode(console.encoding)
-    console.print(shown, highlight=highlight)
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        say(f"ptq4vit {version('ptq4vit-fx')}", highlight=False)
+        raise typer.Exit
 
 
-@contextmanager
-def _readable_errors(checkpoint: Path | None = None) -> Iterator[None]:
-    """Print warnings of this package as lines and its errors as one sentence; leave with exit code 1, or 130."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=PTQWarning)
-        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-        try:
-            yield
-        except PTQError as error:
-            _say(f"error: {error}")
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as interrupt:
-            kept = checkpoint is not None and checkpoint.exists()
-            _say(
-                f"interrupted: finished products are in {checkpoint}, the same command goes on from there"
-                if kept
-                else "interrupted: nothing was written",
-            )
-            raise typer.Exit(130) from interrupt
+@app.callback(epilog=EXIT_CODES)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Quantize vision transformers, and look at what came of it."""
 
 
 @app.command()
@@ -84,67 +69,73 @@ def quantize(
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
     ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="module or product that stays float, repeatable")] = None,
+    float_onnx: Annotated[str | None, typer.Option(metavar="PATH", help="write the float model there too")] = None,
+    fail_under: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="leave with exit code 3 if less agrees with float: 0.98 of the classes"),
+    ] = None,
+    output_kind: Annotated[
+        str | None, typer.Option(help="what the output is: classes, embeddings or values (default: the model says)")
+    ] = None,
+    bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")] = False,
+    as_json: AsJson = False,
+    layout: Annotated[
+        str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
+    ] = "file",
+    uint8_input: Annotated[
+        str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
 ) -> None:
-    """Quantize a timm vision transformer, write it to ONNX, and verify it in ONNX Runtime."""
-    with _readable_errors(checkpoint):
-        import timm.data
-        import torch
+    """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
+    with readable_errors(checkpoint) as heard:
+        from ptq4vit_fx.tools.layouts import Destination
+        from ptq4vit_fx.tools.quantizing import quantize_folder
+        from ptq4vit_fx.tools.request import Request
 
-        import ptq4vit_fx
-        from ptq4vit_fx.export.onnx_export import check_target
-        from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
-        from ptq4vit_fx.tools.models import create_model, data_config, list_images, load_images, said_of_skipped
-
-        mapping = _mapping(recipe, twins, w_bits, a_bits)
-        # Before the download and the minutes, not after:
-        check_writable(out, "quantize --out")
-        if checkpoint is not None:
-            check_writable(checkpoint, "quantize --checkpoint")
-        check_target(target, opset, batch)
-        if target == "tensorrt" and recipe in ("best", "ptq4vit"):
-            expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
-            raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do=do)
-        folder = list_images(data, limit=images)
-        said: list[str] = []
-        network = create_model(model, weights, model_arg or [], entry=weights_entry, said=said)
-        for line in said:
-            _say(line)
-        preprocessing = data_config(network)
-        skipped: list[str] = []
-        channels = preprocessing["input_size"][0]
-        if channels == 1:
-            mean, std = (preprocessing[key][0] for key in ("mean", "std"))
-            _say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
-        with console.status("read images"):
-            pixels = load_images(folder, timm.data.create_transform(**preprocessing), images, skipped, channels)
-        if skipped:
-            _say(said_of_skipped(skipped))
-        prepared = ptq4vit_fx.prepare_fx(network, mapping, pixels[:1])
-        batches = list(torch.split(pixels, batch_size))
-        limit = None if memory_limit is None else round(memory_limit * 2**30)
-        ptq4vit_fx.calibrate(prepared, batches, seed=seed, loss=loss, checkpoint=checkpoint, memory_limit=limit)
-        if twins == "auto":
-            prepared, choice = ptq4vit_fx.choose_twins(prepared, batches, seed=seed, loss=loss, memory_limit=limit)
-            _say(str(choice))
-        origin = {"model": model, "recipe": recipe, "preprocessing": preprocessing}
-        calibration = calibration_of(prepared)
-        assert calibration is not None
-        calibration = replace(calibration, provenance=calibration.provenance | origin)
-        ptq4vit_fx.load_calibration(prepared, calibration)
-        converted = ptq4vit_fx.convert_fx(prepared)
-        with console.status("export to ONNX"):
-            exported = ptq4vit_fx.export_onnx(converted, out, pixels[:1], target=target, opset=opset, batch=batch)
-        with console.status("verify in ONNX Runtime"):
-            # A file of a fixed batch takes no other: repeat the first images until the last batch is full.
-            shown = pixels if batch is None else pixels[torch.arange(-(-len(pixels) // batch) * batch) % len(pixels)]
-            verified = ptq4vit_fx.verify_onnx(out, converted, list(torch.split(shown, batch or batch_size)))
-        plan = plan_of(prepared)
-        _say(
-            f"{model}: {len(plan.ops)} products, {len(plan.quantizers)} sites, W{w_bits}A{a_bits}, "
-            f"{len(pixels)} images ({len(skipped)} skipped), "
-            f"calibrated in {calibration.provenance['seconds']:.1f} s",
+        request = Request(
+            model=model,
+            data=data,
+            destination=Destination(out, layout, uint8_input, labels),
+            mapping=_mapping(recipe, twins, w_bits, a_bits),
+            weights=weights,
+            weights_entry=weights_entry,
+            model_args=tuple(model_arg or ()),
+            recipe=recipe,
+            twins=twins,
+            w_bits=w_bits,
+            a_bits=a_bits,
+            images=images,
+            batch_size=batch_size,
+            target=target,
+            opset=opset,
+            batch=batch,
+            seed=seed,
+            loss=loss,
+            checkpoint=checkpoint,
+            memory_limit=memory_limit,
+            skip=tuple(skip or ()),
+            float_onnx=float_onnx,
+            kind=cast("Kind | None", output_kind),
+            bench=bench,
         )
-        _say(f"{exported}\n{verified}")
+        shown = not (quiet or as_json)
+        speak = say if shown else lambda text: None
+        drawn = shown and console.is_terminal
+        summary = quantize_folder(request, speak, complaints.status, progress=drawn, heard=heard)
+        for complaint in summary.complaints():
+            say(f"warning: {complaint}", to=complaints)
+        if as_json:
+            say_json(summary.to_dict())
+        speak("\n".join(summary.lines()))
+        if verbose:
+            speak(summary.in_full())
+    if fail_under is not None and not summary.against.ok(fail_under):
+        say(f"error: {summary.refusal(fail_under)}", to=complaints)
+        raise typer.Exit(POOR)
 
 
 def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
@@ -173,13 +164,30 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="timm model whose preprocessing to use (default: the file's)")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare with, in pairs")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the top-1 accuracy of an ONNX file in ONNX Runtime."""
-    with _readable_errors():
+    """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
+    with readable_errors():
+        if against is None and (per_class or weights is not None or weights_entry is not None or model_arg):
+            expected, do = "--against with --per-class, --weights, --weights-entry and --model-arg", "add --against"
+            raise failure("eval", "options", expected=expected, got="none", do=do)
+        from ptq4vit_fx.tools.classifiers import float_classifier
         from ptq4vit_fx.tools.evaluation import evaluate_file
 
-        _say(str(evaluate_file(file, data, model, batch_size, console)))
+        reference = float_classifier(against, weights, weights_entry, model_arg or []) if against else None
+        found = evaluate_file(file, data, model, batch_size, complaints, reference)
+        if as_json:
+            say_json(found.to_dict())
+        else:
+            say("\n".join(found.lines(per_class=per_class)))
 
 
 @app.command()
@@ -188,17 +196,25 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
 ) -> None:
     """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
-    with _readable_errors():
+    with readable_errors():
         from ptq4vit_fx.export.proof.inspection import inspect_file
 
         report = inspect_file(file)
-        _say(report.to_json() if as_json else str(report), highlight=not as_json)
+        say(report.to_json() if as_json else str(report), highlight=not as_json)
+
+
+@app.command()
+def targets() -> None:
+    """Print which flags of quantize belong to which runtime."""
+    from ptq4vit_fx.tools.runtimes import as_text
+
+    say(as_text(min(console.width, 100)), highlight=False)
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for the ONNX files and the picture")] = Path("out")) -> None:
     """Quantize the embedded digits ViT at 8, 6 and 4 bits with both recipes; needs no network."""
-    with _readable_errors():
+    with readable_errors():
         from ptq4vit_fx.tools.demo import run_demo
 
         run_demo(out, console)
@@ -210,11 +226,11 @@ def coverage(
     out: Annotated[Path, typer.Option(help="folder for coverage.md and coverage.json")] = Path("out"),
 ) -> None:
     """Take a model of every family, random weights, through tracing, quantization, export and ONNX Runtime."""
-    with _readable_errors():
+    with readable_errors():
         from ptq4vit_fx.tools.coverage import run_coverage
         from ptq4vit_fx.tools.families import FAMILIES, find_family
 
         families = [find_family(name) for name in family] if family else FAMILIES
-        rows = run_coverage(families, out, _say)
+        rows = run_coverage(families, out, say)
     if any(row.problem for row in rows):
         raise typer.Exit(1)

@@ -1,11 +1,11 @@
-"""Top-1 accuracy of an ONNX file on a folder of labelled images."""
+"""Accuracy of an ONNX file on a folder of labelled images, by itself and beside the float model."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +18,80 @@ from rich.progress import track
 from torch import Tensor
 
 from ptq4vit_fx.errors import failure, some_names, warn
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch, run
+from ptq4vit_fx.export.pixels import image_shape, pixels_of
+from ptq4vit_fx.export.preprocessing import recorded
+from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.sizes import check_memory
-from ptq4vit_fx.passes.graph.outputs import logits_in
+from ptq4vit_fx.tools.classifiers import Array, Classifier, classifier_of
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (
     ImageFolder,
     at_size,
+    check_name,
     class_number,
     class_numbers,
     data_config,
     list_images,
     read_images,
-    said_of_skipped,
 )
-from ptq4vit_fx.tools.preprocessing import recorded
+from ptq4vit_fx.tools.scores import Evaluation, classes_of, pair_of, ranks, score_of
 from ptq4vit_fx.torch_state import independent_of_caller
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How many images were classified right; `skipped` lists unreadable files with the reason."""
-
-    correct: int
-    images: int
-    skipped: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [said_of_skipped(self.skipped)] if self.skipped else []
-        score = f"top-1 {self.correct / self.images:.2%}" if self.images else "no readable image"
-        return "\n".join([*lines, f"{score} of {self.images} images, {len(self.skipped)} skipped"])
-
-
 @independent_of_caller()
-def evaluate_file(file: Path, data: Path, model: str | None, batch_size: int, console: Console) -> Evaluation:
+def evaluate_file(
+    file: Path, data: Path, model: str | None, batch_size: int, console: Console, reference: Classifier | None = None
+) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 
-    model: a timm model whose preprocessing to use instead. Raises PTQError if neither is known, if the file takes
-    something else than images, or if the number of sub-folders is not the number of classes (unless the sub-folders are
-    named by class number). Warns (PTQWarning) of sub-folders without images.
+    model: a timm model whose preprocessing to use instead. reference: the float model, which sees the same images.
+    Raises PTQError if no preprocessing is known, if the file takes something else than images, or if the number of
+    sub-folders is not the number of classes (unless the sub-folders are named by class number). Warns (PTQWarning) of
+    sub-folders without images.
     """
     session = open_session(file)
-    channels, output = _image_channels(session, file), _logits_of(session, file)
+    channels = _image_channels(session, file)
+    classify = classifier_of(session, file)
     folder = list_images(data, labelled=True)
     transform = timm.data.create_transform(**_preprocessing(session, file, model))
     _warn_of_empty(folder, data)
     labels, skipped = np.asarray(folder.labels), list[str]()
-    correct = images = 0
-    bar = track(folder.paths, "eval", console=console)
-    fixed = fixed_batch("eval", str(file), session)
-    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), fixed or batch_size):
-        # A file of a fixed batch takes no other: repeat the last image, drop its results.
-        full = np.concatenate([pixels, pixels[-1:].repeat(fixed - len(pixels), 0)]) if fixed else pixels
-        logits = run("eval", str(file), session, [full])[output]
-        if logits.ndim != 2 or len(logits) != len(full) or not logits.shape[1]:
-            expected, do = f"logits ({len(full)} images, classes)", "pass a file that classifies images"
-            raise failure("eval", str(file), expected=expected, got=f"{logits.shape}", do=do)
-        logits = logits[: len(numbers)]
-        _check_classes(folder, logits.shape[1], data)
-        correct += int((logits.argmax(1) == labels[numbers]).sum())
-        images += len(numbers)
-    return Evaluation(correct, images, tuple(skipped))
+    seen = list[Array]()  # per batch: the numbers of the images, both ranks, whether the first classes are the same
+    classes = 0
+    bar = track(folder.paths, "eval", console=console, disable=not console.is_terminal)
+    size = fixed_batch("eval", str(file), session) or batch_size
+    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
+        logits = classify(pixels)
+        classes = logits.shape[1]
+        _check_classes(folder, classes, data)
+        beside = logits if reference is None else reference(pixels)
+        if beside.shape != logits.shape:
+            expected, do = f"logits of the shape {logits.shape}, as the file's", "pass the model that it was made from"
+            raise failure("eval", "--against", expected=expected, got=str(beside.shape), do=do)
+        same = logits.argmax(1) == beside.argmax(1)
+        seen.append(np.stack([numbers, ranks(logits, labels[numbers]), ranks(beside, labels[numbers]), same]))
+    if not seen:
+        return Evaluation(0, tuple(skipped))
+    images, rank, float_rank, same = np.concatenate(seen, axis=1)
+    found = Evaluation(len(images), tuple(skipped), score_of(rank, classes))
+    if reference is None:
+        return found
+    return replace(
+        found,
+        float_score=score_of(float_rank, classes),
+        pair=pair_of(rank, float_rank, int(same.sum())),
+        classes=classes_of(rank, float_rank, labels[images], _class_names(folder, classes)),
+    )
 
 
-def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[list[int], np.ndarray[Any, Any]]]:
+def _class_names(folder: ImageFolder, classes: int) -> list[str]:
+    """Return the name of each class: that of its sub-folder, or its number."""
+    numbers = class_numbers(folder.classes)
+    return [str(number) for number in range(classes)] if numbers else list(folder.classes)
+
+
+def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[list[int], Array]]:
     while batch := list(itertools.islice(items, size)):
         numbers, tensors = zip(*batch, strict=True)
         yield list(numbers), np.stack([tensor.numpy() for tensor in tensors])
@@ -91,6 +100,7 @@ def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[l
 def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str | None) -> dict[str, Any]:
     """Return timm's data config, at the input size of the file."""
     if model is not None:
+        check_name(model, "eval --model")
         config = data_config(timm.create_model(model, pretrained=False))
     else:
         properties = session.get_modelmeta().custom_metadata_map
@@ -104,17 +114,11 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
                 do="pass --model with the timm model that it was made from",
             )
         config = known
-    return at_size(config, tuple(session.get_inputs()[0].shape[1:]))
-
-
-def _logits_of(session: onnxruntime.InferenceSession, file: Path) -> int:
-    """Return the number of the output that classes are read from."""
-    found = {entry.name: np.empty([0] * len(entry.shape)) for entry in session.get_outputs()}
-    name = logits_in(found)
-    if name is None:
-        do = "export it with output_names= of that output alone"
-        raise failure("eval", str(file), expected="an output `logits`", got=", ".join(found), do=do)
-    return list(found).index(name)
+    pixels = pixels_of(session, str(file), "eval")
+    if pixels is not None:  # a file that scales its images itself does so by its own numbers
+        config = config | {"mean": pixels.mean, "std": pixels.std}
+    size: Any = tuple(image_shape(session, pixels)[1:])
+    return at_size(config, size)
 
 
 def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
@@ -171,6 +175,8 @@ def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
     Also on images that are too large for the memory.
     """
     shapes = [entry.shape for entry in session.get_inputs()]
+    if len(shapes) == 1:
+        shapes = [image_shape(session, pixels_of(session, str(file), "eval"))]
     sides = [side for shape in shapes for side in shape[2:] if isinstance(side, int) and side > 0]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES or len(sides) != 2:
         expected = "a file of one input, images (batch, 1 or 3 channels, height, width)"

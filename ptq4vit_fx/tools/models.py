@@ -35,9 +35,7 @@ def create_model(
     `load_weights`, whose line on what was taken is appended to `said`). Raises PTQError on an unknown name (with near
     names), a checkpoint that does not fit, and weights that cannot be downloaded.
     """
-    if name not in timm.list_models() and not timm.is_model(name):
-        do = f"did you mean {near_names(name, timm.list_models(), 3)}?"
-        raise failure("create model", repr(name), expected="a timm model name", got="an unknown name", do=do)
+    check_name(name, "create model")
     try:
         model: nn.Module = timm.create_model(name, pretrained=weights is None, **_parse(arguments))
     except Exception as error:
@@ -49,6 +47,13 @@ def create_model(
         if line and said is not None:
             said.append(line)
     return model.eval()
+
+
+def check_name(name: str, operation: str) -> None:
+    """Raise PTQError with near names if timm has no model of that name."""
+    if name not in timm.list_models() and not timm.is_model(name):
+        do = f"did you mean {near_names(name, timm.list_models(), 3)}?"
+        raise failure(operation, repr(name), expected="a timm model name", got="an unknown name", do=do)
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
@@ -117,8 +122,8 @@ def list_images(folder: Path, *, limit: int | None = None, labelled: bool = Fals
         others = [path.name for path in (*found.others, *found.images)]
         got = f"{len(others)} other files, such as {others[0]}" if others else "an empty folder"
         raise failure("read images", str(folder), expected="one image or more", got=got, do=do)
-    if limit is not None and len(paths) > limit:
-        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    if limit is not None:
+        paths = evenly_spread(paths, limit)
     if not labelled:
         return ImageFolder(tuple(paths))
     numbers = class_numbers(found.folders) or {name: number for number, name in enumerate(found.folders)}
@@ -129,6 +134,11 @@ def list_images(folder: Path, *, limit: int | None = None, labelled: bool = Fals
         raise failure("read images", str(folder), expected="one sub-folder per class", got=some_names(same), do=do)
     depth = len(folder.parts)
     return ImageFolder(tuple(paths), tuple(numbers[path.parts[depth]] for path in paths), found.folders)
+
+
+def evenly_spread(paths: Sequence[Path], limit: int) -> list[Path]:
+    """Return so many of some paths, at equal distances; all of them if they are fewer."""
+    return list(paths) if len(paths) <= limit else [paths[i * len(paths) // limit] for i in range(limit)]
 
 
 def class_numbers(classes: Sequence[str]) -> dict[str, int]:
@@ -186,13 +196,23 @@ def load_images(
     Raises PTQError if none is readable.
     """
     listed = folder if isinstance(folder, ImageFolder) else list_images(folder, limit=limit)
-    images = [image for _, image in read_images(listed.paths[:limit], transform, skipped, channels)]
-    if not images:
+    return load_named(listed.paths[:limit], transform, skipped, channels)[1]
+
+
+def load_named(
+    paths: Sequence[Path], transform: Callable[[Image.Image], Tensor], skipped: list[str], channels: int = 3
+) -> tuple[list[Path], Tensor]:
+    """Return the paths of the readable images and their pixels, (images, channels, height, width).
+
+    Raises PTQError if none is readable.
+    """
+    read = list(read_images(paths, transform, skipped, channels))
+    if not read:
         raise failure(
             "read images",
-            str(listed.paths[0].parent if isinstance(folder, ImageFolder) else folder),
+            str(paths[0].parent),
             expected="one readable image or more",
             got=f"none of {len(skipped)}, the first: {skipped[0]}",
             do="check the files",
         )
-    return torch.stack(images)
+    return [paths[number] for number, _ in read], torch.stack([image for _, image in read])

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq4vit_fx.errors import unknown_name
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -84,11 +82,9 @@ L1 = Metric("l1", _absolute, _first, degree=1)
 COSINE = Metric("cosine", _products, _cosine)
 PEARSON = Metric("pearson", _moments, _pearson)
 
-METRICS = {metric.name: metric for metric in (HESSIAN, MSE, L1, COSINE, PEARSON)}
+_BY_NAME = {metric.name: metric for metric in (HESSIAN, MSE, L1, COSINE, PEARSON)}
 
 
 def get_metric(name: str) -> Metric:
-    """Return the metric called `name`; raises PTQError that lists the names."""
-    if name not in METRICS:
-        raise unknown_name("search settings", "metric", name, METRICS)
-    return METRICS[name]
+    """Return the metric called `name`, one of `qconfig.METRICS`."""
+    return _BY_NAME[name]

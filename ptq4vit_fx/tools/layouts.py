@@ -1,0 +1,82 @@
+"""What `ptq4vit quantize` writes: one ONNX file, or a folder for Hugging Face's readers; labels, uint8 images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4vit_fx.errors import failure, foreign, quoted
+from ptq4vit_fx.export.huggingface import export_huggingface, write_card
+from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
+from ptq4vit_fx.export.pixels import LAYOUTS
+from ptq4vit_fx.export.proof.verify import VerifyReport
+from ptq4vit_fx.files import check_readable, check_writable
+
+FILE, FOLDER = "file", "huggingface"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """out: a file, or with the layout `huggingface` a folder. uint8_input: nhwc or nchw. labels: a text file."""
+
+    out: str
+    layout: str = FILE
+    uint8_input: str | None = None
+    labels: Path | None = None
+
+    def check(self) -> None:
+        """Raise PTQError on what would be refused after minutes: forms that do not exist, and no room to write."""
+        if self.layout not in (FILE, FOLDER):
+            got, do = quoted(self.layout), "choose one"
+            raise failure("quantize", "--layout", expected=f"{FILE} or {FOLDER}", got=got, do=do)
+        if self.uint8_input not in (None, *LAYOUTS):
+            got, do = quoted(self.uint8_input), "choose one"
+            raise failure("quantize", "--uint8-input", expected=" or ".join(LAYOUTS), got=got, do=do)
+        if self.layout == FILE:
+            check_writable(self.out, "quantize --out")
+            return
+        if self.uint8_input is not None:
+            got, do = f"--layout {FOLDER}", "leave one of them out"
+            raise failure("quantize", "--uint8-input", expected="images that no processor scales", got=got, do=do)
+        if os.path.isdir(self.out):
+            check_writable(Path(self.out, "config.json"), "quantize --out")
+        else:
+            check_writable(self.out.rstrip("/" + os.sep) or self.out, "quantize --out")
+            if os.path.lexists(self.out):
+                do = "name a folder, which may not exist yet"
+                raise failure("quantize", f"--out {self.out}", expected="a folder", got="a file", do=do)
+
+    def class_names(self, model: nn.Module) -> list[str] | None:
+        """Return the lines of the labels, None without. Raises PTQError unless there is one for each class."""
+        if self.labels is None:
+            return None
+        subject, do = f"--labels {self.labels}", "write one name per line, line 1 for class 0"
+        path = check_readable(self.labels, "quantize --labels", "a text file")
+        with foreign("quantize", subject, expected="text in UTF-8", do=do):
+            names = path.read_text(encoding="utf-8").splitlines()
+        classes = getattr(model, "num_classes", None)
+        if isinstance(classes, int) and classes != len(names):
+            expected = f"{classes} lines, one per class of the model"
+            raise failure("quantize", subject, expected=expected, got=str(len(names)), do=do)
+        return names
+
+    def write(
+        self, converted: GraphModule, example: Tensor, labels: list[str] | None, preprocessing: Any, **options: Any
+    ) -> ExportReport:
+        """Write a converted model. options: target, opset and batch of `export_onnx`."""
+        said: dict[str, Any] = {"labels": labels, "preprocessing": preprocessing, **options}
+        if self.layout == FOLDER:
+            return export_huggingface(converted, self.out, example, **said)
+        return export_onnx(converted, self.out, example, uint8_input=self.uint8_input, **said)
+
+    def note(self, report: ExportReport, verified: VerifyReport, figures: dict[str, str]) -> None:
+        """Write what is known of the file into its model card, if it has one."""
+        if self.layout == FOLDER:
+            share, images = verified.same_functions.bit_equal, verified.images
+            proof = {"computes what was simulated": f"to the last bit on {share:.1%} of {images} images"}
+            write_card(Path(self.out), report, figures | proof)

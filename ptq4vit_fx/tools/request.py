@@ -1,0 +1,89 @@
+"""What `ptq4vit quantize` is asked for, and what of it can be refused before the download and the minutes."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.export.onnx_export import check_target
+from ptq4vit_fx.export.proof.against_float import KINDS, Kind
+from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.tools.layouts import Destination
+
+#: What torch takes as a seed.
+SEEDS = range(-(2**63), 2**64)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
+
+    bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
+    """
+
+    model: str
+    data: Path
+    destination: Destination
+    mapping: QConfigMapping
+    weights: Path | None
+    weights_entry: str | None
+    model_args: tuple[str, ...]
+    recipe: str
+    twins: str
+    w_bits: int
+    a_bits: int
+    images: int
+    batch_size: int
+    target: str
+    opset: int
+    batch: int | None
+    seed: int
+    loss: str
+    checkpoint: Path | None
+    memory_limit: float | None
+    skip: tuple[str, ...]
+    float_onnx: str | None
+    kind: Kind | None
+    bench: bool
+
+
+def check_request(request: Request) -> None:
+    """Raise PTQError on options that exclude each other, and on paths that cannot be written."""
+    _check_paths(request)
+    if request.weights_entry is not None and request.weights is None:
+        do = "add --weights FILE, or leave it out"
+        raise failure("quantize", "--weights-entry", expected="a file that it is an entry of", got="none", do=do)
+    if request.memory_limit is not None and not 0 < request.memory_limit < math.inf:
+        do = "leave it out for half of what is free"
+        raise failure("quantize", "--memory-limit", expected="GiB above 0", got=f"{request.memory_limit:g}", do=do)
+    if request.seed not in SEEDS:
+        do = "choose a smaller number"
+        raise failure("quantize", "--seed", expected="an integer of 64 bits", got=str(request.seed), do=do)
+    if request.kind is not None and request.kind not in KINDS:
+        raise unknown_name("quantize", "--output-kind", request.kind, KINDS)
+    check_target(request.target, request.opset, request.batch)
+    if request.target == "tensorrt" and request.recipe in ("best", "ptq4vit"):
+        expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
+        raise failure("quantize", "--recipe", expected=expected, got=repr(request.recipe), do=do)
+
+
+def _check_paths(request: Request) -> None:
+    """Raise PTQError if a file cannot be written, or if two options name the same one."""
+    request.destination.check()
+    written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
+    read = {"--weights": request.weights}
+    taken: dict[str, str] = {}
+    for option, path in (written | read).items():
+        if path is None:
+            continue
+        if option in written and option != "--out":
+            check_writable(path, f"quantize {option}")
+        name = os.path.realpath(path)
+        if name in taken:
+            do = "give each its own path"
+            raise failure("quantize", option, expected=f"another file than {taken[name]}", got=str(path), do=do)
+        taken[name] = option

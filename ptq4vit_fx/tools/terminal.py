@@ -1,0 +1,78 @@
+"""What a command prints and how it ends: results on standard output, warnings and errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ptq4vit_fx.errors import PTQError, PTQWarning, printable
+
+#: How a command ends; 2 is that of a command line that cannot be read.
+DONE, FAILED, MISUSED, POOR, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = (
+    f"Exit codes: {DONE} done; {FAILED} an error, one sentence on standard error; {MISUSED} options that do not exist; "
+    f"{POOR} the file is written, and worse than --fail-under; {INTERRUPTED} interrupted."
+)
+
+console = Console(soft_wrap=True, markup=False, emoji=False)
+#: Standard error: warnings, errors, and what is under way.
+complaints = Console(soft_wrap=True, markup=False, emoji=False, stderr=True)
+
+
+def say(text: object, *, highlight: bool = True, to: Console = console) -> None:
+    """Print lines in which names out of files stand: a terminal obeys nothing of them, and any encoding takes them."""
+    shown = printable(str(text), keep="\n").encode(to.encoding, "backslashreplace").decode(to.encoding)
+    to.print(shown, highlight=highlight)
+
+
+def say_json(figures: Mapping[str, Any]) -> None:
+    """Print figures as JSON; NaN and infinity, which JSON has not, become null."""
+    say(json.dumps(_finite(figures), indent=2, default=str, allow_nan=False), highlight=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+@contextmanager
+def readable_errors(checkpoint: Path | None = None) -> Iterator[list[str]]:
+    """Print warnings of this package as lines and its errors as one sentence; leave with exit code 1, or 130.
+
+    Gives the list of the warnings, which grows; each is printed once.
+    """
+    heard: list[str] = []
+
+    def hear(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in heard:
+            heard.append(str(message))
+            say(f"warning: {message}", to=complaints)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=PTQWarning)
+        warnings.showwarning = hear
+        try:
+            yield heard
+        except PTQError as error:
+            say(f"error: {error}", to=complaints)
+            raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as interrupt:
+            kept = checkpoint is not None and checkpoint.exists()
+            say(
+                f"interrupted: finished products are in {checkpoint}, the same command goes on from there"
+                if kept
+                else "interrupted: nothing was written",
+                to=complaints,
+            )
+            raise typer.Exit(INTERRUPTED) from interrupt

@@ -1,0 +1,208 @@
+"""Wrong inputs through the command line: the exit code, one sentence on standard error, and nothing left behind."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.tools.cli import app
+
+MODEL, TYPO = "deit_tiny_patch16_224", "deit_tinny_patch16_224"
+SIZES = [part for size in ("img_size=32", "depth=1", "num_classes=3") for part in ("--model-arg", size)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all that is right and much that is wrong, as the working directory."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for label in "abc":
+        (folder / "images" / label).mkdir(parents=True)
+        pixels = np.random.default_rng(ord(label)).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / label / "0.png")
+    (folder / "flat").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "flat" / "0.png")
+    (folder / "empty").mkdir()
+    (folder / "text").mkdir()
+    (folder / "text" / "notes.txt").write_text("no image")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    (folder / "two" / "a").mkdir(parents=True)
+    (folder / "two" / "b").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "two" / "a" / "0.png")
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.write(folder / "flat" / "0.png", "0.png")
+    np.save(folder / "images.npy", np.zeros((2, 3, 32, 32), np.float32))
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, img_size=32, depth=1, num_classes=3)
+    save_file(model.state_dict(), folder / "good.safetensors")
+    state = load_file(folder / "good.safetensors")
+    save_file(state | {"norm.weight": state["norm.weight"] * float("inf")}, folder / "inf.safetensors")
+    save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
+    torch.save(nn.Linear(2, 2), folder / "module.pth")
+    (folder / "garbage.pth").write_bytes(b"PK\x03\x04 no")
+    (folder / "garbage.onnx").write_bytes(b"\x08\x07 no model")
+    (folder / "none.onnx").write_bytes(b"")
+    write_files(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield folder
+
+
+def write_files(folder) -> None:
+    """Write ONNX files of small models: of three classes, of two, and one that gives pictures."""
+    torch.manual_seed(0)
+    models = {
+        "three.onnx": nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.Flatten(), nn.Linear(16, 3)),
+        "two.onnx": nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.Flatten(), nn.Linear(16, 2)),
+        "picture.onnx": nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)),
+    }
+    for name, model in models.items():
+        mapping = ptq.recipes.base_ptq().with_search(n=2, rounds=1)
+        images = torch.randn(2, 3, 32, 32)
+        converted = ptq.quantize(model.eval(), images, qconfig_mapping=mapping, progress=False)
+        ptq.export_onnx(converted, folder / name, images[:1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, its exit code, and what its sentence says."""
+
+    line: str
+    says: str
+    code: int = 1
+
+
+def quantize(
+    options: str, says: str, code: int = 1, *, data: str = "images", weights: str = "good.safetensors"
+) -> Case:
+    given = f"--weights {weights} " if weights else ""
+    return Case(f"quantize {MODEL} --data {data} --out m.onnx {given}{' '.join(SIZES)} {options}", says, code)
+
+
+CASES = {
+    # What is read
+    "no such folder": quantize("", "got no such folder", data="nowhere"),
+    "an empty folder": quantize("", "got an empty folder", data="empty"),
+    "a folder of text": quantize("", "got 1 other files, such as notes.txt", data="text"),
+    "a broken image": quantize("", "expected one readable image or more, got none of 1", data="broken"),
+    "an archive": quantize("", "unpack it and pass the folder", data="images.zip"),
+    "arrays": quantize("", "pass preprocessed arrays", data="images.npy"),
+    "an image": quantize("", "pass the folder that holds it", data="flat/0.png"),
+    "no such weights": quantize("", "no.safetensors: expected a state dict", weights="no.safetensors"),
+    "weights of another model": quantize("", "expected a state dict of this model", weights="other.safetensors"),
+    "infinite weights": quantize("", "norm.weight: expected finite values", weights="inf.safetensors"),
+    "a pickled module": quantize("", "module.pth: expected", weights="module.pth"),
+    "a damaged archive": quantize("", "garbage.pth: expected", weights="garbage.pth"),
+    "a folder as weights": quantize("", "images: expected a state dict", weights="images"),
+    "an entry that is not there": quantize("--weights-entry ema", "ema"),
+    "an entry of nothing": quantize("--weights-entry ema", "a file that it is an entry of", weights=""),
+    "no hub": quantize("", "pass --weights FILE with a local checkpoint", weights=""),
+    "an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx", f"did you mean {MODEL}"),
+    "another size": quantize("--model-arg img_size=64", "expected a state dict of this model"),
+    "no such argument": quantize("--model-arg nonsense=1", "create model"),
+    "no value": quantize("--model-arg depth", "expected key=value"),
+    "no size": quantize("--model-arg img_size=0", "create model"),
+    # What is asked for
+    "a recipe": quantize("--recipe fast", "got 'fast'"),
+    "a twin": quantize("--twins triplets", "expected exact or wide or uniform or auto"),
+    "a twin of base": quantize("--recipe base --twins wide", "expected exact with the recipe base"),
+    "a target": quantize("--target onnxruntim", "did you mean onnxruntime"),
+    "a recipe of another target": quantize("--target tensorrt", "add --recipe tensorrt"),
+    "bits of tensorrt": quantize("--recipe tensorrt --a-bits 4", "a_bits: expected 8"),
+    "one bit": quantize("--w-bits 1", "expected an integer from 2 to 8, got 1"),
+    "sixteen bits": quantize("--a-bits 16", "expected an integer from 2 to 8, got 16"),
+    "an old opset": quantize("--opset 12", "opset: expected 17 to"),
+    "an opset to come": quantize("--opset 99", "opset: expected 17 to"),
+    "a loss": quantize("--loss cross_entropy", "expected one of pseudo_label, fisher"),
+    "a layer to skip": quantize("--skip blocks.7", "blocks.7"),
+    "a kind of output": quantize("--output-kind class", "expected one of classes, embeddings, values"),
+    "no memory": quantize("--memory-limit 0", "--memory-limit: expected GiB above 0, got 0"),
+    "negative memory": quantize("--memory-limit=-1", "--memory-limit: expected GiB above 0, got -1"),
+    "memory that is no number": quantize("--memory-limit nan", "--memory-limit: expected GiB above 0, got nan"),
+    "endless memory": quantize("--memory-limit inf", "--memory-limit: expected GiB above 0, got inf"),
+    "a long seed": quantize(f"--seed {2**70}", "--seed: expected an integer of 64 bits"),
+    "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
+    # What is written
+    "a folder that is not there": quantize("--out nowhere/m.onnx", "an existing, writable folder"),
+    "a folder": quantize("--out images", "an existing, writable folder"),
+    "standard output": quantize("--out -", "standard output, which is not supported"),
+    "over the weights": quantize("--out good.safetensors", "expected another file than --out, got good.safetensors"),
+    "twice the same": quantize("--float-onnx ./m.onnx", "--float-onnx: expected another file than --out"),
+    "the float file nowhere": quantize("--float-onnx nowhere/f.onnx", "quantize --float-onnx"),
+    "the float file over the weights": quantize("--float-onnx good.safetensors", "expected another file than --float"),
+    "a checkpoint that is a folder": quantize("--checkpoint images", "quantize --checkpoint"),
+    "a checkpoint that is none": quantize("--checkpoint other.safetensors", "other.safetensors"),
+    # What cannot be read as options
+    "no images": quantize("--images 0", "--images", 2),
+    "no batch": quantize("--batch 0", "--batch", 2),
+    "words for bits": quantize("--w-bits four", "--w-bits", 2),
+    "a share above one": quantize("--fail-under 98", "--fail-under", 2),
+    "an unknown option": quantize("--fast", "--fast", 2),
+    "no folder": Case(f"quantize {MODEL} --out m.onnx", "--data", 2),
+    "no file": Case(f"quantize {MODEL} --data images", "--out", 2),
+    "no model": Case("quantize --data images --out m.onnx", "Missing argument", 2),
+    "no such command": Case("quantise", "quantise", 2),
+    # eval and inspect
+    "eval of no file": Case("eval no.onnx --data images", "no.onnx"),
+    "eval of garbage": Case("eval garbage.onnx --data images", "expected an ONNX model"),
+    "eval of an empty file": Case("eval none.onnx --data images", "none.onnx"),
+    "eval of a folder": Case("eval images --data images", "images: expected an ONNX model"),
+    "eval without preprocessing": Case("eval three.onnx --data images", "pass --model with the timm model"),
+    "eval of a picture": Case(f"eval picture.onnx --data images --model {MODEL}", "expected logits"),
+    "eval of other classes": Case(f"eval two.onnx --data images --model {MODEL}", "expected 2 sub-folders"),
+    "eval with an unknown model": Case(f"eval three.onnx --data images --model {TYPO}", f"did you mean {MODEL}"),
+    "eval on nothing": Case(f"eval three.onnx --data nowhere --model {MODEL}", "got no such folder"),
+    "eval without classes": Case(f"eval three.onnx --data flat --model {MODEL}", "in one sub-folder per class"),
+    "eval against nothing": Case(f"eval three.onnx --data images --model {MODEL} --against no.onnx", "no.onnx"),
+    "eval against garbage": Case(
+        f"eval three.onnx --data images --model {MODEL} --against garbage.onnx", "garbage.onnx: expected an ONNX model"
+    ),
+    "eval against an unknown model": Case(
+        f"eval three.onnx --data images --model {MODEL} --against {TYPO}",
+        f"did you mean {MODEL}",
+    ),
+    "eval against other classes": Case(
+        f"eval three.onnx --data images --model {MODEL} --against two.onnx", "--against: expected logits of the shape"
+    ),
+    "eval against a file with weights": Case(
+        "eval three.onnx --data images --against two.onnx --weights good.safetensors", "leave these out"
+    ),
+    "weights of nothing": Case("eval three.onnx --data images --weights good.safetensors", "add --against"),
+    "inspect of no file": Case("inspect no.onnx", "no.onnx"),
+    "inspect of garbage": Case("inspect garbage.onnx --json", "expected an ONNX model"),
+    "inspect of a folder": Case("inspect images", "images: expected an ONNX model"),
+    "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
+    "a demo in a file": Case("demo --out three.onnx", "demo --out"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_input_is_one_sentence(place, name):
+    case = CASES[name]
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    result = CliRunner().invoke(app, case.line.split())
+    assert result.exit_code == case.code, result.output
+    assert case.says in " ".join(result.stderr.replace("│", " ").split()), result.stderr
+    assert "Traceback" not in result.output
+    assert "\x1b" not in result.output
+    if case.code == 1:
+        (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        others = [line for line in result.stderr.splitlines() if not line.startswith("warning: ") and line != error]
+        assert not others
+        assert len(error) < 1000
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_there_are_many():
+    assert len(CASES) >= 60
