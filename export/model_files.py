@@ -37,6 +37,9 @@ HASH_DIGITS = 16
 #: A value of so many bytes may take one in a file: an integer that is small, such as the sizes of shapes.
 SMALLEST_VALUE = 8
 
+#: Graphs in nodes (If, Loop, Scan) in graphs in nodes: releases of runtimes take twice as long for each one more.
+MOST_NESTED = 8
+
 OPERATION = "read ONNX file"
 
 #: Whether this thread reads a file that anybody may have written.
@@ -48,8 +51,8 @@ for _name in ("onnx_ir.serde", "onnx_ir._core", "onnx_ir._graph_containers", "on
 def load_file(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX file; weights beside it are read when they are needed.
 
-    Raises PTQError if it is no ONNX model, if weights are missing, lie outside of its folder or are no files, and if
-    it says that it holds more than it does, or than memory does.
+    Raises PTQError if it is no ONNX model, if weights are missing, lie outside of its folder or are no files, if it
+    says that it holds more than it does, or than memory does, and if its graphs are in each other without end.
     """
     size = check_readable(path, OPERATION, "an ONNX model").stat().st_size
     if size > 2**31 - 1:
@@ -62,6 +65,7 @@ def load_file(path: str | os.PathLike[str]) -> ir.Model:
         external = [tensor.path for tensor in tensors_of(model) if isinstance(tensor, ir.ExternalTensor)]
         if not all(map(os.path.exists, external)):
             model = ir.load(Path(path).resolve())  # of a link: its weights lie beside it, or beside what it leads to
+        _check_nesting(model, Path(path))
         _check_tensors(model, Path(path), size)
     return model
 
@@ -79,6 +83,28 @@ def unreadable(operation: str, path: str | os.PathLike[str], expected: str) -> I
             yield
     finally:
         _READING.reset(before)
+
+
+def _check_nesting(model: ir.Model, path: Path) -> None:
+    """Raise PTQError if there are graphs in more than MOST_NESTED nodes around them."""
+    waiting: list[tuple[ir.Graph | ir.Function, int]] = [(model.graph, 0)]
+    waiting += [(function, 0) for function in model.functions.values()]
+    while waiting:
+        graph, depth = waiting.pop()
+        if depth > MOST_NESTED:
+            do = "export it again without branches inside of branches"
+            expected, got = f"at most {MOST_NESTED} graphs around a node of an ONNX model", "more"
+            raise failure(OPERATION, str(path), expected=expected, got=got, do=do)
+        waiting += [(inner, depth + 1) for node in graph for inner in _graphs_in(node)]
+
+
+def _graphs_in(node: ir.Node) -> Iterator[ir.Graph]:
+    """Yield the graphs that a node has as attributes."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def _check_tensors(model: ir.Model, path: Path, size: int) -> None:
@@ -109,10 +135,8 @@ def _inner_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                     yield attribute.as_tensor()
                 elif attribute.type == ir.AttributeType.TENSORS:
                     yield from attribute.as_tensors()
-                elif attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                    is_one = attribute.type == ir.AttributeType.GRAPH
-                    for inner in (attribute.as_graph(),) if is_one else attribute.as_graphs():
-                        yield from (v.const_value for v in inner.initializers.values() if v.const_value is not None)
+            for inner in _graphs_in(node):
+                yield from (v.const_value for v in inner.initializers.values() if v.const_value is not None)
 
 
 def _misplaced(tensor: ir.ExternalTensor, folder: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 from hostile import EVIL, Case
 from hostile.changes import CHANGES
 from hostile.places import PLACES
-from hostile.programs import PROGRAMS, WEIGHTS
+from hostile.programs import PROGRAMS, WEIGHTS, nested
 from hostile.records import PREPROCESSING, RECORDS
 from PIL import Image
 from rich.console import Console
@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
+from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.inspection import inspect_file
 from ptq4vit_fx.export.proof.openvino_runtime import openvino_graph
 from ptq4vit_fx.export.scales import read_scales
@@ -136,6 +137,7 @@ WORDS = {
     "a device as weights": "the weights w lie outside of the file's folder, at /dev/zero",
     "a pipe as weights": "/weights: a pipe",
     "opset 99": "opset 28.; export the file again",
+    "Ifs within each other": "expected at most 8 graphs around a node of an ONNX model, got more; export it again",
     "two inputs": "expected a file of one input",
     "a sequence of logits": "output logits: expected numbers, got seq(tensor(float))",
     "crop_pct: 0": "preprocessing.crop_pct: expected 0.05 to 1, got 0",
@@ -148,6 +150,13 @@ def test_what_the_sentence_says(good, readers, tmp_path, name):
     accepted, text = said(readers[2], CASES[name](good, tmp_path / "folder"))
     assert not accepted
     assert WORDS[name] in text
+
+
+@pytest.mark.parametrize("depth", [1, 8])
+def test_branches_as_models_have_them_are_read(good, tmp_path, depth):
+    accepted, text = said(lambda path: repr(load_file(path)), nested(depth)(good, tmp_path))
+    assert accepted, text
+    assert not said(lambda path: repr(load_file(path)), nested(9)(good, tmp_path))[0]
 
 
 def test_a_file_of_another_model_does_not_fit(good, readers, tmp_path):
