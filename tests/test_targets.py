@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +364,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, converted, sm
 def test_the_file_says_how_it_was_made(default_file, converted):
     properties = {entry.key: entry.value for entry in onnx.load(default_file).metadata_props}
     record = json.loads(properties[RECIPE_KEY])
-    assert record["recipe"] == "ptq4vit(8, 8, weights='channel', twins='exact')"
+    assert record["recipe"] == "best(8, 8, weights='channel', twins='exact')"
     (search,) = record["searches"]
     assert search["settings"]["metric"] == "hessian"
     assert search["products"] == [op.name for op in converted.plan.ops]
@@ -388,10 +389,10 @@ def test_every_scale_is_read_back_bit_for_bit(tmp_path, converted, small_images,
 
 
 def test_equal_scales_of_heads_are_read_back_at_every_site(tmp_path, converted, small_images):
-    prepared = ptq.prepare_fx(tiny_vit(), ptq.recipes.ptq4vit(), small_images[:1])
+    prepared = ptq.prepare_fx(tiny_vit(), ptq.recipes.best(), small_images[:1])
     params = dict(converted.calibration.params)
     params["blocks.0.attn.matmul_qk:rhs"] = params["blocks.0.attn.matmul_qk:lhs"]
-    ptq.load_calibration(prepared, ptq.Calibration(converted.plan, params))
+    ptq.load_calibration(prepared, replace(converted.calibration, params=params))
     ptq.export_onnx(ptq.convert_fx(prepared), tmp_path / "model.onnx", small_images[:1])
     scales = read_scales(tmp_path / "model.onnx")
     assert np.array_equal(scales["blocks.0.attn.matmul_qk:rhs"].scale, scales["blocks.0.attn.matmul_qk:lhs"].scale)
