@@ -6,11 +6,15 @@ import os
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from brought import brought
 from brought.pipeline import pictures, pipeline, sum_of_squares
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+#: torch.onnx.export of older releases mixes up two names where type_as gives back a buffer as it is.
+OLD_EXPORT = "got ValueError: Key" if torch.__version__ < TorchVersion("2.14") else None
 
 #: Of a transformer of two layers.
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
@@ -132,7 +136,7 @@ def poses() -> None:
     pipeline(made(VitPoseForPoseEstimation, config), pictures(), loss=sum_of_squares)
 
 
-@brought("task", "video: VideoMAE, (batch, frames, channels, height, width)", quick=True)
+@brought("task", "video: VideoMAE, (batch, frames, channels, height, width)", refused=OLD_EXPORT, quick=True)
 def videomae() -> None:
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
