@@ -37,7 +37,8 @@ HASH_DIGITS = 16
 #: A value of so many bytes may take one in a file: an integer that is small, such as the sizes of shapes.
 SMALLEST_VALUE = 8
 
-#: Graphs in nodes (If, Loop, Scan) in graphs in nodes: releases of runtimes take twice as long for each one more.
+#: Graphs in nodes (If, Loop, Scan) in graphs in nodes, and functions in functions: older releases of runtimes take
+#: twice as long for each one more, and end the process where a function calls itself.
 MOST_NESTED = 8
 
 OPERATION = "read ONNX file"
@@ -86,16 +87,22 @@ def unreadable(operation: str, path: str | os.PathLike[str], expected: str) -> I
 
 
 def _check_nesting(model: ir.Model, path: Path) -> None:
-    """Raise PTQError if there are graphs in more than MOST_NESTED nodes around them."""
+    """Raise PTQError if there are more than MOST_NESTED graphs or functions around a node, or a function in itself."""
     waiting: list[tuple[ir.Graph | ir.Function, int]] = [(model.graph, 0)]
-    waiting += [(function, 0) for function in model.functions.values()]
+    deepest: dict[int, int] = {}
     while waiting:
         graph, depth = waiting.pop()
         if depth > MOST_NESTED:
             do = "export it again without branches inside of branches"
-            expected, got = f"at most {MOST_NESTED} graphs around a node of an ONNX model", "more"
+            expected, got = f"at most {MOST_NESTED} graphs or functions around a node of an ONNX model", "more"
             raise failure(OPERATION, str(path), expected=expected, got=got, do=do)
-        waiting += [(inner, depth + 1) for node in graph for inner in _graphs_in(node)]
+        if deepest.get(id(graph), -1) >= depth:
+            continue
+        deepest[id(graph)] = depth
+        for node in graph:
+            waiting += [(inner, depth + 1) for inner in _graphs_in(node)]
+            if (called := model.functions.get(node.op_identifier())) is not None:
+                waiting.append((called, depth + 1))
 
 
 def _graphs_in(node: ir.Node) -> Iterator[ir.Graph]:
