@@ -59,7 +59,8 @@ def evaluate_file(
     labels, skipped = np.asarray(folder.labels), list[str]()
     seen = list[Array]()  # per batch: the numbers of the images, both ranks, whether the first classes are the same
     classes = 0
-    bar = track(folder.paths, "eval", console=console, disable=not console.is_terminal)
+    # A bar that is switched off prints an empty line in older releases of rich.
+    bar = track(folder.paths, "eval", console=console) if console.is_terminal else folder.paths
     size = fixed_batch("eval", str(file), session) or batch_size
     for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
         logits = classify(pixels)
