@@ -186,9 +186,7 @@ def _output(converted: GraphModule) -> tuple[str, list[str] | None]:
     """Return the name of the output that readers ask for, and `output_names` of `export_onnx` that give the file it."""
     shapes = {name: result.value.shape for name, result in results_of(converted).items()}
     name = LOGITS if len(shapes.get(LOGITS, ())) == 2 else HIDDEN
-    if name in shapes:
-        return name, [name]
-    if len(shapes) == 1:
+    if name in shapes or len(shapes) == 1:
         return name, [name]
     do = "return that tensor alone from forward"
     raise failure(OPERATION, "the model's outputs", expected=f"{LOGITS} or {HIDDEN}", got=", ".join(shapes), do=do)

@@ -21,7 +21,7 @@ from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_pa
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_product
 from ptq4vit_fx.passes.graph.rewriter import Writer
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.graph.stored_tensors import overwrite, reads_of
+from ptq4vit_fx.passes.graph.stored_tensors import are_alone, overwrite, reads_of
 
 
 @graph_pass(before=Stage.OBSERVED, after=Stage.OBSERVED)
@@ -122,7 +122,7 @@ def _store(graph_module: GraphModule, node: Node, place: int | str, value: Tenso
     observers = [user for user in node.users if is_observer(graph_module, user)]
     if is_stored(old):
         reads = reads_of(graph_module, get_attribute(graph_module, stored_path(old)))
-        if all(read.users.keys() <= {node, *observers} for read in reads):
+        if are_alone(reads, {node, *observers}):
             overwrite(graph_module, reads, value)
             return
     new = value.float().contiguous().to(_device(graph_module))

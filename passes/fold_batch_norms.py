@@ -14,7 +14,7 @@ from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_pa
 from ptq4vit_fx.passes.graph.marks import kind_of
 from ptq4vit_fx.passes.graph.rewriter import Writer, replace
 from ptq4vit_fx.passes.graph.stages import Stage
-from ptq4vit_fx.passes.graph.stored_tensors import hold, overwrite, reads_of
+from ptq4vit_fx.passes.graph.stored_tensors import are_alone, hold, overwrite, reads_of
 
 #: What is added to a variance where a call does not say.
 EPS = 1e-5
@@ -42,12 +42,10 @@ def _takes_a_norm(graph_module: GraphModule, product: Node) -> bool:
     if kind_of(product) != "conv2d" or len(product.users) != 1:
         return False
     stored = [x for x in product.args[1:3] if x is not None]
-    return all(is_stored(x) and _reads_alone(graph_module, product, x) for x in stored)
-
-
-def _reads_alone(graph_module: GraphModule, product: Node, stored: Node) -> bool:
-    reads = reads_of(graph_module, get_attribute(graph_module, stored_path(stored)))
-    return all(read.op == "get_attr" and set(read.users) <= {product} for read in reads)
+    return all(
+        is_stored(x) and are_alone(reads_of(graph_module, get_attribute(graph_module, stored_path(x))), {product})
+        for x in stored
+    )
 
 
 def _fold(graph_module: GraphModule, product: Node, norm: Node) -> None:

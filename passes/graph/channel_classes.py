@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.affine_norms import affine_dimension
 from ptq4vit_fx.passes.graph.channel_places import CASTS, FLATTENING, SHAPED_LIKE, SUMS, averaged_dimensions
-from ptq4vit_fx.passes.graph.channels import is_observer
+from ptq4vit_fx.passes.graph.channels import Groups, is_observer
 from ptq4vit_fx.passes.graph.dataflow import call_name, is_stored, moves_only
 from ptq4vit_fx.passes.graph.marks import kind_of
 from ptq4vit_fx.passes.graph.residual_streams import CONCATENATIONS, DIVISIONS
@@ -44,41 +44,29 @@ class ChannelClasses:
 
     written: dict[Node, Tensor] = field(default_factory=dict)
     read: dict[Node, Tensor] = field(default_factory=dict)
-    parents: list[int] = field(default_factory=lambda: [FREE, FIXED])
-    reasons: dict[int, str] = field(default_factory=dict)
+    groups: Groups = field(default_factory=Groups)
+    count: int = FIXED + 1
+    reasons: dict[float, str] = field(default_factory=dict)
 
     def new(self, channels: int) -> Tensor:
         """Return the numbers of new classes, float64 (channels,)."""
-        first = len(self.parents)
-        self.parents += range(first, first + channels)
-        return torch.arange(first, first + channels, dtype=torch.float64)
-
-    def root(self, number: int) -> int:
-        """Return the number that all of a class share, FIXED if it has the factor 1."""
-        while self.parents[number] != number:
-            number = self.parents[number]
-        return number
+        first, self.count = self.count, self.count + channels
+        return torch.arange(first, self.count, dtype=torch.float64)
 
     def reason(self, number: int) -> str:
         """Return why a number is fixed, "" if it is not, or is that of what no layer writes."""
-        while self.parents[number] not in (number, FIXED):
-            number = self.parents[number]
-        return self.reasons.get(number, "")
+        return next((self.reasons[own] for own in self.groups.path(number) if own in self.reasons), "")
 
     def roots(self, numbers: Tensor) -> Tensor:
-        """Return the root of every number, int64."""
-        found, places = torch.unique(numbers.long(), return_inverse=True)
-        return torch.tensor([self.root(number) for number in found.tolist()], dtype=torch.long)[places]
+        """Return the number that all of a class share, of every number, int64: FIXED if it has the factor 1."""
+        return self.groups.firsts(numbers.long())
 
     def join(self, ours: Tensor, theirs: Tensor, reason: str) -> None:
         """Make pairs of numbers one class; reason: why it is fixed if one of the two is."""
-        pairs = torch.stack([ours.flatten(), theirs.flatten()], 1).long()
-        for pair in torch.unique(pairs[(pairs != FREE).all(1)], dim=0).tolist():
-            low, high = sorted(map(self.root, pair))
-            if low != high:
-                self.parents[high] = low
-                if low == FIXED:
-                    self.reasons[high] = reason
+        known = (ours != FREE) & (theirs != FREE)
+        for low, high in self.groups.join(ours[known], theirs[known]):
+            if low == FIXED:
+                self.reasons[high] = reason
 
     def fix(self, numbers: Tensor, reason: str) -> None:
         """Give classes the factor 1."""

@@ -7,6 +7,8 @@ group from there on.
 from __future__ import annotations
 
 import operator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,19 +63,30 @@ class Groups:
     def __init__(self) -> None:
         self._smaller: dict[float, float] = {}
 
-    def first(self, number: float) -> float:
-        """Return the smallest number of this channel's group."""
+    def path(self, number: float) -> Iterator[float]:
+        """Yield a number and those that it was joined to, one after the other, up to the smallest of its group."""
+        yield number
         while number in self._smaller:
             number = self._smaller[number]
-        return number
+            yield number
 
-    def join(self, one: Tensor, other: Tensor) -> None:
-        """Let the channels that meet in any entry of two tensors of numbers, of one shape, be of one group."""
+    def first(self, number: float) -> float:
+        """Return the smallest number of this channel's group."""
+        return deque(self.path(number), maxlen=1)[0]
+
+    def join(self, one: Tensor, other: Tensor) -> list[tuple[float, float]]:
+        """Let the channels that meet in any entry of two tensors of numbers, of one shape, be of one group.
+
+        Return the smallest numbers of the groups that became one, the lower of each pair first.
+        """
         pairs: Tensor = torch.unique(torch.stack([one.flatten(), other.flatten()], 1), dim=0)
+        joined = []
         for pair in pairs.tolist():
             low, high = sorted(map(self.first, pair))
             if low != high:
                 self._smaller[high] = low
+                joined.append((low, high))
+        return joined
 
     def all_of(self, numbers: Tensor, channels: int) -> Tensor:
         """Return every channel below `channels`, float64, that is in a group of one of these numbers."""

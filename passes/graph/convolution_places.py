@@ -13,7 +13,7 @@ from ptq4vit_fx.balances import Balance
 from ptq4vit_fx.names import site
 from ptq4vit_fx.passes.graph.balanced_layers import FIELDS, Columns, Place, Rows, name_of
 from ptq4vit_fx.passes.graph.channel_classes import FIXED, HOMOGENEOUS, POOLS, ChannelClasses, channel_classes
-from ptq4vit_fx.passes.graph.channels import written_by
+from ptq4vit_fx.passes.graph.channels import Groups, written_by
 from ptq4vit_fx.passes.graph.dataflow import call_name
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_product
 from ptq4vit_fx.passes.graph.shapes import shape_of
@@ -82,12 +82,15 @@ def _places(written: dict[Node, Tensor], read: dict[Node, Tensor]) -> Iterator[P
 
 def _together(read: Iterable[Tensor]) -> list[Tensor]:
     """Return the classes that can be scaled in groups, sorted: two that one product reads are in one group."""
-    groups: dict[int, list[int]] = {}
+    groups, found = Groups(), dict[int, None]()
     for numbers in read:
-        mine = [number for number in torch.unique(numbers).tolist() if number > FIXED]
-        whole = list(dict.fromkeys(x for number in mine for x in groups.get(number, [number])))
-        groups |= dict.fromkeys(whole, whole)
-    return [torch.tensor(sorted(group)) for group in {id(group): group for group in groups.values()}.values()]
+        mine = torch.unique(numbers[numbers > FIXED])
+        groups.join(mine, mine[:1].expand_as(mine))
+        found |= dict.fromkeys(mine.tolist())
+    together: dict[float, list[int]] = {}
+    for number in found:
+        together.setdefault(groups.first(number), []).append(number)
+    return [torch.tensor(sorted(own)) for own in together.values()]
 
 
 def _numbered(layers: dict[Node, Tensor], own: Tensor) -> Iterator[tuple[Node, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -21,6 +23,11 @@ def _reads(graph_module: GraphModule, node: Node, tensor: Tensor) -> bool:
         return False
     module = graph_module.get_submodule(str(node.target))
     return any(x is tensor for x in (*module.parameters(), *module.buffers()))
+
+
+def are_alone(reads: Iterable[Node], readers: Collection[Node]) -> bool:
+    """Return whether a tensor with these reads comes to no other node than `readers`."""
+    return all(read.op == "get_attr" and all(user in readers for user in read.users) for read in reads)
 
 
 def overwrite(graph_module: GraphModule, reads: list[Node], value: Tensor) -> None:
