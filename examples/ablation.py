@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
-from simulate import measure, open_source, row, widths
+from simulate import open_source, print_table
 from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
@@ -136,23 +136,8 @@ def steps(
 ) -> None:
     """Print one Markdown row per step and width: top-1, share of images of the float model's class, divergence."""
     source = open_source(model, fixtures, images, scales)
-    rows = []
-    for name, recipe_of in STEPS.items():
-        if step and not name.startswith(tuple(step)):
-            continue
-        for width in bits:
-            weights, activations = widths(width)
-            scores = []
-            for start in first:
-                key = "_".join(
-                    [name.partition(" (")[0], f"W{weights}A{activations}", str(calibration_images), str(start)]
-                )
-                pixels = source.calibration_images(start, calibration_images)
-                scores.append(measure(source, recipe_of(weights, activations), pixels, key, file=file))
-            rows.append(f"| {name} | W{weights}A{activations} | {row(scores)} |")
-    print(f"\n{model}, {images} images of `val`, {'ONNX Runtime' if file else 'simulated'}\n")
-    print("| step | bits | top-1 | mean | agreement | KL |\n|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    recipes = {name: recipe for name, recipe in STEPS.items() if not step or name.startswith(tuple(step))}
+    print_table(source, recipes, bits, first, calibration_images, file=file)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,6 +162,38 @@ def row(scores: list[Score]) -> str:
     )
 
 
+def print_table(
+    source: Source,
+    recipes: Mapping[str, Callable[[int, int], ptq.QConfigMapping]],
+    bits: list[str],
+    first: list[int],
+    calibration_images: int,
+    *,
+    file: bool,
+    **calibrate: Any,
+) -> None:
+    """Measure every recipe at every width, from every first image on, and print a Markdown row each.
+
+    recipes: name -> bits of weights and activations -> the recipe; scales are kept under the name up to its brackets.
+    """
+    rows = []
+    for name, recipe_of in recipes.items():
+        for weights, activations in map(widths, bits):
+            width, scores = f"W{weights}A{activations}", []
+            for start in first:
+                key = f"{name.partition(' (')[0].replace(', ', '_')}_{width}_{calibration_images}_{start}"
+                pixels = source.calibration_images(start, calibration_images)
+                mapping = recipe_of(weights, activations)
+                scores.append(measure(source, mapping, pixels, key, file=file, **calibrate))
+            rows.append(f"| {name} | {width} | {row(scores)} |")
+    top = score(float_answers(source)[0], source).right
+    where = "ONNX Runtime" if file else "simulated"
+    print(f"\n{source.name}, {source.images} images of `val`, float {top:.2%}, {where}, ", end="")
+    print(f"{calibration_images} calibration images from {', '.join(map(str, first))}\n")
+    print("| recipe | bits | top-1 | mean | agreement | KL |\n|---|---|---|---|---|---|")
+    print("\n".join(rows))
+
+
 @app.command(help=__doc__)
 def main(
     model: str,
@@ -179,24 +212,14 @@ def main(
     """Print one Markdown row per recipe and bit width."""
     source = open_source(model, fixtures, images, scales)
     changed = {"twins": twins} if twins != "exact" else {}
-    rows = []
-    for name in recipe:
-        parts = [name, *changed.values(), *([metric] if metric else []), *([loss] if loss != DEFAULT_LOSS else [])]
-        for width in bits:
-            weights, activations = widths(width)
-            mapping = getattr(ptq.recipes, name)(weights, activations, **changed)
-            mapping = mapping if metric is None else mapping.with_search(metric=metric)
-            scores = []
-            for start in first:
-                key = "_".join([*parts, f"W{weights}A{activations}", str(calibration_images), str(start)])
-                pixels = source.calibration_images(start, calibration_images)
-                scores.append(measure(source, mapping, pixels, key, file=file, loss=loss))
-            rows.append(f"| {', '.join(parts)} | W{weights}A{activations} | {row(scores)} |")
-    top = score(float_answers(source)[0], source).right
-    print(f"\n{model}, {images} images of `val`, float {top:.2%}, {'ONNX Runtime' if file else 'simulated'}, ", end="")
-    print(f"{calibration_images} calibration images from {', '.join(map(str, first))}\n")
-    print("| recipe | bits | top-1 | mean | agreement | KL |\n|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    variant = [*changed.values(), *([metric] if metric else []), *([loss] if loss != DEFAULT_LOSS else [])]
+
+    def recipe_of(name: str, weights: int, activations: int) -> ptq.QConfigMapping:
+        mapping: ptq.QConfigMapping = getattr(ptq.recipes, name)(weights, activations, **changed)
+        return mapping if metric is None else mapping.with_search(metric=metric)
+
+    recipes = {", ".join([name, *variant]): partial(recipe_of, name) for name in recipe}
+    print_table(source, recipes, bits, first, calibration_images, file=file, loss=loss)
 
 
 if __name__ == "__main__":
