@@ -184,21 +184,6 @@ def said_of_skipped(skipped: Sequence[str]) -> str:
     return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {some_names(skipped, separator='; ')}"
 
 
-def load_images(
-    folder: Path | ImageFolder,
-    transform: Callable[[Image.Image], Tensor],
-    limit: int,
-    skipped: list[str],
-    channels: int = 3,
-) -> Tensor:
-    """Return up to `limit` readable images of a folder as one tensor (images, channels, height, width).
-
-    Raises PTQError if none is readable.
-    """
-    listed = folder if isinstance(folder, ImageFolder) else list_images(folder, limit=limit)
-    return load_named(listed.paths[:limit], transform, skipped, channels)[1]
-
-
 def load_named(
     paths: Sequence[Path], transform: Callable[[Image.Image], Tensor], skipped: list[str], channels: int = 3
 ) -> tuple[list[Path], Tensor]:

@@ -18,7 +18,7 @@ import ptq4vit_fx as ptq
 from brought import brought
 from brought.command import VIT, command, vit_checkpoint
 from brought.pipeline import QUICK, pictures, vit
-from ptq4vit_fx.tools.models import list_images, load_images
+from ptq4vit_fx.tools.models import list_images, load_named
 
 SHADES = np.kron(np.random.default_rng(0).integers(0, 65536, (4, 4)), np.ones((8, 8))).astype(np.uint16)
 TRANSFORMS = {
@@ -48,7 +48,7 @@ def folder(**files: Any) -> Iterator[Path]:
 def loaded(root: Path, channels: int = 3) -> Tensor:
     """Return the images of a folder, none of which may be skipped."""
     skipped: list[str] = []
-    images = load_images(root, TRANSFORMS[channels], 100, skipped, channels)
+    images = load_named(list_images(root, limit=100).paths, TRANSFORMS[channels], skipped, channels)[1]
     assert not skipped
     return images
 
@@ -68,7 +68,7 @@ def sixteen_bits() -> None:
             torch.testing.assert_close(loaded(root), expected, rtol=0, atol=1e-6)
     with folder(a_tif=unit - 7, b_png=right) as root:
         skipped: list[str] = []
-        assert len(load_images(root, TRANSFORM, 9, skipped)) == 1
+        assert len(load_named(list_images(root, limit=9).paths, TRANSFORM, skipped)[1]) == 1
         assert "what is black and white is not known" in skipped[0]
 
 
@@ -105,7 +105,7 @@ def broken_files() -> None:
         (root / "e.png").write_bytes(whole[: len(whole) // 2])
         (root / "f.png").symlink_to(root / "nowhere.png")
         skipped: list[str] = []
-        assert len(load_images(root, TRANSFORM, 9, skipped)) == 1
+        assert len(load_named(list_images(root, limit=9).paths, TRANSFORM, skipped)[1]) == 1
         assert [Path(line.split(":")[0]).name for line in skipped] == ["b.png", "c.jpg", "d.png", "e.png", "f.png"]
         assert "exceeds limit" in skipped[2]
 
@@ -113,7 +113,7 @@ def broken_files() -> None:
 @brought("data", "nothing but broken files", refused="expected one readable image or more, got none of 2, the first: ")
 def all_broken() -> None:
     with folder(a_png="not an image", b_png="nor this") as root:
-        load_images(root, TRANSFORM, 9, [])
+        load_named(list_images(root, limit=9).paths, TRANSFORM, [])[1]
 
 
 @brought("data", "hidden files and folders, and what programs leave behind", quick=True)
