@@ -40,7 +40,7 @@ def prepare_fx(
     example_inputs: Any,
     *,
     leaf_modules: Sequence[str | type[nn.Module]] = (),
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
 ) -> GraphModule:
     """Trace a float model, make its graph canonical, plan its quantization and insert observers.
 
@@ -48,9 +48,10 @@ def prepare_fx(
     example_inputs: an image batch (batch, channels, height, width), or any tensor or array that has the batch first; a
     tuple of as many as forward is given; or a mapping by the names of forward's parameters, such as a processor's
     output; labels are left out. leaf_modules: types or paths of modules that stay closed and float. skip: names
-    of modules or products that stay float. Returns a GraphModule that computes the float model and has `.plan` (a
-    QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if it holds NaN, or if a name or a
-    rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
+    of modules or products that stay float, or patterns such as `blocks.*.attn`. Returns a GraphModule that computes the
+    float model and has `.plan` (a QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if
+    it holds NaN, or if a name or a rule of the mapping matches nothing; warns (PTQWarning) of every product that stays
+    float though no rule says so.
     """
     model = float_model(model)
     closed = module_paths(model, leaf_modules)
@@ -170,13 +171,15 @@ def quantize(
     *,
     qconfig_mapping: QConfigMapping | None = None,
     example_inputs: Any = None,
+    leaf_modules: Sequence[str | type[nn.Module]] = (),
+    skip: str | Sequence[str] = (),
     **calibrate_kwargs: Any,
 ) -> GraphModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
     qconfig_mapping: default recipes.best(8, 8). example_inputs: default the first image of `data`; needed where
-    forward is given more of an item than it must have. The other arguments go to `calibrate`. The result has `.plan`
-    and `.calibration`.
+    forward is given more of an item than it must have. leaf_modules, skip: as for `prepare_fx`. The other arguments go
+    to `calibrate`. The result has `.plan` and `.calibration`.
     """
     item = None
     if example_inputs is None:
@@ -184,7 +187,7 @@ def quantize(
         item, data = first_item(data, "quantize")
     try:
         example = example_inputs if item is None else first_example(model, item, "quantize")
-        prepared = prepare_fx(model, qconfig_mapping or best(), example)
+        prepared = prepare_fx(model, qconfig_mapping or best(), example, leaf_modules=leaf_modules, skip=skip)
     except PTQError:
         if item is not None:
             check_containers(model, item, "quantize", "the first item of data")
