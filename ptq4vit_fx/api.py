@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.staged_model import calibrated_alone, model_at
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.passes.trace import module_paths, trace
 from ptq4vit_fx.pipeline import CONVERSION, preparation
 from ptq4vit_fx.qconfig import QConfigMapping
@@ -41,7 +42,7 @@ def prepare_fx(
     *,
     leaf_modules: Sequence[str | type[nn.Module]] = (),
     skip: str | Sequence[str] = (),
-) -> GraphModule:
+) -> TracedModule:
     """Trace a float model, make its graph canonical, plan its quantization and insert observers.
 
     model: any traceable vision transformer; it is copied, never changed, and the copy is in evaluation mode.
@@ -70,7 +71,7 @@ def prepare_fx(
             raise
         return prepare_fx(model, qconfig_mapping, inputs_alone.tensors, leaf_modules=leaf_modules, skip=skip)
     traced.meta[NORMALIZATION] = normalization_of(model)
-    return prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed)
+    return cast("TracedModule", prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed))
 
 
 def prepare_traced(
@@ -131,7 +132,7 @@ def calibrate(
 
 
 @independent_of_caller()
-def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
+def load_calibration(prepared: GraphModule, calibration: Calibration) -> TracedModule:
     """Set the scales of a prepared model; return it.
 
     Raises PTQError if the calibration is of another plan or of other weights, lacks a site, or holds scales that no
@@ -144,7 +145,7 @@ def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphMo
 
 
 @independent_of_caller()
-def convert_fx(prepared: GraphModule) -> GraphModule:
+def convert_fx(prepared: GraphModule) -> TracedModule:
     """Freeze the scales: integer weights, quantize and dequantize nodes, two branches behind every twin.
 
     Returns a new GraphModule that runs in PyTorch as the simulation of the deployed model; `prepared` is not
@@ -161,7 +162,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
             do="call calibrate(prepared, images) or load_calibration(prepared, calibration) first",
         )
     home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    return attach(CONVERSION.run(on_cpu(prepared)).to(home), calibration=calibration)
+    return cast("TracedModule", attach(CONVERSION.run(on_cpu(prepared)).to(home), calibration=calibration))
 
 
 @independent_of_caller()
@@ -174,7 +175,7 @@ def quantize(
     leaf_modules: Sequence[str | type[nn.Module]] = (),
     skip: str | Sequence[str] = (),
     **calibrate_kwargs: Any,
-) -> GraphModule:
+) -> TracedModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
     qconfig_mapping: default recipes.best(8, 8). example_inputs: default the first image of `data`; needed where

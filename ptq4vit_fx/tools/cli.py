@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,7 +12,6 @@ from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, rea
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
-    from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
@@ -35,8 +34,19 @@ def main(
     """Quantize vision transformers, and look at what came of it."""
 
 
+def _config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take what a file says as the defaults of the command line, before anything else of it is read."""
+    if path is not None and not context.resilient_parsing:
+        with readable_errors():
+            from ptq4vit_fx.tools.config_file import read_config
+
+            context.default_map = {**(context.default_map or {}), **read_config(path, quantize)}
+    return path
+
+
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="timm model name")],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
@@ -69,7 +79,9 @@ def quantize(
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
     ] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="module or product that stays float, repeatable")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="module, product or pattern that stays float, repeatable")
+    ] = None,
     float_onnx: Annotated[str | None, typer.Option(metavar="PATH", help="write the float model there too")] = None,
     fail_under: Annotated[
         float | None,
@@ -89,18 +101,48 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=BITS", help="'blocks.*.mlp.fc2=w8a8' or =float, repeatable, the last wins"),
+    ] = None,
+    weights_granularity: Annotated[
+        str | None, typer.Option(help="scales of a weight: channel, tensor or group (default: the recipe's)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="where the model is calibrated: cpu, cuda, cuda:1 or auto")] = "cpu",
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="search each product on the values that the quantized ones before give")
+    ] = False,
+    input_name: Annotated[list[str] | None, typer.Option(help="name of the file's input, repeatable")] = None,
+    output_name: Annotated[list[str] | None, typer.Option(help="name of each output of the file, repeatable")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=_config, is_eager=True, help="TOML file that holds any of these options by their names"),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print the file for --config that repeats this run, and do nothing")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and do nothing")] = False,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
+        from ptq4vit_fx.tools.config_file import as_toml
+
+        repeat = as_toml(quantize, context.params) if verbose or print_config else ""
+        if print_config:
+            say(repeat, highlight=False)
+            return
         from ptq4vit_fx.tools.layouts import Destination
+        from ptq4vit_fx.tools.mappings import mapping_of
         from ptq4vit_fx.tools.quantizing import quantize_folder
         from ptq4vit_fx.tools.request import Request
 
         request = Request(
             model=model,
             data=data,
-            destination=Destination(out, layout, uint8_input, labels),
-            mapping=_mapping(recipe, twins, w_bits, a_bits),
+            destination=Destination(
+                out, layout, uint8_input, labels, tuple(input_name or ()), tuple(output_name or ())
+            ),
+            mapping=mapping_of(recipe, twins, w_bits, a_bits, weights_granularity, settings or []),
             weights=weights,
             weights_entry=weights_entry,
             model_args=tuple(model_arg or ()),
@@ -121,7 +163,16 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            device=device,
+            sequential=sequential,
+            settings=tuple(settings or ()),
         )
+        if plan:
+            from ptq4vit_fx.tools.planning import planned
+
+            found = planned(request)
+            say_json(found.to_dict()) if as_json else say("\n".join(found.lines()), highlight=False)
+            return
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
         drawn = shown and console.is_terminal
@@ -132,29 +183,10 @@ def quantize(
             say_json(summary.to_dict())
         speak("\n".join(summary.lines()))
         if verbose:
-            speak(summary.in_full())
+            speak(f"{summary.in_full()}\n{repeat}")
     if fail_under is not None and not summary.against.ok(fail_under):
         say(f"error: {summary.refusal(fail_under)}", to=complaints)
         raise typer.Exit(POOR)
-
-
-def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
-    """Return the recipe of that name; raises PTQError on a name that does not exist or does not go with the twins."""
-    from ptq4vit_fx import recipes
-
-    with_twins = {"best": recipes.best, "ptq4vit": recipes.ptq4vit}
-    without = {"tensorrt": recipes.tensorrt, "base": recipes.base_ptq}
-    if recipe not in {*with_twins, *without}:
-        expected = "best, ptq4vit, tensorrt or base"
-        raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
-    kinds = ("exact", "wide", "uniform", "auto") if recipe in with_twins else ("exact",)
-    if twins not in kinds:
-        expected = f"{' or '.join(kinds)} with the recipe {recipe}"
-        raise failure("quantize", "--twins", expected=expected, got=repr(twins), do="choose one")
-    if recipe in without:
-        return without[recipe](w_bits, a_bits)
-    searched = "exact" if twins == "auto" else cast("Literal['exact', 'wide', 'uniform']", twins)
-    return with_twins[recipe](w_bits, a_bits, twins=searched)
 
 
 @app.command(name="eval")

@@ -99,7 +99,7 @@ class Summary:
         ]
         if self.warnings:
             rows.append(("warnings", f"{len(self.warnings)} on the way, above"))
-        lines = [line for word, text in rows for line in _wrapped(word, printable(text))]
+        lines = [line for word, text in rows for line in wrapped(word, printable(text))]
         evaluate, inspect = (printable(command) for command in self.next_commands())  # whole, to be copied
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
 
@@ -127,7 +127,7 @@ class Summary:
         }
 
 
-def _wrapped(word: str, text: str) -> list[str]:
+def wrapped(word: str, text: str) -> list[str]:
     """Return a line behind the word that it starts with, in as many lines as it takes; paths stay whole."""
     return textwrap.wrap(
         text,
