@@ -68,7 +68,7 @@ class Destination:
     def check_names(self, prepared: GraphModule) -> None:
         """Raise PTQError, before the minutes, on names that the model has not as many inputs or outputs for."""
         if self.input_names or self.output_names:
-            interface_of(prepared, **self.names)
+            interface_of(prepared, self.input_names or None, self.output_names or None)
 
     def class_names(self, model: nn.Module) -> list[str] | None:
         """Return the lines of the labels, None without. Raises PTQError unless there is one for each class."""

@@ -77,6 +77,12 @@ def _read(setting: str) -> tuple[str, int | None, int | None]:
     return name, w, a
 
 
+def set_apart(mapping: QConfigMapping, plan: QuantPlan) -> int:
+    """Return how many products have the bits of a setting."""
+    patterns = [change.pattern for change in mapping.changes if not change.leaves_float]
+    return sum(any(is_meant(op.name, pattern) for pattern in patterns) for op in plan.ops)
+
+
 def said_of(settings: Sequence[str], plan: QuantPlan) -> list[str]:
     """Return one line for each setting: the products that it matches."""
     names = [*(op.name for op in plan.ops), *(op.name for op in plan.float_ops)]

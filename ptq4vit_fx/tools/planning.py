@@ -125,7 +125,8 @@ class Planned:
         return [printable(line) for line in lines]
 
     def _table(self) -> list[str]:
-        rows = [(f"{len(g.products):>4}", g.name, g.lhs, g.rhs) for g in self.groups]
+        rows = [("", "product", "lhs", "rhs")]
+        rows += [(f"{len(g.products):>4}", g.name, g.lhs, g.rhs) for g in self.groups]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         return ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
 
@@ -199,7 +200,7 @@ def _groups(plan: QuantPlan) -> tuple[Group, ...]:
 
 def _pattern(name: str) -> str:
     """Return a name with a star in the place of the numbers of its modules."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
 def _noted(places: Iterable[tuple[str, str, str]]) -> tuple[Noted, ...]:
@@ -218,4 +219,4 @@ def _files(request: Request) -> tuple[str, ...]:
 
 
 def _mib(size: float) -> str:
-    return f"{math.ceil(size / 2**20)} MiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
+    return f"{math.ceil(size / 2**20)} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

@@ -29,7 +29,7 @@ from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.held_out import Compared, images_to_compare
-from ptq4vit_fx.tools.mappings import said_of
+from ptq4vit_fx.tools.mappings import said_of, set_apart
 from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
@@ -90,6 +90,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
+        set_apart=set_apart(request.mapping, plan),
         sites=len(plan.quantizers),
         images=len(source.pixels),
         skipped=source.skipped,
