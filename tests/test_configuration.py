@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from typing import Annotated
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,6 +104,41 @@ def test_paths_in_a_file_may_be_absolute_or_at_home(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("deit_tiny_patch16_224", "deit_tiny_patch16_224"),
+        ("hf-hub:timm/x", "hf-hub:timm/x"),
+        ("org/name", "org/name"),
+        ("local-dir:mine", "local-dir:{folder}/mine"),
+        ("./mine", "{folder}/mine"),
+        ("nets/own.py:Net", "{folder}/nets/own.py:Net"),
+        ("/x/own.py:Net", "/x/own.py:Net"),
+    ],
+)
+def test_models_that_are_files_are_beside_the_file(tmp_path, written, read):
+    (tmp_path / "q.toml").write_text(f"model = '{written}'\n")
+    values = read_config(tmp_path / "q.toml", cli.quantize)
+    assert values == {"model": read.format(folder=tmp_path)}
+    assert f'model = "{values["model"]}"' in as_toml(cli.quantize, values).splitlines()
+
+
+def made(
+    context: typer.Context,
+    kept: Annotated[bool | None, typer.Option("--kept/--dropped")] = None,
+    batch: Annotated[int | None, typer.Option("--file-batch", "--batch")] = None,
+) -> None: ...
+
+
+def test_options_of_several_names(tmp_path):
+    kept, batch = options_of(made)
+    assert (kept.names, kept.off, batch.names, batch.off) == (("kept",), "dropped", ("file-batch", "batch"), None)
+    (tmp_path / "q.toml").write_text("dropped = true\nbatch = 4\n")
+    values = read_config(tmp_path / "q.toml", made)
+    assert values == {"kept": False, "batch": 4}
+    assert as_toml(made, values).splitlines()[1:] == ["kept = false", "file-batch = 4"]
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 DRAWN = {bool: st.booleans(), int: st.integers(1, 2**53), float: st.floats(0, 1, exclude_min=True)}
 
@@ -112,7 +149,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, data):
     values = {}
     for option in options_of(cli.quantize):
         if option.name not in NOT_IN_A_FILE and option.name != "plan" and not option.path:
-            drawn = DRAWN.get(option.kind, TEXTS)
+            drawn = st.just("vit") if option.model else DRAWN.get(option.kind, TEXTS)
             values[option.parameter] = data.draw(st.lists(drawn, min_size=1) if option.many else drawn)
     path = tmp_path_factory.mktemp("written") / "q.toml"
     path.write_text(as_toml(cli.quantize, values), encoding="utf-8")
@@ -127,7 +164,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(place, monkeypatch):
     text = " ".join(done.stdout.split())
     for part in (
         "deit_tiny_patch16_224, 1.04 M parameters",
-        "4 of 14 for calibration, up to 10 that calibration does not see",
+        "4 for calibration; compared with float on 10 others",
         "2 blocks.*.mlp.fc2 twin6/gelu uniform8/channel",
         "1 blocks.0.attn.matmul_av twin8/softmax",
         "head: left float by skip 'head'",
@@ -140,7 +177,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(place, monkeypatch):
     assert "warning" not in done.stderr
     figures = json.loads(run("--config", "q.toml", "--plan", "--json").stdout)
     assert sum(len(group["products"]) for group in figures["groups"]) == 9
-    assert figures["images"] == {"listed": 14, "calibrated": 4, "compared": 10, "unseen": True}
+    assert (figures["images"], figures["why_seen"], figures["skipped"]) == ([4, 10], "", [])
     assert 0 < figures["multiplications"][1] < figures["multiplications"][0]
     assert sorted(place.rglob("*")) == before
 

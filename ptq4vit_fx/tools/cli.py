@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.tools import options
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
 
 if TYPE_CHECKING:
@@ -32,16 +33,6 @@ def main(
     ] = False,
 ) -> None:
     """Quantize vision transformers, and look at what came of it."""
-
-
-def _config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take what a file says as the defaults of the command line, before anything else of it is read."""
-    if path is not None and not context.resilient_parsing:
-        with readable_errors():
-            from ptq4vit_fx.tools.config_file import read_config
-
-            context.default_map = {**(context.default_map or {}), **read_config(path, quantize)}
-    return path
 
 
 @app.command()
@@ -101,27 +92,15 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=BITS", help="'blocks.*.mlp.fc2=w8a8' or =float, repeatable, the last wins"),
-    ] = None,
-    weights_granularity: Annotated[
-        str | None, typer.Option(help="scales of a weight: channel, tensor or group (default: the recipe's)")
-    ] = None,
-    device: Annotated[str, typer.Option(help="where the model is calibrated: cpu, cuda, cuda:1 or auto")] = "cpu",
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="search each product on the values that the quantized ones before give")
-    ] = False,
-    input_name: Annotated[list[str] | None, typer.Option(help="name of the file's input, repeatable")] = None,
-    output_name: Annotated[list[str] | None, typer.Option(help="name of each output of the file, repeatable")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(callback=_config, is_eager=True, help="TOML file that holds any of these options by their names"),
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="print the file for --config that repeats this run, and do nothing")
-    ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="print what would be done, and do nothing")] = False,
+    settings: options.Settings = None,
+    weights_granularity: options.WeightsGranularity = None,
+    device: options.Device = "cpu",
+    sequential: options.Sequential = False,
+    input_name: options.InputName = None,
+    output_name: options.OutputName = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
+    plan: options.Plan = False,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
@@ -133,7 +112,7 @@ def quantize(
             return
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.mappings import mapping_of
-        from ptq4vit_fx.tools.quantizing import quantize_folder
+        from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
         from ptq4vit_fx.tools.request import Request
 
         request = Request(
@@ -167,14 +146,12 @@ def quantize(
             sequential=sequential,
             settings=tuple(settings or ()),
         )
-        if plan:
-            from ptq4vit_fx.tools.planning import planned
-
-            found = planned(request)
-            say_json(found.to_dict()) if as_json else say("\n".join(found.lines()), highlight=False)
-            return
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
+        if plan:
+            planned = plan_folder(request, speak, complaints.status)
+            say_json(planned.to_dict()) if as_json else say("\n".join(planned.lines()), highlight=False)
+            return
         drawn = shown and console.is_terminal
         summary = quantize_folder(request, speak, complaints.status, progress=drawn, heard=heard)
         for complaint in summary.complaints():

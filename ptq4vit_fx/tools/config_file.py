@@ -25,26 +25,44 @@ else:
 
 #: Options that a file cannot hold, and those that say nothing of what a run does.
 NOT_IN_A_FILE, NOT_OF_A_RUN = ("config", "print-config"), ("plan",)
+#: Names of models that are paths: of timm's own source, of a folder, of a Python file with what it defines.
+LOCAL_SOURCE, LOCAL_MODEL = "local-dir:", re.compile(r"local-dir:|[.~/]|.*\.py:")
 #: How TOML calls a value of each type.
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a string"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option, or the argument, of a command: its parameter, and its long name without dashes in front.
+    """An option, or the argument, of a command: its parameter, and its long names without dashes in front.
 
     off: the name of the switch that turns it off. kind: bool, int, float, str or Path. many: whether it is repeatable.
-    path: whether it names a file or a folder. low, high: bounds of a number.
+    path: whether it names a file or a folder; model: whether it is the argument, which may. low, high: bounds of a
+    number.
     """
 
     parameter: str
-    name: str
+    names: tuple[str, ...]
     off: str | None
     kind: type
     many: bool
     path: bool
+    model: bool
     low: float | None
     high: float | None
+
+    @property
+    def name(self) -> str:
+        """The name that is written."""
+        return self.names[0]
+
+    def beside(self, folder: str, value: Any) -> Any:
+        """Return a value; of a path that is relative to a folder, the one that is relative to where one is."""
+        if self.path:
+            return value if value == "-" else os.path.join(folder, os.path.expanduser(str(value)))
+        if not self.model or not LOCAL_MODEL.match(value):
+            return value
+        source = LOCAL_SOURCE if value.startswith(LOCAL_SOURCE) else ""
+        return source + os.path.abspath(os.path.join(folder, os.path.expanduser(value.removeprefix(source))))
 
     def fits(self, value: object) -> bool:
         """Return whether a value out of a file is of this option's type."""
@@ -64,11 +82,13 @@ def options_of(command: Callable[..., Any]) -> list[Option]:
         many = get_origin(kind) is list
         kind = get_args(kind)[0] if many else kind
         # Of an Annotated option, the first name stands where its default would.
-        own = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
-        name = str(own[0] if own else parameter).lstrip("-").replace("_", "-")
-        off = f"no-{name}" if kind is bool and not own else None
-        path = kind is Path or "PATH" in (info.metavar or "")
-        found.append(Option(parameter, name, off, kind, many, path, info.min, info.max))
+        own = [str(word) for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
+        usual = parameter.replace("_", "-")
+        names = own or [f"{usual}/no-{usual}" if kind is bool else usual]
+        names = [name.replace("--", "") for word in names for name in word.split("/")]
+        off = names.pop() if any("/" in word for word in own) or (kind is bool and not own) else None
+        path, model = kind is Path or "PATH" in (info.metavar or ""), isinstance(info, ArgumentInfo)
+        found.append(Option(parameter, tuple(names), off, kind, many, path, model, info.min, info.max))
     return found
 
 
@@ -83,8 +103,9 @@ def read_config(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     that is there twice, and on a value of another type.
     """
     subject = f"--config {path}"
-    known = {option.name: option for option in options_of(command) if option.name not in NOT_IN_A_FILE}
-    switches = {option.off: option for option in known.values() if option.off}
+    options = [option for option in options_of(command) if option.name not in NOT_IN_A_FILE]
+    known = {name: option for option in options for name in option.names}
+    switches = {option.off: option for option in options if option.off}
     do = 'write lines such as: recipe = "best"'
     file = check_readable(path, "quantize --config", "a TOML file")
     with foreign("quantize", subject, expected="a TOML file", do=do):
@@ -120,14 +141,8 @@ def _checked(option: Option, value: Any, place: str, folder: str) -> Any:
     if option.kind in (int, float) and not (low is None or value >= low) * (high is None or value <= high):
         expected = f"{low} or more" if high is None else f"{low} to {high}"
         raise failure("quantize", place, expected=expected, got=quoted(value), do="change that value")
-    if option.path:
-        given = [_beside(folder, one) for one in given]
+    given = [option.beside(folder, one) for one in given]
     return given if option.many else given[0]
-
-
-def _beside(folder: str, path: str) -> str:
-    """Return a path that is relative to a folder as one that is relative to the working directory; `-` as it is."""
-    return path if path == "-" else os.path.join(folder, os.path.expanduser(path))
 
 
 def as_toml(command: Callable[..., Any], values: Mapping[str, Any]) -> str:
@@ -137,14 +152,10 @@ def as_toml(command: Callable[..., Any], values: Mapping[str, Any]) -> str:
         value = values.get(option.parameter)
         if option.name in (*NOT_IN_A_FILE, *NOT_OF_A_RUN) or value is None or value in ([], ()):
             continue
-        given = [_absolute(str(one)) if option.path else one for one in (value if option.many else [value])]
+        given = [option.beside(os.getcwd(), one) for one in (value if option.many else [value])]
         texts = [_literal(one) for one in given]
         lines.append(f"{option.name} = {'[' + ', '.join(texts) + ']' if option.many else texts[0]}")
     return "\n".join(lines)
-
-
-def _absolute(path: str) -> str:
-    return path if path == "-" else os.path.join(os.getcwd(), path)
 
 
 def _literal(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`ptq4vit quantize --plan`: what would be done, of a model that is prepared and images that are listed, not read."""
+"""`ptq4vit quantize --plan`: what would be done, of a model that is prepared and images that are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
@@ -20,11 +20,12 @@ from ptq4vit_fx.passes.graph.shapes import MULTIPLIES
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import describe_quantizer
 from ptq4vit_fx.tools.devices import check_device
-from ptq4vit_fx.tools.held_out import FEWEST, MOST
 from ptq4vit_fx.tools.mappings import said_of
-from ptq4vit_fx.tools.models import create_model, data_config, list_images
-from ptq4vit_fx.tools.request import Request, check_request
+from ptq4vit_fx.tools.request import Request
 from ptq4vit_fx.tools.summary import wrapped
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.tools.quantizing import Source
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,6 @@ class Noted:
 
 
 @dataclass(frozen=True)
-class Images:
-    """How many images there are, are calibrated on, and compared at most; unseen: whether with others than those."""
-
-    listed: int
-    calibrated: int
-    compared: int
-    unseen: bool
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes that calibration may take, bytes of all operands and gradients, and the passes over the images."""
 
@@ -69,13 +60,17 @@ class Memory:
 @dataclass(frozen=True)
 class Planned:
     """What a run of `ptq4vit quantize` would do. parameters: how many numbers. multiplications: of one image, of those
-    the integer ones. said: of settings and files of weights. float_ops, transforms: grouped by their reason.
+    the integer ones. images: of the calibration and of the comparison; why_seen: why those are the same, "" if they are
+    not; skipped: files that cannot be read. said: what each setting matches. done, left: transforms, and those that do
+    not apply; they and float_ops are grouped by their reason.
     """
 
     model: str
     parameters: int
     preprocessing: dict[str, Any]
-    images: Images
+    images: tuple[int, int]
+    why_seen: str
+    skipped: tuple[str, ...]
     recipe: str
     device: str
     target: str
@@ -95,16 +90,17 @@ class Planned:
 
     def lines(self) -> list[str]:
         """Return it as text, of the columns that the end of a run has, but for long names."""
-        images, memory = self.images, self.memory
+        memory, (calibrated, compared) = self.memory, self.images
         size = " x ".join(map(str, self.preprocessing["input_size"]))
         mean, std = (" ".join(f"{x:g}" for x in self.preprocessing[key]) for key in ("mean", "std"))
-        seen = "that calibration does not see" if images.unseen else "of the calibration: there are too few others"
+        seen = f"of its own: {self.why_seen}" if self.why_seen else "others"
+        skipped = f", {len(self.skipped)} skipped" * bool(self.skipped)
         all_of_them, integer = self.multiplications
         passes = f"in {memory.passes} pass{'es' * (memory.passes != 1)} over the images"
         rows = [
             ("model", f"{self.model}, {self.parameters / 1e6:.2f} M parameters"),
             ("images", f"{size}, {self.preprocessing['interpolation']}, mean {mean}, std {std}"),
-            ("", f"{images.calibrated} of {images.listed} for calibration, up to {images.compared} {seen}"),
+            ("", f"{calibrated} for calibration{skipped}; compared with float on {compared} {seen}"),
             ("recipe", f"{self.recipe}, calibrated on {self.device}"),
             ("memory", f"operands and gradients {_mib(memory.captured)}, {passes}; limit {_mib(memory.limit)}"),
             (
@@ -131,44 +127,34 @@ class Planned:
         return ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
 
 
-def planned(request: Request) -> Planned:
-    """Return what a run would do; nothing is calibrated or written. Raises PTQError on what the run would refuse."""
-    check_request(request)
-    listed, said = list_images(request.data), list[str]()
-    weights, arguments = request.weights, list(request.model_args)
-    network = create_model(request.model, weights, arguments, entry=request.weights_entry, said=said)
-    request.destination.class_names(network)
-    preprocessing = data_config(network)
-    example = torch.randn(1, *preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
-    prepared = prepare_fx(network, request.mapping, example, skip=request.skip)
+def planned(request: Request, source: Source) -> Planned:
+    """Return what would be done with a model and images that were read; nothing is calibrated or written.
+
+    Raises PTQError on what the run would refuse.
+    """
+    prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
     request.destination.check_names(prepared)
-    plan, device = plan_of(prepared), check_device(request.device)
-    images = _images(len(listed.paths), request.images)
+    plan, device, images = plan_of(prepared), check_device(request.device), len(source.pixels)
     return Planned(
         model=request.model,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        preprocessing=preprocessing,
-        images=images,
+        parameters=sum(parameter.numel() for parameter in source.network.parameters()),
+        preprocessing=source.preprocessing,
+        images=(images, len(source.compared.pixels)),
+        why_seen=source.compared.reason,
+        skipped=source.skipped,
         recipe=plan.recipe,
         device=device,
         target=request.target,
         opset=request.opset,
         multiplications=_multiplications(prepared),
-        memory=_memory(prepared, request, images.calibrated, torch.device(device)),
+        memory=_memory(prepared, request, images, torch.device(device)),
         groups=_groups(plan),
         float_ops=_noted(("", op.name, op.reason) for op in plan.float_ops),
         done=_noted((p.transform, p.name, p.note) for p in plan.transformed if p.done),
         left=_noted((p.transform, p.name, p.note) for p in plan.transformed if not p.done),
         files=_files(request),
-        said=(*said, *said_of(request.settings, plan)),
+        said=tuple(said_of(request.settings, plan)),
     )
-
-
-def _images(listed: int, asked: int) -> Images:
-    calibrated = min(listed, asked)
-    others = listed - calibrated
-    unseen = others >= FEWEST
-    return Images(listed, calibrated, min(MOST, others if unseen else calibrated), unseen)
 
 
 def _multiplications(prepared: GraphModule) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.held_out import Compared, images_to_compare
 from ptq4vit_fx.tools.mappings import said_of, set_apart
 from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.planning import Planned, planned
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.twins import choose_twins
@@ -107,6 +108,12 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
     )
+
+
+def plan_folder(request: Request, say: Say, status: Status) -> Planned:
+    """Return what `quantize_folder` would do, without doing it; raises PTQError on what it would refuse."""
+    check_request(request)
+    return planned(request, _source(request, say, status))
 
 
 def _source(request: Request, say: Say, status: Status) -> Source:
