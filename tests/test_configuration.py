@@ -96,7 +96,7 @@ def test_a_file_is_read_beside_itself_and_the_command_line_wins(place, monkeypat
 
 def test_paths_in_a_file_may_be_absolute_or_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    (tmp_path / "q.toml").write_text("data = '~/photos'\nout = '/x/m.onnx'\nfloat_onnx = '-'\n")
+    (tmp_path / "q.toml").write_text("data = '~/photos'\nout = '/x/m.onnx'\nfloat_onnx = '-'\n", encoding="utf-8-sig")
     assert read_config(tmp_path / "q.toml", cli.quantize) == {
         "data": "/home/somebody/photos",
         "out": "/x/m.onnx",
@@ -189,6 +189,7 @@ def test_a_run_keeps_to_its_options(place, monkeypatch):
     done = run("--config", "q.toml", *options, "--recipe", "ptq4vit")
     assert done.exit_code == 0, done.output
     assert "--set blocks.*.mlp.fc2=w8a6: 2 products, blocks.0.mlp.fc2, blocks.1.mlp.fc2" in done.stdout
+    assert "--skip head: 1 product, head" in done.stdout
     assert 'set = ["blocks.*.mlp.fc2=w8a6", "blocks.1.attn=float"]' in done.stdout.splitlines()
     assert "9 products, 18 sites, W4A8, 2 with --set, 4 images" in done.stdout
     assert "stay float" not in done.stderr

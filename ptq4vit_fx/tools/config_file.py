@@ -109,7 +109,7 @@ def read_config(path: Path, command: Callable[..., Any]) -> dict[str, Any]:
     do = 'write lines such as: recipe = "best"'
     file = check_readable(path, "quantize --config", "a TOML file")
     with foreign("quantize", subject, expected="a TOML file", do=do):
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors on Windows write a mark in front
         keys = tomllib.loads(text)
     values: dict[str, Any] = {}
     for key, value in keys.items():

@@ -83,11 +83,12 @@ def set_apart(mapping: QConfigMapping, plan: QuantPlan) -> int:
     return sum(any(is_meant(op.name, pattern) for pattern in patterns) for op in plan.ops)
 
 
-def said_of(settings: Sequence[str], plan: QuantPlan) -> list[str]:
-    """Return one line for each setting: the products that it matches."""
+def said_of(settings: Sequence[str], skip: Sequence[str], plan: QuantPlan) -> list[str]:
+    """Return one line for each setting, and each name that is skipped: the products that it matches."""
     names = [*(op.name for op in plan.ops), *(op.name for op in plan.float_ops)]
     lines = []
-    for setting in settings:
-        meant = [name for name in names if is_meant(name, _read(setting)[0])]
-        lines.append(f"--set {setting}: {len(meant)} product{'s' * (len(meant) != 1)}, {some_names(meant)}")
+    asked = [(f"--set {setting}", _read(setting)[0]) for setting in settings] + [(f"--skip {x}", x) for x in skip]
+    for option, pattern in asked:
+        meant = [name for name in names if is_meant(name, pattern)]
+        lines.append(f"{option}: {len(meant)} product{'s' * (len(meant) != 1)}, {some_names(meant)}")
     return lines

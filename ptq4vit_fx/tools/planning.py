@@ -153,7 +153,7 @@ def planned(request: Request, source: Source) -> Planned:
         done=_noted((p.transform, p.name, p.note) for p in plan.transformed if p.done),
         left=_noted((p.transform, p.name, p.note) for p in plan.transformed if not p.done),
         files=_files(request),
-        said=tuple(said_of(request.settings, plan)),
+        said=tuple(said_of(request.settings, request.skip, plan)),
     )
 
 

@@ -149,7 +149,7 @@ def _source(request: Request, say: Say, status: Status) -> Source:
 def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
     """Return the prepared model with its scales, which say in their provenance what they are of."""
     prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
-    for line in said_of(request.settings, plan_of(prepared)):
+    for line in said_of(request.settings, request.skip, plan_of(prepared)):
         say(line)
     request.destination.check_names(prepared)
     batches = list(torch.split(source.pixels, request.batch_size))
