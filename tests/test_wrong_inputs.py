@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
+from wrong_options import CONFIGS, OPTIONS
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.tools.cli import app
@@ -52,6 +53,8 @@ def place(tmp_path_factory):
     (folder / "garbage.pth").write_bytes(b"PK\x03\x04 no")
     (folder / "garbage.onnx").write_bytes(b"\x08\x07 no model")
     (folder / "none.onnx").write_bytes(b"")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.toml").write_text(text)
     write_files(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -132,6 +135,9 @@ CASES = {
     "memory that is no number": quantize("--memory-limit nan", "--memory-limit: expected GiB above 0, got nan"),
     "endless memory": quantize("--memory-limit inf", "--memory-limit: expected GiB above 0, got inf"),
     "a long seed": quantize(f"--seed {2**70}", "--seed: expected an integer of 64 bits"),
+    "a plan of an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx --plan", f"did you mean {MODEL}"),
+    "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
+    "a plan of no images": quantize("--plan", "got no such folder", data="nowhere"),
     "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
     # What is written
     "a folder that is not there": quantize("--out nowhere/m.onnx", "an existing, writable folder"),
@@ -184,6 +190,7 @@ CASES = {
     "inspect of a folder": Case("inspect images", "images: expected an ONNX model"),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
+    **{name: quantize(*given) for name, given in OPTIONS.items()},
 }
 
 
