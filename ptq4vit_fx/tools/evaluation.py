@@ -20,9 +20,9 @@ from torch import Tensor
 from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.export.pixels import image_shape, pixels_of
 from ptq4vit_fx.export.preprocessing import recorded
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch
+from ptq4vit_fx.export.proof.outputs import fixed_batch
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.inputs.sizes import check_memory
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.tools.classifiers import Array, Classifier, classifier_of
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (

@@ -21,10 +21,9 @@ from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import Latency, measure_latency
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
 from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
-from ptq4vit_fx.inputs.sizes import check_memory
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.devices import check_device
