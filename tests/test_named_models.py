@@ -295,8 +295,8 @@ def test_torchvision(here):
     assert (found["interpolation"], found["crop_pct"], found["input_size"]) == ("bilinear", 224 / 256, (3, 224, 224))
     with pytest.raises(ptq.PTQError, match=r"expected one of IMAGENET1K_V1.*, got 'V1'"):
         load_model(Asked(name, arguments=("weights=V1",)))
-    with pytest.raises(ptq.PTQError, match="expected a model with its weights, got TypeError"):
-        load_model(Asked(name, arguments=("nonsense=1",), pretrained=False))
+    with pytest.raises(ptq.PTQError, match="expected a model with its weights, got "):
+        load_model(Asked(name, arguments=("num_classes=three",), pretrained=False))
 
 
 @pytest.fixture

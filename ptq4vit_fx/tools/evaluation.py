@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,8 @@ def evaluate_file(
         classes = logits.shape[1]
     if not seen:
         return Evaluation(0, tuple(skipped))
-    images, mine, theirs = (
-        np.concatenate([one[0] for one in seen]),
-        *(_joined([one[i] for one in seen]) for i in (1, 2)),
-    )
+    images = np.concatenate([one[0] for one in seen])
+    mine, theirs = _joined([one[1] for one in seen]), _joined([one[2] for one in seen])
     if embedding is not None:
         return retrieved(mine, theirs, labels[images], list(folder.classes), tuple(skipped))
     return classified(mine, theirs, labels[images], _class_names(folder, classes), tuple(skipped), classes)
@@ -127,7 +125,7 @@ def _in_short(logits: Array, labels: Array) -> Array:
     return np.stack([ranks(logits, labels), logits.argmax(1)], axis=1)
 
 
-def _joined(batches: list[Array | None]) -> Any:
+def _joined(batches: Sequence[Array | None]) -> Any:
     arrays = [batch for batch in batches if batch is not None]
     return np.concatenate(arrays) if arrays else None
 
