@@ -152,7 +152,7 @@ class Evaluation:
         if self.score and self.score.top5:
             lines.append(f"recall@5 {self.score.top5.value:.2%}: one of the five nearest is")
         if self.alone:
-            lines.append(f"{self.alone} more are alone in their class, and do not count")
+            lines.append(f"images alone in their class, which do not count: {self.alone}")
         if self.float_score and self.pair:
             lines.append(f"float {str(self.float_score).replace('top-', 'recall@')}")
             lines += [str(self.pair), f"same nearest image as float on {self.pair.same}"]
