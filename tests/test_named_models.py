@@ -206,6 +206,18 @@ def test_backbones_of_transformers(here, processor):
         load_model(Asked("./vit"))
 
 
+def test_a_pickle_in_a_folder_of_transformers(here, processor):
+    network = hf_folder(here / "dino", "Dinov2Model", processor=processor)
+    state = network.state_dict()
+    (here / "dino" / "model.safetensors").unlink()
+    torch.save(state, here / "dino" / "pytorch_model.bin")
+    assert torch.equal(load_model(Asked("./dino")).network(IMAGES).pooler_output, network(IMAGES).pooler_output)
+    torch.save(state | {"x": Runs()}, here / "dino" / "pytorch_model.bin")
+    with pytest.raises(ptq.PTQError, match="got a pickle that holds more than weights; save them as safetensors"):
+        load_model(Asked("./dino"))
+    assert not (here / "executed").exists()
+
+
 def test_a_model_of_images_and_text_is_the_one_of_images(here):
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

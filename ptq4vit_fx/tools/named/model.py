@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ptq4vit_fx.errors import foreign, warn
+from ptq4vit_fx.errors import PTQError, failure, foreign, warn
 from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.tools.checkpoint_entries import Convert
 from ptq4vit_fx.tools.checkpoints import load_weights
@@ -115,5 +116,18 @@ def crop_share(side: int, resized: int) -> float:
 @contextmanager
 def made_by_others(name: str, *, expected: str, do: str) -> Iterator[None]:
     """Turn whatever a library raises while it makes a model into a PTQError of one sentence."""
-    with foreign(CREATE, name, expected=expected, do=do):
-        yield
+    try:
+        with foreign(CREATE, name, expected=expected, do=do):
+            yield
+    except PTQError as error:
+        if not _is_pickle(error):
+            raise
+        got, do = "a pickle that holds more than weights", "save them as safetensors where its classes are at hand"
+        raise failure(CREATE, name, expected=expected, got=got, do=do) from error
+
+
+def _is_pickle(error: BaseException | None) -> bool:
+    """Return whether torch refused to unpickle; what it says then is how to let it run."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__
+    return error is not None
