@@ -38,14 +38,26 @@ def main(
 @app.command()
 def quantize(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="timm model name")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm name, hf-hub:ORG/NAME, local-dir:FOLDER (timm's own); ORG/NAME or ./FOLDER (Hugging Face); "
+            "torchvision:NAME; file.py:Class or package.module:function, which runs that code"
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
-    weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="its checkpoint: safetensors or pth, shards, a folder (default: the model's own)"),
+    ] = None,
     weights_entry: Annotated[
         str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
     ] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="take averaged weights of that file, or others (default: any)")
+    ] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for what makes it, repeatable")] = None,
     recipe: Annotated[
         str, typer.Option(help="best, ptq4vit (the paper's), tensorrt (for that target) or base")
     ] = "best",
@@ -65,7 +77,10 @@ def quantize(
     opset: Annotated[int, typer.Option(help="ONNX operator set, 17 or newer")] = 20,
     batch: Annotated[int | None, typer.Option(min=1, help="images per run of the file (default: any number)")] = None,
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
-    loss: Annotated[str, typer.Option(help="its gradient weighs the search: pseudo_label or fisher")] = "pseudo_label",
+    loss: Annotated[
+        str | None,
+        typer.Option(help="its gradient weighs the search: pseudo_label, fisher, or projection (for no classes)"),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
@@ -102,7 +117,7 @@ def quantize(
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
 ) -> None:
-    """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
+    """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
         from ptq4vit_fx.tools.config_file import as_toml
 
@@ -124,6 +139,7 @@ def quantize(
             mapping=mapping_of(recipe, twins, w_bits, a_bits, weights_granularity, settings or []),
             weights=weights,
             weights_entry=weights_entry,
+            ema=ema,
             model_args=tuple(model_arg or ()),
             recipe=recipe,
             twins=twins,
@@ -171,28 +187,39 @@ def evaluate(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
     data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
     model: Annotated[
-        str | None, typer.Option(help="timm model whose preprocessing to use (default: the file's)")
+        str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
     against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare with, in pairs")
+        str | None,
+        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
     weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    output_kind: Annotated[
+        str | None,
+        typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
+    ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
     with readable_errors():
-        if against is None and (per_class or weights is not None or weights_entry is not None or model_arg):
-            expected, do = "--against with --per-class, --weights, --weights-entry and --model-arg", "add --against"
+        if against is None and (per_class or model_arg or any(x is not None for x in (weights, weights_entry, ema))):
+            expected, do = (
+                "--against with --per-class, --weights, --weights-entry, --ema and --model-arg",
+                "add --against",
+            )
             raise failure("eval", "options", expected=expected, got="none", do=do)
-        from ptq4vit_fx.tools.classifiers import float_classifier
+        from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
+        from ptq4vit_fx.tools.named.model import Asked
 
-        reference = float_classifier(against, weights, weights_entry, model_arg or []) if against else None
-        found = evaluate_file(file, data, model, batch_size, complaints, reference)
+        asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
+        reference = float_outputs(asked) if against else None
+        found = evaluate_file(file, data, model, batch_size, complaints, reference, output_kind)
         if as_json:
             say_json(found.to_dict())
         else:

@@ -14,6 +14,7 @@ from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.layouts import Destination
+from ptq4vit_fx.tools.named.model import Asked
 
 #: What torch takes as a seed.
 SEEDS = range(-(2**63), 2**64)
@@ -33,6 +34,7 @@ class Request:
     mapping: QConfigMapping
     weights: Path | None
     weights_entry: str | None
+    ema: bool | None
     model_args: tuple[str, ...]
     recipe: str
     twins: str
@@ -44,7 +46,7 @@ class Request:
     opset: int
     batch: int | None
     seed: int
-    loss: str
+    loss: str | None
     checkpoint: Path | None
     memory_limit: float | None
     skip: tuple[str, ...]
@@ -55,6 +57,10 @@ class Request:
     sequential: bool = False
     settings: tuple[str, ...] = ()
 
+    def asked(self) -> Asked:
+        """Return the float model that is asked for."""
+        return Asked(self.model, self.weights, self.weights_entry, self.ema, self.model_args)
+
 
 def check_request(request: Request) -> None:
     """Raise PTQError on options that exclude each other, and on paths that cannot be written."""
@@ -62,6 +68,12 @@ def check_request(request: Request) -> None:
     if request.weights_entry is not None and request.weights is None:
         do = "add --weights FILE, or leave it out"
         raise failure("quantize", "--weights-entry", expected="a file that it is an entry of", got="none", do=do)
+    if request.ema is not None and (request.weights is None or request.weights_entry is not None):
+        option = "--ema" if request.ema else "--no-ema"
+        got, do = (
+            ("none", "add --weights FILE") if request.weights is None else ("--weights-entry", "leave one of them out")
+        )
+        raise failure("quantize", option, expected="a file of weights to choose in", got=got, do=do)
     if request.memory_limit is not None and not 0 < request.memory_limit < math.inf:
         do = "leave it out for half of what is free"
         raise failure("quantize", "--memory-limit", expected="GiB above 0", got=f"{request.memory_limit:g}", do=do)
