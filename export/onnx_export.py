@@ -187,6 +187,7 @@ def _add_metadata(
         metadata.PROVENANCE_KEY: json.dumps(provenance),
         metadata.TARGET_KEY: target,
         metadata.OUTPUTS_KEY: json.dumps({name: own for own, name in interface.outputs.items()}),
+        metadata.FIGURES_KEY: metadata.encode_figures(calibration.distances, calibration.shares, calibration.snr),
         metadata.SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
         **described.entries(),
     }
