@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import AgainstFloat
     from ptq4vit_fx.export.proof.compare_float import compare_float
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
+    from ptq4vit_fx.export.report.collect import report
+    from ptq4vit_fx.export.report.content import Report
     from ptq4vit_fx.plan import QuantPlan
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
     from ptq4vit_fx.quantizers import TwinUniform, Uniform
@@ -31,6 +33,7 @@ __all__ = [
     "QConfig",
     "QConfigMapping",
     "QuantPlan",
+    "Report",
     "SearchSettings",
     "Transforms",
     "TwinReport",
@@ -47,6 +50,7 @@ __all__ = [
     "prepare_fx",
     "quantize",
     "recipes",
+    "report",
     "verify_onnx",
 ]
 
@@ -61,6 +65,8 @@ _MODULES = {
     "export.proof.against_float": ("AgainstFloat",),
     "export.proof.compare_float": ("compare_float",),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
+    "export.report.collect": ("report",),
+    "export.report.content": ("Report",),
     "plan": ("QuantPlan",),
     "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
     "quantizers": ("TwinUniform", "Uniform"),

@@ -67,8 +67,8 @@ def report(
     cannot be written.
     """
     if path is not None:
-        check_writable(path, OPERATION)
-    if isinstance(subject, Calibration) or _is_calibration(subject):
+        _check_output(path, subject, calibration, reference)
+    if isinstance(subject, Calibration) or is_calibration(subject):
         for name, given in (("calibration", calibration), ("data", data), ("reference", reference)):
             if given is not None:
                 do = f"pass the ONNX file, or leave {name} out"
@@ -82,7 +82,16 @@ def report(
     return found
 
 
-def _is_calibration(path: str | os.PathLike[str]) -> bool:
+def _check_output(path: str | os.PathLike[str], *read: Any) -> None:
+    """Raise PTQError if the page cannot be written, or would be written over what it is about."""
+    check_writable(path, OPERATION)
+    for file in (one for one in read if isinstance(one, (str, os.PathLike))):
+        if os.path.realpath(file) == os.path.realpath(path):
+            do = "give the page its own path"
+            raise failure(OPERATION, "path", expected="another file than those it is about", got=str(path), do=do)
+
+
+def is_calibration(path: str | os.PathLike[str]) -> bool:
     """Return whether a file starts as safetensors does: eight bytes of a length, then JSON. Raises PTQError on no file.
 
     An ONNX file starts with its version.
@@ -142,6 +151,8 @@ def _measured(
 ) -> Report:
     """Return a report of a file with what data and float bring."""
     known = found.known
+    if isinstance(reference, (str, os.PathLike)):
+        load_file(reference)  # what cannot be read at all is no measurement that fails
     if data is not None:
         batches = batches_of(inputs_of(found.name, reference)[0], data, OPERATION, images=images)
         if reference is not None and known.against is None:

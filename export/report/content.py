@@ -12,6 +12,7 @@ from ptq4vit_fx.export.proof.against_float import AgainstFloat
 from ptq4vit_fx.export.proof.inspection import FileReport
 from ptq4vit_fx.export.proof.latency import Latency
 from ptq4vit_fx.export.proof.operator_times import OperatorTimes
+from ptq4vit_fx.export.report.facts import facts_of, missing_of
 from ptq4vit_fx.export.report.seen import Seen
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.names import Operand, Site, block_and_role
@@ -140,6 +141,24 @@ class Report(Tabular):
             for product in self.costly()
             for site in product.sites
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers of the page, JSON-ready; of histograms their figures alone."""
+        measured = {
+            name: None if found is None else found.to_dict()
+            for name, found in (
+                ("against", self.known.against),
+                ("latency", self.known.latency),
+                ("times", self.known.times),
+                ("float_times", self.known.float_times),
+            )
+        }
+        facts = {"name": self.name, "summary": dict(facts_of(self)), "missing": missing_of(self)}
+        return facts | measured | {"warnings": self.known.warnings, "sites": self.records()}
+
+    def lines(self, path: str) -> tuple[str, ...]:
+        """Return what there is to say of the page that was written there: what it lacks, and what would bring it."""
+        return path, *missing_of(self).values()
 
     def page(self) -> str:
         """Return the report as one HTML page that needs nothing else."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ptq4vit_fx.export.report.content import ProductEntry, Report
 from ptq4vit_fx.names import site
 from ptq4vit_fx.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.export.report.content import ProductEntry, Report
 
 
 def bits_of(plan: QuantPlan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -12,7 +13,7 @@ from markupsafe import Markup
 
 from ptq4vit_fx.errors import printable
 from ptq4vit_fx.export.report import pictures
-from ptq4vit_fx.export.report.content import Report, SiteEntry
+from ptq4vit_fx.export.report.content import ProductEntry, Report, SiteEntry
 from ptq4vit_fx.export.report.facts import ORDERS, facts_of, missing_of, repeat_of
 
 OPERANDS = {"lhs": "left operand", "rhs": "right operand", "out": "output"}
@@ -72,11 +73,12 @@ def _picture(site: SiteEntry, count: int) -> Markup | None:
 def _curves(report: Report) -> dict[str, Any] | None:
     """Return the pictures of both operands and the output over depth, and a colour per role; None without blocks."""
     blocks, roles = report.over_depth()
-    lines = {
-        "lhs": [[product and product.sites[0].snr for product in line] for line in roles.values()],
-        "rhs": [[product and product.sites[1].snr for product in line] for line in roles.values()],
-        "out": [[product and product.snr for product in line] for line in roles.values()],
+    read: dict[str, Callable[[ProductEntry], float | None]] = {
+        "lhs": lambda product: product.sites[0].snr,
+        "rhs": lambda product: product.sites[1].snr,
+        "out": lambda product: product.snr,
     }
+    lines = {part: [[own(p) if p else None for p in line] for line in roles.values()] for part, own in read.items()}
     if not any(value is not None for line in lines["out"] for value in line):
         return None
     drawn = {OPERANDS[part]: pictures.curves(found, f"curve-{part}") for part, found in lines.items()}

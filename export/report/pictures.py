@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ptq4vit_fx.export.report.seen import Seen, View
 
@@ -85,17 +86,17 @@ def curves(lines: Sequence[Sequence[float | None]], mark: str) -> Markup:
     """Return lines over the blocks, in the order and colours of PALETTE; None: there is no point."""
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_axes((0.09, 0.2, 0.895, 0.74))
+        axes = figure.add_axes((0.12, 0.22, 0.865, 0.72))
         for number, line in enumerate(lines):
             numbers = [np.nan if value is None else value for value in line]
             axes.plot(range(len(numbers)), numbers, "o-", color=colour_of(number), markersize=3, linewidth=1.2)
         axes.set_xlabel("block")
         axes.set_ylabel("dB", labelpad=1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.tick_params(length=2.5, pad=2)
 
-    return _svg(draw, (WIDTH, 2.3), mark)
+    return _svg(draw, (0.75 * WIDTH, HEIGHT), mark)
 
 
 def colour_of(number: int) -> str:
@@ -117,7 +118,8 @@ def _svg(draw: Callable[[Figure], None], size: tuple[float, float], mark: str) -
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", text)
     text = re.sub(r' (width|height)="[0-9.]+pt"', "", text, count=2)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    named = set(re.findall(r"#([a-z0-9]+)[\")]", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in named else "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"| ?font-family: [^;"]*;|<style.*?</style>', "", text, flags=re.DOTALL)
     text = re.sub(r"(\.[0-9]{2})[0-9]+", r"\1", text)
     return Markup(re.sub(r"\s*\n\s*", "\n", text.replace(INK, "currentColor")))

@@ -167,7 +167,7 @@ def _watched(site: Site, model: ir.Model, stored: dict[str, StoredSite], plan: Q
     if any(one is None or one.codes is not None or one.scale.ndim for one in found):
         return None
     scales = [torch.from_numpy(np.array(one.scale)) for one in found if one is not None]
-    params = TwinParams(*scales) if isinstance(quantizer, TwinUniform) else UniformParams(*scales)
+    params = TwinParams(scales[0], scales[1]) if isinstance(quantizer, TwinUniform) else UniformParams(scales[0])
     tensor = found[-1].tensor if found[-1] is not None else ""
     quantize = next((node for node in model.graph if nodes.name_of(node.outputs[0]) == tensor), None)
     if quantize is None:
@@ -193,4 +193,8 @@ def levels(quantizer: Quantizer, params: QParams) -> Tensor:
     else:
         below = int(quantizer.zero_point(params.tensors()["scale"]))
         codes = torch.arange(-below, quantizer.top + 1 - below, dtype=torch.int32)
-    return torch.unique(quantizer.fake_quantize(quantizer.decode(codes, params), params))
+    values = quantizer.decode(codes, params)
+    if isinstance(quantizer, TwinUniform) and quantizer.form == "softmax":
+        values = values.clamp(max=1.0)  # its codes reach farther than what it codes
+    given: Tensor = torch.unique(quantizer.fake_quantize(values, params))
+    return given

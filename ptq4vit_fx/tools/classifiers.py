@@ -50,14 +50,18 @@ def _filled(pixels: Array, size: int | None) -> Array:
     return np.concatenate([pixels, pixels[-1:].repeat(size - len(pixels), 0)]) if size else pixels
 
 
+def is_file(against: str) -> bool:
+    """Return whether a float model is named by its file, not as a timm model."""
+    return against.endswith(".onnx") or os.path.exists(against) or os.sep in against
+
+
 def float_classifier(against: str, weights: Path | None, entry: str | None, arguments: Sequence[str]) -> Classifier:
     """Return what classifies with the float model: an ONNX file, or a timm model by name.
 
     weights, entry, arguments: of a timm model, as for `create_model`. Raises PTQError on a file that cannot be read and
     on a name that is unknown.
     """
-    is_file = against.endswith(".onnx") or os.path.exists(against) or os.sep in against
-    if is_file:
+    if is_file(against):
         if weights is not None or entry is not None or arguments:
             expected, do = "a timm model with --weights or --model-arg", "leave these out: the file holds its weights"
             raise failure("eval", "--against", expected=expected, got=f"the file {against}", do=do)

@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, targets, demo, coverage."""
+"""The command line: quantize, eval, inspect, report, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json, typed
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
@@ -37,6 +37,7 @@ def main(
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="timm model name")],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
@@ -89,6 +90,7 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
@@ -121,6 +123,8 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            report=report,
+            command=typed(context),
         )
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
@@ -201,6 +205,35 @@ def inspect(
 
         report = inspect_file(file)
         say(report.to_json() if as_json else str(report), highlight=not as_json)
+
+
+@app.command()
+def report(
+    subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
+    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare and time with")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
+    images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
+    bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
+    with readable_errors():
+        from ptq4vit_fx.tools.reporting import ReportRequest, report_on
+
+        given = (weights, weights_entry, tuple(model_arg or ()))
+        request = ReportRequest(subject, out, data, against, *given, calibration, images, bench)
+        found = report_on(request, complaints.status)
+        if as_json:
+            say_json(found.to_dict())
+        else:
+            say("\n".join(found.lines(out)))
 
 
 @app.command()

@@ -21,6 +21,7 @@ from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import Latency, measure_latency
+from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
 from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
@@ -29,6 +30,7 @@ from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.held_out import Compared, images_to_compare
 from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.twins import choose_twins
@@ -52,11 +54,15 @@ class Source:
 
 @dataclass(frozen=True)
 class FloatFile:
-    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none."""
+    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none.
+
+    times: of its operators, where a report asks for them.
+    """
 
     bytes: int | None = None
     latency: Latency | None = None
     problem: str = ""
+    times: OperatorTimes | None = None
 
 
 def quantize_folder(request: Request, say: Say, status: Status, *, progress: bool, heard: Sequence[str]) -> Summary:
@@ -84,7 +90,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
     float_file = _float_file(request, source, exported.path, status)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
-    return Summary(
+    summary = Summary(
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
@@ -103,7 +109,12 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         expensive=most_expensive(calibration),
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
+        report=request.report,
     )
+    if request.report is not None:
+        with status("write the report"):
+            report_of_summary(summary, float_file.times, compared.pixels, request)
+    return summary
 
 
 def _source(request: Request, say: Say, status: Status) -> Source:
@@ -193,7 +204,8 @@ def _float_file(request: Request, source: Source, file: Path, status: Status) ->
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
             with status("measure"):
-                return FloatFile(written, measure_latency(file, path))
+                times = None if request.report is None else operator_times(path)
+                return FloatFile(written, measure_latency(file, path), times=times)
         except PTQError as error:
             if request.float_onnx is not None and written is None:
                 raise

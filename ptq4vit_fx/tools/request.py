@@ -22,7 +22,8 @@ SEEDS = range(-(2**63), 2**64)
 class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
-    bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
+    bench: measure the file beside the float file. report: a page to write; command: what was typed, for that page.
+    kind: what the output is, None for `compare_float` to decide.
     """
 
     model: str
@@ -49,6 +50,8 @@ class Request:
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    report: str | None
+    command: str
 
 
 def check_request(request: Request) -> None:
@@ -75,6 +78,7 @@ def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
     written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
+    written["--report"] = request.report
     read = {"--weights": request.weights}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
