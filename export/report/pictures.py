@@ -23,8 +23,8 @@ INK = "#010203"
 VALUES, GRID, FINE = "#8a94a6", "#d9480f", "#1c7ed6"
 #: Of lines: mid tones, which a light and a dark page show.
 PALETTE = ("#1c7ed6", "#d9480f", "#2f9e44", "#9c36b5", "#e8890c", "#0c8599", "#c2255c", "#748094")
-#: More levels than so many in a view are ticks at its upper edge: as lines they would be a wall.
-MOST_LINES = 40
+#: More levels than so many in a view are ticks at its upper edge, as lines they would be a wall; more still, a band.
+MOST_LINES, MOST_TICKS = 40, 150
 #: Where a bin without values ends; powers of ten in few characters.
 EMPTY, COUNTS = 0.5, {0: "1", 1: "10", 2: "100", 3: "1k", 4: "10k", 5: "100k", 6: "1M", 7: "10M", 8: "100M"}
 #: matplotlib's settings are those of the process.
@@ -75,6 +75,9 @@ def _histogram(axes: Any, seen: Seen, view: View) -> None:
     fine = within < seen.threshold if seen.threshold is not None else np.zeros(len(within), bool)
     low = 0.0 if len(within) <= MOST_LINES else 0.9
     for part, colour in ((within[fine], FINE), (within[~fine], GRID)):
+        if len(part) > MOST_TICKS:
+            axes.axvspan(part[0], part[-1], low, 1.0, color=colour, alpha=0.5, linewidth=0)
+            continue
         # One path for all: a line is broken where it is no number.
         x = np.repeat(part, 3)
         y = np.tile([low, 1.0, np.nan], len(part))
@@ -91,7 +94,6 @@ def curves(lines: Sequence[Sequence[float | None]], mark: str) -> Markup:
             numbers = [np.nan if value is None else value for value in line]
             axes.plot(range(len(numbers)), numbers, "o-", color=colour_of(number), markersize=3, linewidth=1.2)
         axes.set_xlabel("block")
-        axes.set_ylabel("dB", labelpad=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.tick_params(length=2.5, pad=2)
