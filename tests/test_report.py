@@ -214,6 +214,16 @@ def test_what_the_page_is_about_stays(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_scales_that_nobody_has(folder, tmp_path, small_images):
+    model = onnx.load(folder / "model.onnx")
+    for value in (0.0, float("nan")):
+        scale = next(one for one in model.graph.initializer if one.name == "blocks.0.mlp.fc1:lhs.scale")
+        scale.CopyFrom(onnx.numpy_helper.from_array(np.float32(value), scale.name))
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises(ptq.PTQError, match=r"changed.onnx: blocks.0.mlp.fc1:lhs.scale: expected normal positive"):
+            ptq.report(tmp_path / "changed.onnx", data=small_images, bench=False)
+
+
 def test_infinite_and_missing_figures_are_told_apart(whole):
     first, *others = whole.products
     lhs, rhs = first.sites

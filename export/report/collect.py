@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -20,7 +20,7 @@ from ptq4vit_fx.export.proof.compare_float import compare_float, inputs_of
 from ptq4vit_fx.export.proof.inspection import inspect_file
 from ptq4vit_fx.export.proof.latency import measure_latency
 from ptq4vit_fx.export.proof.operator_times import operator_times
-from ptq4vit_fx.export.report.content import Known, Report
+from ptq4vit_fx.export.report.content import Known, ProductEntry, Report
 from ptq4vit_fx.export.report.products import (
     figures_of_calibration,
     products_of,
@@ -178,15 +178,12 @@ def _with_histograms(found: Report, batches: list[Inputs]) -> Report:
     model = load_file(found.name)
     with unreadable(OPERATION, found.name, "the sites of its plan"):
         seen = activations_seen(model, stored_sites(model, OPERATION, found.name), found.plan, found.name, first)
-    products = tuple(
-        replace(product, sites=cast("Any", tuple(_with_seen(site, seen) for site in product.sites)))
-        for product in found.products
-    )
-    return replace(found, products=products, images_seen=count)
+    return replace(found, products=tuple(_with_seen(product, seen) for product in found.products), images_seen=count)
 
 
-def _with_seen(site: Any, seen: dict[Site, Seen]) -> Any:
-    return replace(site, seen=seen.get(site.site, site.seen))
+def _with_seen(product: ProductEntry, seen: dict[Site, Seen]) -> ProductEntry:
+    lhs, rhs = (replace(entry, seen=seen.get(entry.site, entry.seen)) for entry in product.sites)
+    return replace(product, sites=(lhs, rhs))
 
 
 def _timed(path: str, reference: nn.Module | str | os.PathLike[str] | None, known: Known) -> Known:

@@ -16,6 +16,7 @@ from ptq4vit_fx.export.nodes import Array
 from ptq4vit_fx.export.proof.outputs import filled, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model
 from ptq4vit_fx.export.stored_sites import StoredSite, integers
+from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import Site
 from ptq4vit_fx.plan import QuantPlan
@@ -80,7 +81,7 @@ def activations_seen(
     stored: of this model. Values are those of the file, with all that the quantizers in front of them lose.
     """
     model = exact_here(model.clone())
-    watched = {site: one for site in plan.quantizers if (one := _watched(site, model, stored, plan)) is not None}
+    watched = {site: one for site in plan.quantizers if (one := _watched(site, model, stored, plan, path)) is not None}
     made = {nodes.name_of(value): value for node in model.graph for value in node.outputs}
     read = [name for name in dict.fromkeys(one.value for one in watched.values()) if name in made]
     own = len(model.graph.outputs)
@@ -118,7 +119,8 @@ class _Watched:
     used: set[int] = field(default_factory=set)
 
     def add(self, values: Array) -> None:
-        x = torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten()
+        # A file that overflows gives infinities and NaN, which have no code.
+        x = torch.from_numpy(np.nan_to_num(np.asarray(values, np.float32))).flatten()
         if not x.numel():
             return
         codes = self.quantizer.codes(x, self.params)
@@ -159,8 +161,11 @@ def _view(values: Array, low: float, high: float) -> View:
     return View(low, high, np.histogram(values, BINS, (low, high))[0])
 
 
-def _watched(site: Site, model: ir.Model, stored: dict[str, StoredSite], plan: QuantPlan) -> _Watched | None:
-    """Return what to watch for a site; None of a constant, and where another program left no scales to read."""
+def _watched(site: Site, model: ir.Model, stored: dict[str, StoredSite], plan: QuantPlan, path: str) -> _Watched | None:
+    """Return what to watch for a site; None of a constant, and where another program left no scales to read.
+
+    Raises PTQError on scales that no quantizer of this package has.
+    """
     quantizer = plan.quantizers[site]
     parts = names.RANGES if isinstance(quantizer, TwinUniform) else (None,)
     found = [stored.get(names.branch(site, part)) for part in parts]
@@ -168,6 +173,7 @@ def _watched(site: Site, model: ir.Model, stored: dict[str, StoredSite], plan: Q
         return None
     scales = [torch.from_numpy(np.array(one.scale)) for one in found if one is not None]
     params = TwinParams(scales[0], scales[1]) if isinstance(quantizer, TwinUniform) else UniformParams(scales[0])
+    quantizer.check(params, Place("report", path).at(site))
     tensor = found[-1].tensor if found[-1] is not None else ""
     quantize = next((node for node in model.graph if nodes.name_of(node.outputs[0]) == tensor), None)
     if quantize is None:
