@@ -76,6 +76,8 @@ def write_files(folder) -> None:
         images = torch.randn(2, 3, 32, 32)
         converted = ptq.quantize(model.eval(), images, qconfig_mapping=mapping, progress=False)
         ptq.export_onnx(converted, folder / name, images[:1])
+        if name == "two.onnx":
+            converted.calibration.save(folder / "two.scales.safetensors")
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ CASES = {
     "standard output": quantize("--out -", "standard output, which is not supported"),
     "over the weights": quantize("--out good.safetensors", "expected another file than --out, got good.safetensors"),
     "twice the same": quantize("--float-onnx ./m.onnx", "--float-onnx: expected another file than --out"),
+    "a report nowhere": quantize("--report nowhere/r.html", "quantize --report"),
+    "a report over the file": quantize("--report m.onnx", "--report: expected another file than --out, got m.onnx"),
     "the float file nowhere": quantize("--float-onnx nowhere/f.onnx", "quantize --float-onnx"),
     "the float file over the weights": quantize("--float-onnx good.safetensors", "expected another file than --float"),
     "a checkpoint that is a folder": quantize("--checkpoint images", "quantize --checkpoint"),
@@ -233,6 +237,43 @@ CASES = {
     "inspect of no file": Case("inspect no.onnx", "no.onnx"),
     "inspect of garbage": Case("inspect garbage.onnx --json", "expected an ONNX model"),
     "inspect of a folder": Case("inspect images", "images: expected an ONNX model"),
+    # report
+    "a report of no file": Case("report no.onnx -o r.html", "no.onnx: expected an ONNX file or a calibration"),
+    "a report of garbage": Case("report garbage.onnx -o r.html", "garbage.onnx: expected an ONNX model"),
+    "a report of nothing": Case("report none.onnx -o r.html", "none.onnx"),
+    "a report of a folder": Case("report images -o r.html", "images: expected an ONNX file or a calibration"),
+    "a report of weights": Case(
+        "report good.safetensors -o r.html", "good.safetensors: expected ptq4vit_fx calibration"
+    ),
+    "a report of a picture": Case("report flat/0.png -o r.html", "flat/0.png: expected an ONNX model"),
+    "a report without a place": Case("report three.onnx", "--out", 2),
+    "a report in no folder": Case("report three.onnx -o nowhere/r.html", "report --out"),
+    "a report over its file": Case("report three.onnx -o three.onnx", "expected another file than those it is about"),
+    "a report over its float": Case(
+        "report three.onnx -o two.onnx --against two.onnx", "another file than those it is"
+    ),
+    "a report on standard output": Case("report three.onnx -o -", "standard output, which is not supported"),
+    "a calibration of another file": Case(
+        "report three.onnx -o r.html --calibration two.scales.safetensors", "expected the calibration of three.onnx"
+    ),
+    "a calibration that is none": Case(
+        "report three.onnx -o r.html --calibration good.safetensors", "good.safetensors"
+    ),
+    "a calibration on images": Case(
+        "report two.scales.safetensors -o r.html --data images", "data: expected an ONNX file"
+    ),
+    "a calibration beside float": Case(
+        "report two.scales.safetensors -o r.html --against two.onnx", "pass the ONNX file, or leave reference out"
+    ),
+    "a report on nothing": Case(
+        "report three.onnx -o r.html --data nowhere", "got no such record; pass images in Python"
+    ),
+    "a report beside nothing": Case("report three.onnx -o r.html --against no.onnx", "no.onnx"),
+    "a report beside an unknown model": Case(f"report three.onnx -o r.html --against {TYPO}", f"did you mean {MODEL}"),
+    "a report with weights of nothing": Case(
+        "report three.onnx -o r.html --weights good.safetensors", "expected a timm model in --against, got none"
+    ),
+    "no images for a report": Case("report three.onnx -o r.html --data images --images 0", "--images", 2),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
     **{name: quantize(*given) for name, given in OPTIONS.items()},

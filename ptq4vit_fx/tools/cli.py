@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, targets, demo, coverage."""
+"""The command line: quantize, eval, inspect, report, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tools import options
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json, typed
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
@@ -116,6 +116,7 @@ def quantize(
     config: options.Config = None,
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
+    report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
@@ -161,6 +162,8 @@ def quantize(
             device=device,
             sequential=sequential,
             settings=tuple(settings or ()),
+            report=report,
+            command=typed(context),
         )
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
@@ -237,6 +240,35 @@ def inspect(
 
         report = inspect_file(file)
         say(report.to_json() if as_json else str(report), highlight=not as_json)
+
+
+@app.command()
+def report(
+    subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
+    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare and time with")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
+    images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
+    bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
+    with readable_errors():
+        from ptq4vit_fx.tools.reporting import ReportRequest, report_on
+
+        given = (weights, weights_entry, tuple(model_arg or ()))
+        request = ReportRequest(subject, out, data, against, *given, calibration, images, bench)
+        found = report_on(request, complaints.status)
+        if as_json:
+            say_json(found.to_dict())
+        else:
+            say("\n".join(found.lines(out)))
 
 
 @app.command()

@@ -23,6 +23,7 @@ from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import Latency, measure_latency
+from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
 from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
@@ -35,6 +36,7 @@ from ptq4vit_fx.tools.mappings import said_of, set_apart
 from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.planning import Planned, planned
+from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.twins import choose_twins
@@ -62,11 +64,15 @@ class Source:
 
 @dataclass(frozen=True)
 class FloatFile:
-    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none."""
+    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none.
+
+    times: of its operators, where a report asks for them.
+    """
 
     bytes: int | None = None
     latency: Latency | None = None
     problem: str = ""
+    times: OperatorTimes | None = None
 
 
 def quantize_folder(request: Request, say: Say, status: Status, *, progress: bool, heard: Sequence[str]) -> Summary:
@@ -94,7 +100,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
     float_file = _float_file(request, source, exported.path, status)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
-    return Summary(
+    summary = Summary(
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
@@ -114,7 +120,12 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         expensive=most_expensive(calibration),
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
+        report=request.report,
     )
+    if request.report is not None:
+        with status("write the report"):
+            report_of_summary(summary, float_file.times, compared.pixels, request)
+    return summary
 
 
 def plan_folder(request: Request, say: Say, status: Status) -> Planned:
@@ -226,7 +237,8 @@ def _float_file(request: Request, source: Source, file: Path, status: Status) ->
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
             with status("measure"):
-                return FloatFile(written, measure_latency(file, path))
+                times = None if request.report is None else operator_times(path)
+                return FloatFile(written, measure_latency(file, path), times=times)
         except PTQError as error:
             if request.float_onnx is not None and written is None:
                 raise

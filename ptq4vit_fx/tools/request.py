@@ -24,8 +24,8 @@ SEEDS = range(-(2**63), 2**64)
 class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
-    bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
-    settings: what `--set` says, which is in the mapping.
+    bench: measure the file beside the float file. report: a page to write; command: what was typed, for that page.
+    kind: what the output is, None for `compare_float` to decide. settings: what `--set` says, which is in the mapping.
     """
 
     model: str
@@ -53,6 +53,8 @@ class Request:
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    report: str | None
+    command: str
     device: str = "cpu"
     sequential: bool = False
     settings: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
     written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
+    written["--report"] = request.report
     read = {"--weights": request.weights}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
