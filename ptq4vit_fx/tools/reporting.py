@@ -19,7 +19,9 @@ from ptq4vit_fx.export.report.content import Known, Report
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.tools.classifiers import is_file
 from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
-from ptq4vit_fx.tools.models import create_model, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
 
 if TYPE_CHECKING:
     from ptq4vit_fx.tools.request import Request
@@ -93,7 +95,8 @@ def _images(request: ReportRequest) -> tuple[Tensor | None, Sequence[str]]:
 def _float_model(request: ReportRequest) -> nn.Module | str | None:
     if request.against is None or is_file(request.against):
         return request.against
-    return create_model(request.against, request.weights, list(request.model_args), entry=request.weights_entry)
+    asked = Asked(request.against, request.weights, request.weights_entry, arguments=tuple(request.model_args))
+    return load_model(asked).network
 
 
 def report_of_summary(summary: Summary, float_times: OperatorTimes | None, pixels: Tensor, request: Request) -> Report:
