@@ -84,9 +84,10 @@ def _read_back(graph: ir.Graph, path: str | os.PathLike[str], device: str) -> Op
     )
 
 
-def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
+def compile_openvino(path: str | os.PathLike[str], device: str = "CPU", threads: int = 0) -> Any:
     """Return OpenVINO's compiled model of a file; raises PTQError if OpenVINO is missing or refuses the file.
 
+    threads: 0 lets it choose.
     What is not integer runs in float32, as in every other runtime: on CPUs with bf16 the plugin's default is bf16, for
     some quantized products as well.
     """
@@ -101,8 +102,9 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
             do="pip install 'ptq4vit-fx[openvino]'",
         ) from error
     check_readable(path, "openvino", "an ONNX model")
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     try:
-        return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
+        return openvino.Core().compile_model(os.fspath(path), device, FLOAT32 | settings)
     except Exception as error:
         weights = " and ".join(sorted(data.name for data in data_files(Path(path))))
         with_data = f" (its weights are in {weights})" if weights else ""

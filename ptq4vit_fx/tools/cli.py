@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, targets, demo, coverage."""
+"""The command line: quantize, eval, bench, inspect, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, targets
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
     from ptq4vit_fx.qconfig import QConfigMapping
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -80,7 +80,7 @@ def quantize(
     ] = None,
     bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
     layout: Annotated[
         str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
@@ -91,7 +91,8 @@ def quantize(
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
-    with readable_errors(checkpoint) as heard:
+    shown = not (quiet or as_json)
+    with readable_errors(checkpoint) as heard, showing(shown) as phases:
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.quantizing import quantize_folder
         from ptq4vit_fx.tools.request import Request
@@ -122,10 +123,8 @@ def quantize(
             kind=cast("Kind | None", output_kind),
             bench=bench,
         )
-        shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
-        drawn = shown and console.is_terminal
-        summary = quantize_folder(request, speak, complaints.status, progress=drawn, heard=heard)
+        summary = quantize_folder(request, speak, phases, heard=heard)
         for complaint in summary.complaints():
             say(f"warning: {complaint}", to=complaints)
         if as_json:
@@ -175,7 +174,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
-    with readable_errors():
+    with readable_errors(), showing(not as_json) as phases:
         if against is None and (per_class or weights is not None or weights_entry is not None or model_arg):
             expected, do = "--against with --per-class, --weights, --weights-entry and --model-arg", "add --against"
             raise failure("eval", "options", expected=expected, got="none", do=do)
@@ -183,7 +182,7 @@ def evaluate(
         from ptq4vit_fx.tools.evaluation import evaluate_file
 
         reference = float_classifier(against, weights, weights_entry, model_arg or []) if against else None
-        found = evaluate_file(file, data, model, batch_size, complaints, reference)
+        found = evaluate_file(file, data, model, batch_size, phases, reference)
         if as_json:
             say_json(found.to_dict())
         else:
@@ -193,7 +192,7 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
     with readable_errors():
@@ -203,34 +202,5 @@ def inspect(
         say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
-@app.command()
-def targets() -> None:
-    """Print which flags of quantize belong to which runtime."""
-    from ptq4vit_fx.tools.runtimes import as_text
-
-    say(as_text(min(console.width, 100)), highlight=False)
-
-
-@app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the ONNX files and the picture")] = Path("out")) -> None:
-    """Quantize the embedded digits ViT at 8, 6 and 4 bits with both recipes; needs no network."""
-    with readable_errors():
-        from ptq4vit_fx.tools.demo import run_demo
-
-        run_demo(out, console)
-
-
-@app.command()
-def coverage(
-    family: Annotated[list[str] | None, typer.Option(help="family to try, repeatable (default: all)")] = None,
-    out: Annotated[Path, typer.Option(help="folder for coverage.md and coverage.json")] = Path("out"),
-) -> None:
-    """Take a model of every family, random weights, through tracing, quantization, export and ONNX Runtime."""
-    with readable_errors():
-        from ptq4vit_fx.tools.coverage import run_coverage
-        from ptq4vit_fx.tools.families import FAMILIES, find_family
-
-        families = [find_family(name) for name in family] if family else FAMILIES
-        rows = run_coverage(families, out, say)
-    if any(row.problem for row in rows):
-        raise typer.Exit(1)
+for command in (bench, targets, demo, coverage):
+    app.command()(command)

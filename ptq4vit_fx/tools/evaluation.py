@@ -13,8 +13,6 @@ import numpy as np
 import onnxruntime
 import timm
 import timm.data
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ptq4vit_fx.errors import failure, some_names, warn
@@ -35,43 +33,45 @@ from ptq4vit_fx.tools.models import (
     list_images,
     read_images,
 )
+from ptq4vit_fx.tools.phases import CLASSIFY, Phases, calls
 from ptq4vit_fx.tools.scores import Evaluation, classes_of, pair_of, ranks, score_of
 from ptq4vit_fx.torch_state import independent_of_caller
 
 
 @independent_of_caller()
 def evaluate_file(
-    file: Path, data: Path, model: str | None, batch_size: int, console: Console, reference: Classifier | None = None
+    file: Path, data: Path, model: str | None, batch_size: int, phases: Phases, reference: Classifier | None = None
 ) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 
-    model: a timm model whose preprocessing to use instead. reference: the float model, which sees the same images.
-    Raises PTQError if no preprocessing is known, if the file takes something else than images, or if the number of
-    sub-folders is not the number of classes (unless the sub-folders are named by class number). Warns (PTQWarning) of
-    sub-folders without images.
+    model: a timm model whose preprocessing to use instead. phases: shows how many images are done. reference: the
+    float model, which sees the same images. Raises PTQError if no preprocessing is known, if the file takes something
+    else than images, or if the number of sub-folders is not the number of classes (unless the sub-folders are named by
+    class number). Warns (PTQWarning) of sub-folders without images.
     """
     session = open_session(file)
     channels = _image_channels(session, file)
     classify = classifier_of(session, file)
     folder = list_images(data, labelled=True)
     transform = timm.data.create_transform(**_preprocessing(session, file, model))
+    transform = calls(transform, phases.show, CLASSIFY, len(folder.paths))
     _warn_of_empty(folder, data)
     labels, skipped = np.asarray(folder.labels), list[str]()
     seen = list[Array]()  # per batch: the numbers of the images, both ranks, whether the first classes are the same
     classes = 0
-    # A bar that is switched off prints an empty line in older releases of rich.
-    bar = track(folder.paths, "eval", console=console) if console.is_terminal else folder.paths
     size = fixed_batch("eval", str(file), session) or batch_size
-    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
-        logits = classify(pixels)
-        classes = logits.shape[1]
-        _check_classes(folder, classes, data)
-        beside = logits if reference is None else reference(pixels)
-        if beside.shape != logits.shape:
-            expected, do = f"logits of the shape {logits.shape}, as the file's", "pass the model that it was made from"
-            raise failure("eval", "--against", expected=expected, got=str(beside.shape), do=do)
-        same = logits.argmax(1) == beside.argmax(1)
-        seen.append(np.stack([numbers, ranks(logits, labels[numbers]), ranks(beside, labels[numbers]), same]))
+    with phases(CLASSIFY):
+        for numbers, pixels in _batches(read_images(folder.paths, transform, skipped, channels), size):
+            logits = classify(pixels)
+            classes = logits.shape[1]
+            _check_classes(folder, classes, data)
+            beside = logits if reference is None else reference(pixels)
+            if beside.shape != logits.shape:
+                expected = f"logits of the shape {logits.shape}, as the file's"
+                do = "pass the model that it was made from"
+                raise failure("eval", "--against", expected=expected, got=str(beside.shape), do=do)
+            same = logits.argmax(1) == beside.argmax(1)
+            seen.append(np.stack([numbers, ranks(logits, labels[numbers]), ranks(beside, labels[numbers]), same]))
     if not seen:
         return Evaluation(0, tuple(skipped))
     images, rank, float_rank, same = np.concatenate(seen, axis=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, foreign, quoted
-from ptq4vit_fx.export.huggingface import export_huggingface, write_card
+from ptq4vit_fx.export.huggingface import FLOAT_FILE, PIXELS, export_huggingface, write_card
 from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
 from ptq4vit_fx.export.pixels import LAYOUTS
 from ptq4vit_fx.export.proof.verify import VerifyReport
@@ -73,6 +73,14 @@ class Destination:
         if self.layout == FOLDER:
             return export_huggingface(converted, self.out, example, **said)
         return export_onnx(converted, self.out, example, uint8_input=self.uint8_input, **said)
+
+    def interface(self, report: ExportReport) -> dict[str, list[str]]:
+        """Return the names of inputs and outputs, arguments of `export_float`: in a folder those of the file in it."""
+        return {"input_names": [PIXELS], "output_names": list(report.outputs)} if self.layout == FOLDER else {}
+
+    def holds(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether a path is the place of the float file in the folder, where readers look for it."""
+        return self.layout == FOLDER and os.path.realpath(path) == os.path.realpath(os.path.join(self.out, FLOAT_FILE))
 
     def note(self, report: ExportReport, verified: VerifyReport, figures: dict[str, str]) -> None:
         """Write what is known of the file into its model card, if it has one."""

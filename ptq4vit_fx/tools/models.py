@@ -35,18 +35,28 @@ def create_model(
     `load_weights`, whose line on what was taken is appended to `said`). Raises PTQError on an unknown name (with near
     names), a checkpoint that does not fit, and weights that cannot be downloaded.
     """
-    check_name(name, "create model")
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=weights is None, **_parse(arguments))
-    except Exception as error:
-        do = "check --model-arg, or pass --weights FILE with a local checkpoint"
-        got = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise failure("create model", name, expected="a model with its weights", got=got, do=do) from error
+    model = _created(name, arguments, pretrained=weights is None)
     if weights is not None:
         line = load_weights(model, weights, entry)
         if line and said is not None:
             said.append(line)
     return model.eval()
+
+
+def random_model(name: str, arguments: list[str]) -> nn.Module:
+    """Return a timm model with random weights, which take as long as others; raises PTQError as `create_model`."""
+    return _created(name, arguments, pretrained=False).eval()
+
+
+def _created(name: str, arguments: list[str], *, pretrained: bool) -> nn.Module:
+    check_name(name, "create model")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **_parse(arguments))
+    except Exception as error:
+        do = "check --model-arg, or pass --weights FILE with a local checkpoint"
+        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise failure("create model", name, expected="a model with its weights", got=got, do=do) from error
+    return model
 
 
 def check_name(name: str, operation: str) -> None:

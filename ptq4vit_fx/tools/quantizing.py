@@ -6,11 +6,10 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm.data
 import torch
 from torch import Tensor, nn
@@ -19,23 +18,38 @@ from torch.fx import GraphModule
 from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
 from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.float_export import export_float
+from ptq4vit_fx.export.onnx_export import ExportReport
 from ptq4vit_fx.export.proof.compare_float import compare_float
-from ptq4vit_fx.export.proof.latency import Latency, measure_latency
+from ptq4vit_fx.export.proof.latency import SECONDS, Latency, measure_latency
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
-from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
-from ptq4vit_fx.tools.held_out import Compared, images_to_compare
+from ptq4vit_fx.tools.held_out import MOST, Compared, images_to_compare
 from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.phases import (
+    CALIBRATE,
+    COMPARE,
+    CONVERT,
+    EXPORT,
+    FLOAT,
+    MEASURE,
+    MODEL,
+    PER_MODULE,
+    READ,
+    TRACE,
+    TWINS,
+    VERIFY,
+    Phases,
+    calls,
+)
+from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.twins import choose_twins
 
 Say = Callable[[str], None]
-#: Shows what is under way while it lasts.
-Status = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -59,29 +73,32 @@ class FloatFile:
     problem: str = ""
 
 
-def quantize_folder(request: Request, say: Say, status: Status, *, progress: bool, heard: Sequence[str]) -> Summary:
+def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequence[str]) -> Summary:
     """Quantize, write, verify and compare with float; return what came of it.
 
-    say: prints a line that cannot wait. progress: show that of the calibration. heard: the warnings so far, a list that
-    grows. Raises PTQError on anything that cannot be done; what can be checked is checked before the work.
+    say: prints a line that cannot wait. phases: shows what is under way. heard: the warnings so far, a list that grows.
+    Raises PTQError on anything that cannot be done; what can be checked is checked before the work.
     """
     check_request(request)
-    source = _source(request, say, status)
-    prepared = _calibrated(request, source, say, progress=progress)
-    converted = convert_fx(prepared)
+    source = _source(request, say, phases)
+    prepared = _calibrated(request, source, say, phases)
+    with phases(CONVERT):
+        converted = convert_fx(prepared)
     example, target, opset, batch = source.pixels[:1], request.target, request.opset, request.batch
-    with status("export to ONNX"):
+    with phases(EXPORT):
         options = {"target": target, "opset": opset, "batch": batch}
         exported = request.destination.write(converted, example, source.labels, source.preprocessing, **options)
-    with status("verify in ONNX Runtime"):
-        verified = verify_onnx(exported.path, converted, _full_batches(source.pixels, request))
+    with phases(VERIFY):
+        batches = full_batches(source.pixels, request.batch, request.batch_size)
+        verified = proved(exported.path, converted, batches, phases.show)
     compared = source.compared
-    with status("compare with float"):
+    with phases(COMPARE):
         batches = list(torch.split(compared.pixels, request.batch_size))
         kind, names = request.kind, [os.path.relpath(name, request.data) for name in compared.names]
-        against = compare_float(exported.path, source.network, batches, kind=kind, names=names, unseen=compared.unseen)
+        known: dict[str, Any] = {"kind": kind, "names": names, "unseen": compared.unseen}
+        against = compare_float(exported.path, source.network, batches, **known, progress=phases.show)
     request.destination.note(exported, verified, _figures(request, source) | {"against float": against.headline()})
-    float_file = _float_file(request, source, exported.path, status)
+    float_file = _float_file(request, source, exported, phases)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
     return Summary(
@@ -103,16 +120,20 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         expensive=most_expensive(calibration),
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
+        phases=phases.seconds,
     )
 
 
-def _source(request: Request, say: Say, status: Status) -> Source:
+def _source(request: Request, say: Say, phases: Phases) -> Source:
     """Read the model and the images; calibration takes some, evenly spread over the folder, a comparison others."""
     listed = list_images(request.data)
     said: list[str] = []
-    network = create_model(
-        request.model, request.weights, list(request.model_args), entry=request.weights_entry, said=said
-    )
+    if not phases.drawn:
+        huggingface_hub.utils.disable_progress_bars()  # the hub's own bars are for terminals
+    with phases(MODEL, drawn=False):
+        network = create_model(
+            request.model, request.weights, list(request.model_args), entry=request.weights_entry, said=said
+        )
     for line in said:
         say(line)
     labels, preprocessing = request.destination.class_names(network), data_config(network)
@@ -127,8 +148,10 @@ def _source(request: Request, say: Say, status: Status) -> Source:
         mean, std = (preprocessing[key][0] for key in ("mean", "std"))
         say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
     transform, skipped = timm.data.create_transform(**preprocessing), list[str]()
-    with status("read images"):
+    with phases(READ):
         taken = evenly_spread(listed.paths, request.images)
+        total = len(taken) + min(MOST, len(listed.paths) - len(taken))
+        transform = calls(transform, phases.show, READ, total)
         calibrated = load_named(taken, transform, skipped, channels)
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
     if skipped:
@@ -136,17 +159,18 @@ def _source(request: Request, say: Say, status: Status) -> Source:
     return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared)
 
 
-def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
+def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
     """Return the prepared model with its scales, which say in their provenance what they are of."""
-    prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
+    with phases(TRACE, PER_MODULE * len(list(source.network.modules()))):
+        prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
     batches = list(torch.split(source.pixels, request.batch_size))
     limit = None if request.memory_limit is None else round(request.memory_limit * 2**30)
-    seed, loss = request.seed, request.loss
-    calibrate(
-        prepared, batches, seed=seed, loss=loss, checkpoint=request.checkpoint, memory_limit=limit, progress=progress
-    )
+    known: dict[str, Any] = {"seed": request.seed, "loss": request.loss, "memory_limit": limit, "progress": phases.show}
+    with phases(CALIBRATE):
+        calibrate(prepared, batches, checkpoint=request.checkpoint, **known)
     if request.twins == "auto":
-        prepared, choice = choose_twins(prepared, batches, seed=seed, loss=loss, memory_limit=limit, progress=progress)
+        with phases(TWINS):
+            prepared, choice = choose_twins(prepared, batches, **known)
         say(str(choice))
     calibration = calibration_of(prepared)
     assert calibration is not None
@@ -164,15 +188,7 @@ def _figures(request: Request, source: Source) -> dict[str, str]:
     return {"model": request.model, "bits": bits}
 
 
-def _full_batches(pixels: Tensor, request: Request) -> list[Tensor]:
-    """Return the images in batches that the file takes: of a fixed batch, the first images fill up the last one."""
-    if request.batch is None:
-        return list(torch.split(pixels, request.batch_size))
-    count = -(-len(pixels) // request.batch) * request.batch
-    return list(torch.split(pixels[torch.arange(count) % len(pixels)], request.batch))
-
-
-def _float_file(request: Request, source: Source, file: Path, status: Status) -> FloatFile:
+def _float_file(request: Request, source: Source, exported: ExportReport, phases: Phases) -> FloatFile:
     """Write the float file where it is asked for, else into a temporary folder, and measure the file beside it.
 
     That a measurement does not work out is no error: the file is written. Raises PTQError if a float file is asked for
@@ -183,17 +199,16 @@ def _float_file(request: Request, source: Source, file: Path, status: Status) ->
     size = sum(tensor.nbytes for tensor in source.network.state_dict().values())
     with contextlib.nullcontext() if request.float_onnx else scratch("quantize", size) as folder:
         path = request.float_onnx or f"{folder}/float.onnx"
-        example, facts = source.pixels[:1], _origin(request, source)
-        written = None
+        example, written = source.pixels[:1], None
+        known: dict[str, Any] = {"opset": request.opset, "batch": request.batch, "facts": _origin(request, source)}
+        known |= request.destination.interface(exported)
         try:
-            with status("write the float file"):
-                written = export_float(
-                    source.network, path, example, opset=request.opset, batch=request.batch, facts=facts
-                )
+            with phases(FLOAT):
+                written = export_float(source.network, path, example, **known)
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
-            with status("measure"):
-                return FloatFile(written, measure_latency(file, path))
+            with phases(MEASURE, 2 * SECONDS):
+                return FloatFile(written, measure_latency(exported.path, path))
         except PTQError as error:
             if request.float_onnx is not None and written is None:
                 raise

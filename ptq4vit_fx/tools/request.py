@@ -80,7 +80,7 @@ def _check_paths(request: Request) -> None:
     for option, path in (written | read).items():
         if path is None:
             continue
-        if option in written and option != "--out":
+        if option in written and option != "--out" and not request.destination.holds(path):
             check_writable(path, f"quantize {option}")
         name = os.path.realpath(path)
         if name in taken:
