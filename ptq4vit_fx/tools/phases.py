@@ -41,6 +41,8 @@ def calls(function: Callable[..., Result], show: Show, phase: str, total: int) -
 class Phases:
     """`with phases(EXPORT): ...` shows a phase while it lasts; `phases.show` is told what is done of it.
 
+    A phase in another one is shown in its place.
+
     shown: False for nothing at all. console: where it is shown. seconds: name -> seconds, of those that are over.
     """
 
@@ -49,6 +51,7 @@ class Phases:
         self.show = show_nothing if self._display is None else self._display
         self.drawn = shown and console.is_terminal
         self.seconds: dict[str, float] = {}
+        self._open = 0
 
     @contextmanager
     def __call__(self, phase: str, expected: float = 0.0, *, drawn: bool = True) -> Iterator[None]:
@@ -57,12 +60,14 @@ class Phases:
         expected: seconds, if they are known; else those of earlier phases tell, as far as they can.
         """
         started = time.perf_counter()
-        display = self._display if drawn or not self.drawn else None
+        display = self._display if not self._open and (drawn or not self.drawn) else None
         expected = expected or TRACES.get(phase, 0.0) * self.seconds.get(TRACE, 0.0)
         self.show(UnderWay(phase, expected=expected))
+        self._open += 1
         try:
             with nullcontext() if display is None else display:
                 yield
         finally:
+            self._open -= 1
             taken = time.perf_counter() - started
             self.seconds[phase] = round(self.seconds.get(phase, 0.0) + taken, 3)
