@@ -56,6 +56,10 @@ def _created(name: str, arguments: list[str], *, pretrained: bool) -> nn.Module:
         do = "check --model-arg, or pass --weights FILE with a local checkpoint"
         got = f"{type(error).__name__}: {error}".splitlines()[0]
         raise failure("create model", name, expected="a model with its weights", got=got, do=do) from error
+    size = _input_size(model)
+    if min(size) < 1:  # which no timm model computes, and not every release refuses
+        got, do = f"{size[0]} x {size[1]}", "check --model-arg img_size"
+        raise failure("create model", name, expected="images of one pixel or more", got=got, do=do)
     return model
 
 
@@ -86,8 +90,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     Raises PTQError if it has other channels than 1 or 3.
     """
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    channels, *size = config["input_size"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    channels, size = config["input_size"][0], _input_size(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = channels if first is None else first.in_channels
     if channels not in MODES:
@@ -95,6 +98,12 @@ def data_config(model: nn.Module) -> dict[str, Any]:
         got = f"a model of {channels} channels"
         raise failure("read images", type(model).__name__, expected="images of 1 or 3 channels", got=got, do=do)
     return at_size(config, (channels, *size))
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...]:
+    """Return the height and width that a timm model was created with."""
+    size = timm.data.resolve_model_data_config(model)["input_size"][1:]
+    return tuple(getattr(getattr(model, "patch_embed", None), "img_size", None) or size)
 
 
 def at_size(config: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
