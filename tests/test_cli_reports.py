@@ -265,7 +265,8 @@ def test_the_proof_is_short_where_every_bit_is_the_same(quantized, place, monkey
     seen = list[UnderWay]()
     short = proved(place / "small.onnx", small_converted, full_batches(many, None, 8), seen.append)
     assert short.ok
-    assert (short.images, short.same_functions.bit_equal, short.layers[0].images) == (8, 1.0, 1)
+    assert (short.images, short.same_functions.bit_equal) == (8, 1.0)
+    assert max(layer.images for layer in short.layers) == 1
     monkeypatch.setattr(verify, "products_saturate", lambda: True)  # what a CPU without VNNI needs all images for
     whole = proved(place / "small.onnx", small_converted, full_batches(many, None, 8), seen.append)
     assert (whole.images, max(layer.images for layer in whole.layers)) == (20, 8)
@@ -292,7 +293,6 @@ def test_seconds_of_every_phase_are_in_the_numbers(place):
     taken = json.loads(done.stdout)["phases"]
     assert set(taken) == {IMPORT, LOAD, READ, TRACE, CALIBRATE, CONVERT, EXPORT, VERIFY, COMPARE, FLOAT, MEASURE}
     assert all(seconds >= 0 for seconds in taken.values())
-    assert "warning" not in done.stdout
     assert not [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
 
 

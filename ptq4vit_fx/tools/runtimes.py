@@ -74,7 +74,7 @@ MADE_FOR = {
     "onnxruntime-arm": "ONNX Runtime on ARM; on x86 leave --target out",
     "openvino": "OpenVINO; for ONNX Runtime leave --target out",
     "tensorrt": "TensorRT; for CPUs leave --target tensorrt and its --recipe out",
-    "generic": "plain QDQ; ONNX Runtime, OpenVINO and TensorRT have their own --target",
+    "generic": "plain QDQ; ONNX Runtime, OpenVINO, TensorRT have their own targets",
 }
 
 
