@@ -129,6 +129,10 @@ def timed(file, milliseconds, ratio=None, runtime="onnxruntime"):
     return Timed(runtime, file, Spread(milliseconds, milliseconds, milliseconds), ratio)
 
 
+def reported(file, rows, float_files):
+    return BenchReport(file, rows, float_files, 1, 0, 5, "CPU x", 2, {"onnxruntime": "1"})
+
+
 @pytest.mark.parametrize(
     ("ratio", "says"),
     [
@@ -139,16 +143,14 @@ def timed(file, milliseconds, ratio=None, runtime="onnxruntime"):
 )
 def test_plain_words(ratio, says):
     rows = (timed("dir/a.onnx", 1.0), timed("dir/float.onnx", 2.0, ratio))
-    known = {"images": 1, "threads": 0, "rounds": 5, "cpu": "CPU x", "cores": 2, "versions": {"onnxruntime": "1"}}
-    report = BenchReport("dir/a.onnx", rows, ("dir/float.onnx",), **known)
+    report = reported("dir/a.onnx", rows, ("dir/float.onnx",))
     assert says in report.verdict()[0]
     assert "dir/" not in str(report)  # what tells files apart is shown, no more
 
 
 def test_files_of_one_name_are_shown_with_their_folders():
     rows = (timed("one/a.onnx", 1.0), timed("two/a.onnx", 2.0, Spread(2.0, 1.9, 2.1)))
-    known = {"images": 1, "threads": 0, "rounds": 5, "cpu": "CPU x", "cores": 2, "versions": {"onnxruntime": "1"}}
-    assert "one/a.onnx pays: 2.00 times as fast as two/a.onnx" in str(BenchReport("one/a.onnx", rows, (), **known))
+    assert "one/a.onnx pays: 2.00 times as fast as two/a.onnx" in str(reported("one/a.onnx", rows, ()))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.console import Console
 import ptq4vit_fx as ptq
 from ptq4vit_fx.inputs import progress
 from ptq4vit_fx.inputs.progress import Display, UnderWay, clock, counted
+from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.tools.phases import EXPORT, FLOAT, TRACE, TRACES, Phases, calls
 
 
@@ -131,12 +132,12 @@ def test_calibrate_and_verify_tell_how_far_they_are(tmp_path, small_vit, small_i
     seen = list[UnderWay]()
     prepared = ptq.prepare_fx(small_vit, ptq.recipes.best().with_search(n=2, rounds=1), small_images[:1])
     ptq.calibrate(prepared, small_images, progress=seen.append)
-    products, count = len(prepared.plan.ops), len(small_images)
+    products, count = len(plan_of(prepared).ops), len(small_images)
     phases = list(dict.fromkeys(moment.phase for moment in seen))
     assert phases == ["measure ranges of channels", "capture operands and gradients", "search and round"]
     last = {moment.phase: moment for moment in seen}
     assert [(last[phase].done, last[phase].total) for phase in phases] == [(count, count)] * 2 + [(products, products)]
-    assert last["search and round"].detail in {op.name for op in prepared.plan.ops}
+    assert last["search and round"].detail in {op.name for op in plan_of(prepared).ops}
     seen.clear()
     converted = ptq.convert_fx(prepared)
     ptq.export_onnx(converted, tmp_path / "m.onnx", small_images[:1])

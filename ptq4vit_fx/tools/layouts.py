@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, foreign, quoted
+from ptq4vit_fx.export.huggingface import FILE as FILE_IN_FOLDER
 from ptq4vit_fx.export.huggingface import FLOAT_FILE, PIXELS, export_huggingface, write_card
 from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
 from ptq4vit_fx.export.pixels import LAYOUTS
@@ -73,6 +74,11 @@ class Destination:
         if self.layout == FOLDER:
             return export_huggingface(converted, self.out, example, **said)
         return export_onnx(converted, self.out, example, uint8_input=self.uint8_input, **said)
+
+    @property
+    def file(self) -> str:
+        """Where the quantized file is written."""
+        return os.path.join(self.out, FILE_IN_FOLDER) if self.layout == FOLDER else self.out
 
     def interface(self, report: ExportReport) -> dict[str, list[str]]:
         """Return the names of inputs and outputs, arguments of `export_float`: in a folder those of the file in it."""

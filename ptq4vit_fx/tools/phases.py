@@ -48,7 +48,7 @@ class Phases:
 
     def __init__(self, console: Console, *, shown: bool = True, every: float | None = None) -> None:
         self._display = Display(console, every) if shown else None
-        self.show = show_nothing if self._display is None else self._display
+        self.show: Show = show_nothing if self._display is None else self._display
         self.drawn = shown and console.is_terminal
         self.seconds: dict[str, float] = {}
         self._open = 0

@@ -74,7 +74,11 @@ def check_request(request: Request) -> None:
 def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
-    written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
+    written = {
+        "--out": request.destination.file,
+        "--checkpoint": request.checkpoint,
+        "--float-onnx": request.float_onnx,
+    }
     read = {"--weights": request.weights}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
