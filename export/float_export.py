@@ -34,15 +34,15 @@ def export_float(
     *,
     opset: int = 20,
     batch: int | None = None,
-    facts: Mapping[str, Any] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a float model to an ONNX file, as `export_onnx` does with the quantized one; return its bytes.
 
-    example_inputs, opset, batch: as for `prepare_fx` and `export_onnx`. facts: JSON-ready, such as the preprocessing,
-    for the file's metadata. input_names, output_names: as for `export_onnx`. Raises PTQError if the model cannot be
-    traced or exported, or the path is not writable.
+    example_inputs, opset, batch and names: as for `prepare_fx` and `export_onnx`. facts: JSON-ready, such as the
+    preprocessing, for the file's metadata. Raises PTQError if the model cannot be traced or exported, or the path is
+    not writable.
     """
     check_writable(path, OPERATION)
     model = float_model(model)

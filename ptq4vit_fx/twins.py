@@ -19,6 +19,7 @@ from ptq4vit_fx.names import OPERANDS, Site, product_of, site
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
@@ -93,7 +94,7 @@ def choose_twins(
     images: int | None = None,
     timing: Callable[[ProductShapes], tuple[float, float]] = measure_product,
     **calibrate_kwargs: Any,
-) -> tuple[GraphModule, TwinReport]:
+) -> tuple[TracedModule, TwinReport]:
     """Replace twins by uniform quantizers where that costs little and saves time; return a new model and the reasons.
 
     Every product with a twin is searched once more with uniform quantizers. Those that add least per second saved

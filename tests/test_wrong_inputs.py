@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
+from wrong_options import CONFIGS, OPTIONS
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.tools.cli import app
@@ -52,7 +53,10 @@ def place(tmp_path_factory):
     (folder / "garbage.pth").write_bytes(b"PK\x03\x04 no")
     (folder / "garbage.onnx").write_bytes(b"\x08\x07 no model")
     (folder / "none.onnx").write_bytes(b"")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.toml").write_text(text)
     write_files(folder)
+    write_models(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -83,6 +87,24 @@ class Case:
     code: int = 1
 
 
+def write_models(folder) -> None:
+    """Write what MODEL may name and should not: folders, and Python that fails."""
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text('{"model_type": "vitt", "architectures": ["Evil"]}')
+    (folder / "timmlike").mkdir()
+    (folder / "timmlike" / "config.json").write_text('{"architecture": "vit_tinny_patch16_224", "pretrained_cfg": {}}')
+    (folder / "json").mkdir()
+    (folder / "json" / "config.json").write_text("{no")
+    (folder / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(1, 2, 3, 4, 5, 6, 7)\n")
+    (folder / "text.py").write_text("def make(:\n")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "/etc/passwd"}}')
+
+
+def model(name: str, says: str, code: int = 1) -> Case:
+    return Case(f"quantize {name} --data images --out m.onnx", says, code)
+
+
 def quantize(
     options: str, says: str, code: int = 1, *, data: str = "images", weights: str = "good.safetensors"
 ) -> Case:
@@ -109,6 +131,30 @@ CASES = {
     "an entry of nothing": quantize("--weights-entry ema", "a file that it is an entry of", weights=""),
     "no hub": quantize("", "pass --weights FILE with a local checkpoint", weights=""),
     "an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx", f"did you mean {MODEL}"),
+    "a folder by the name of a model": model("hf", "expected a timm model name"),
+    "a folder of a model that is not there": model("./hff", "did you mean hf?"),
+    "a folder without a configuration": model("./images", "got one without config.json"),
+    "a folder of another library": model("./hf", "hf: expected a configuration that transformers knows"),
+    "a folder of a timm model that is none": model("local-dir:timmlike", "did you mean vit_tiny_patch16_224"),
+    "a folder of Hugging Face for timm": model("local-dir:hf", "got one of Hugging Face; pass it as ./hf"),
+    "a configuration that is no JSON": model("./json", "json/config.json: expected JSON"),
+    "a name on no hub": model("org/nothing", "download the folder and pass ./FOLDER"),
+    "a name of timm on no hub": model("hf-hub:org/nothing", "create model: hf-hub:org/nothing"),
+    "a model of torchvision": model("torchvision:vit_b_61", "did you mean torchvision:vit_b_16"),
+    "a prefix": model("torch-vision:vit_b_16", "did you mean torchvision:vit_b_16?"),
+    "a file of weights as a model": model("good.safetensors", "pass the model's name, and --weights good.safetensors"),
+    "an ONNX file as a model": model("three.onnx", "pass the PyTorch model that it was exported from"),
+    "Python without a name": model("net.py", "write net.py:make"),
+    "Python that is not there": model("nett.py:make", "did you mean net.py?"),
+    "Python that fails": model("net.py:make", "in net.py, line 3"),
+    "Python that is none": model("text.py:make", "in text.py, line 1"),
+    "a module that is not there": model("no_such_package:make", "No module named 'no_such_package'"),
+    "an index of files elsewhere": quantize(
+        "", "expected names of files beside it, got '/etc/passwd'", weights="shards"
+    ),
+    "averaged weights that are not there": quantize("--ema", "--ema: expected an entry of averaged weights"),
+    "averaged weights and an entry": quantize("--no-ema --weights-entry model", "leave one of them out"),
+    "averaged weights of nothing": quantize("--ema", "add --weights FILE", weights=""),
     "another size": quantize("--model-arg img_size=64", "expected a state dict of this model"),
     "no such argument": quantize("--model-arg nonsense=1", "create model"),
     "no value": quantize("--model-arg depth", "expected key=value"),
@@ -132,6 +178,9 @@ CASES = {
     "memory that is no number": quantize("--memory-limit nan", "--memory-limit: expected GiB above 0, got nan"),
     "endless memory": quantize("--memory-limit inf", "--memory-limit: expected GiB above 0, got inf"),
     "a long seed": quantize(f"--seed {2**70}", "--seed: expected an integer of 64 bits"),
+    "a plan of an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx --plan", f"did you mean {MODEL}"),
+    "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
+    "a plan of no images": quantize("--plan", "got no such folder", data="nowhere"),
     "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
     # What is written
     "a folder that is not there": quantize("--out nowhere/m.onnx", "an existing, writable folder"),
@@ -178,6 +227,8 @@ CASES = {
     "eval against a file with weights": Case(
         "eval three.onnx --data images --against two.onnx --weights good.safetensors", "leave these out"
     ),
+    "eval of another kind": Case(f"eval three.onnx --data images --model {MODEL} --output-kind class", "did you mean"),
+    "eval against a folder": Case(f"eval three.onnx --data images --model {MODEL} --against ./images", "config.json"),
     "weights of nothing": Case("eval three.onnx --data images --weights good.safetensors", "add --against"),
     "inspect of no file": Case("inspect no.onnx", "no.onnx"),
     "inspect of garbage": Case("inspect garbage.onnx --json", "expected an ONNX model"),
@@ -191,7 +242,7 @@ CASES = {
     "bench beside garbage": Case("bench three.onnx --against garbage.onnx", "garbage.onnx: expected an ONNX model"),
     "bench beside an unknown model": Case(f"bench three.onnx --against {TYPO}", f"did you mean {MODEL}"),
     "bench beside a model of another size": Case(
-        f"bench three.onnx --against {MODEL}", "expected a model that runs on the example"
+        f"bench three.onnx --against {MODEL}", "expected a size that the model accepts"
     ),
     "bench in an unknown runtime": Case("bench three.onnx --runtime tflite", "expected one of onnxruntime, openvino"),
     "bench of no float file": Case("bench three.onnx --against two.onnx --static", "expected a float file to quantize"),
@@ -201,6 +252,7 @@ CASES = {
     "a batch of a bench that no memory holds": Case(f"bench three.onnx --batch {10**12}", "choose a smaller one"),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
+    **{name: quantize(*given) for name, given in OPTIONS.items()},
 }
 
 

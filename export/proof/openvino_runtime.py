@@ -102,6 +102,8 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU", threads:
             do="pip install 'ptq4vit-fx[openvino]'",
         ) from error
     check_readable(path, "openvino", "an ONNX model")
+    with unreadable("openvino", path, "an ONNX model"):
+        load_file(path).graph.sort()  # on a cycle OpenVINO 2025.1 does not end, and takes all memory
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     try:
         return openvino.Core().compile_model(os.fspath(path), device, FLOAT32 | settings)

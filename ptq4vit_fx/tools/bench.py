@@ -23,13 +23,13 @@ from ptq4vit_fx.export.pixels import image_shape, pixels_of
 from ptq4vit_fx.export.proof.instructions import cpu_instructions
 from ptq4vit_fx.export.proof.latency import OPERATION, Opened, in_turn
 from ptq4vit_fx.export.proof.openvino_runtime import compile_openvino
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
 from ptq4vit_fx.export.proof.static_baseline import write_static
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.progress import UnderWay
-from ptq4vit_fx.inputs.sizes import check_memory
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.tools.bench_report import BenchReport, Timed
-from ptq4vit_fx.tools.models import random_model
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import ROUNDS, Phases
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -166,7 +166,7 @@ def _compared(request: BenchRequest, against: str, file: _File, count: int, stac
             expected = f"a file that takes {count} image{'s' * (count > 1)} at a time"
             raise failure("bench", f"--against {against}", expected=expected, got=got, do=do)
         return other
-    model = random_model(against, list(request.model_args))
+    model = load_model(Asked(against, arguments=request.model_args, pretrained=False)).network
     session = file.opened.session
     pixels = pixels_of(session, file.opened.path, OPERATION)
     shape = image_shape(session, pixels)[1:] if len(session.get_inputs()) == 1 else []

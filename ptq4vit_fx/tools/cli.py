@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.tools import options
 from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, targets
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
-    from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -37,14 +37,27 @@ def main(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="timm model name")],
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm name, hf-hub:ORG/NAME, local-dir:FOLDER (timm's own); ORG/NAME or ./FOLDER (Hugging Face); "
+            "torchvision:NAME; file.py:Class or package.module:function, which runs that code"
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
-    weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="its checkpoint: safetensors or pth, shards, a folder (default: the model's own)"),
+    ] = None,
     weights_entry: Annotated[
         str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
     ] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="take averaged weights of that file, or others (default: any)")
+    ] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for what makes it, repeatable")] = None,
     recipe: Annotated[
         str, typer.Option(help="best, ptq4vit (the paper's), tensorrt (for that target) or base")
     ] = "best",
@@ -64,12 +77,17 @@ def quantize(
     opset: Annotated[int, typer.Option(help="ONNX operator set, 17 or newer")] = 20,
     batch: Annotated[int | None, typer.Option(min=1, help="images per run of the file (default: any number)")] = None,
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
-    loss: Annotated[str, typer.Option(help="its gradient weighs the search: pseudo_label or fisher")] = "pseudo_label",
+    loss: Annotated[
+        str | None,
+        typer.Option(help="its gradient weighs the search: pseudo_label, fisher, or projection (for no classes)"),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
     ] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="module or product that stays float, repeatable")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="module, product or pattern that stays float, repeatable")
+    ] = None,
     float_onnx: Annotated[str | None, typer.Option(metavar="PATH", help="write the float model there too")] = None,
     fail_under: Annotated[
         float | None,
@@ -89,21 +107,41 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    settings: options.Settings = None,
+    weights_granularity: options.WeightsGranularity = None,
+    device: options.Device = "cpu",
+    sequential: options.Sequential = False,
+    input_name: options.InputName = None,
+    output_name: options.OutputName = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
+    plan: options.Plan = False,
 ) -> None:
-    """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
+    """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     shown = not (quiet or as_json)
-    with readable_errors(checkpoint) as heard, showing(shown) as phases:
+    with readable_errors(checkpoint) as heard:
+        from ptq4vit_fx.tools.config_file import as_toml
+
+        repeat = as_toml(quantize, context.params) if verbose or print_config else ""
+        if print_config:
+            say(repeat, highlight=False)
+            return
+        phases = showing(shown)
         from ptq4vit_fx.tools.layouts import Destination
-        from ptq4vit_fx.tools.quantizing import quantize_folder
+        from ptq4vit_fx.tools.mappings import mapping_of
+        from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
         from ptq4vit_fx.tools.request import Request
 
         request = Request(
             model=model,
             data=data,
-            destination=Destination(out, layout, uint8_input, labels),
-            mapping=_mapping(recipe, twins, w_bits, a_bits),
+            destination=Destination(
+                out, layout, uint8_input, labels, tuple(input_name or ()), tuple(output_name or ())
+            ),
+            mapping=mapping_of(recipe, twins, w_bits, a_bits, weights_granularity, settings or []),
             weights=weights,
             weights_entry=weights_entry,
+            ema=ema,
             model_args=tuple(model_arg or ()),
             recipe=recipe,
             twins=twins,
@@ -122,8 +160,15 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            device=device,
+            sequential=sequential,
+            settings=tuple(settings or ()),
         )
         speak = say if shown else lambda text: None
+        if plan:
+            planned = plan_folder(request, speak, phases)
+            say_json(planned.to_dict()) if as_json else say("\n".join(planned.lines()), highlight=False)
+            return
         summary = quantize_folder(request, speak, phases, heard=heard)
         for complaint in summary.complaints():
             say(f"warning: {complaint}", to=complaints)
@@ -131,29 +176,10 @@ def quantize(
             say_json(summary.to_dict())
         speak("\n".join(summary.lines()))
         if verbose:
-            speak(summary.in_full())
+            speak(f"{summary.in_full()}\n{repeat}")
     if fail_under is not None and not summary.against.ok(fail_under):
         say(f"error: {summary.refusal(fail_under)}", to=complaints)
         raise typer.Exit(POOR)
-
-
-def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
-    """Return the recipe of that name; raises PTQError on a name that does not exist or does not go with the twins."""
-    from ptq4vit_fx import recipes
-
-    with_twins = {"best": recipes.best, "ptq4vit": recipes.ptq4vit}
-    without = {"tensorrt": recipes.tensorrt, "base": recipes.base_ptq}
-    if recipe not in {*with_twins, *without}:
-        expected = "best, ptq4vit, tensorrt or base"
-        raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
-    kinds = ("exact", "wide", "uniform", "auto") if recipe in with_twins else ("exact",)
-    if twins not in kinds:
-        expected = f"{' or '.join(kinds)} with the recipe {recipe}"
-        raise failure("quantize", "--twins", expected=expected, got=repr(twins), do="choose one")
-    if recipe in without:
-        return without[recipe](w_bits, a_bits)
-    searched = "exact" if twins == "auto" else cast("Literal['exact', 'wide', 'uniform']", twins)
-    return with_twins[recipe](w_bits, a_bits, twins=searched)
 
 
 @app.command(name="eval")
@@ -161,28 +187,40 @@ def evaluate(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
     data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
     model: Annotated[
-        str | None, typer.Option(help="timm model whose preprocessing to use (default: the file's)")
+        str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
     against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare with, in pairs")
+        str | None,
+        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
     weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    output_kind: Annotated[
+        str | None,
+        typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
+    ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
-    with readable_errors(), showing(not as_json) as phases:
-        if against is None and (per_class or weights is not None or weights_entry is not None or model_arg):
-            expected, do = "--against with --per-class, --weights, --weights-entry and --model-arg", "add --against"
+    with readable_errors():
+        if against is None and (per_class or model_arg or any(x is not None for x in (weights, weights_entry, ema))):
+            expected, do = (
+                "--against with --per-class, --weights, --weights-entry, --ema and --model-arg",
+                "add --against",
+            )
             raise failure("eval", "options", expected=expected, got="none", do=do)
-        from ptq4vit_fx.tools.classifiers import float_classifier
+        phases = showing(not as_json)
+        from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
+        from ptq4vit_fx.tools.named.model import Asked
 
-        reference = float_classifier(against, weights, weights_entry, model_arg or []) if against else None
-        found = evaluate_file(file, data, model, batch_size, phases, reference)
+        asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
+        reference = float_outputs(asked) if against else None
+        found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind)
         if as_json:
             say_json(found.to_dict())
         else:

@@ -33,7 +33,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time an ONNX file on this machine, beside float and others, in ONNX Runtime and OpenVINO."""
-    with readable_errors(), showing(not (quiet or as_json)) as phases:
+    with readable_errors():
+        phases = showing(not (quiet or as_json))
         from ptq4vit_fx.tools.bench import BenchRequest, bench_file
 
         request = BenchRequest(
@@ -72,7 +73,8 @@ def demo(
 ) -> None:
     """Quantize the embedded digits ViT at 8, 6 and 4 bits with both recipes; needs no network."""
     shown = not (quiet or as_json)
-    with readable_errors(), showing(shown) as phases:
+    with readable_errors():
+        phases = showing(shown)
         from ptq4vit_fx.tools.demo import run_demo
 
         found = run_demo(out, phases)

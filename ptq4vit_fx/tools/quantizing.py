@@ -16,34 +16,26 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
-from ptq4vit_fx.errors import PTQError
+from ptq4vit_fx.calibrating.losses import has_logits
+from ptq4vit_fx.errors import PTQError, foreign
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.onnx_export import ExportReport
+from ptq4vit_fx.export.proof.against_float import AgainstFloat, Kind
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import SECONDS, Latency, measure_latency
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
 from ptq4vit_fx.files import scratch
-from ptq4vit_fx.inputs.sizes import check_memory
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
+from ptq4vit_fx.passes.graph.outputs import plain_outputs
+from ptq4vit_fx.tools import phases as phase
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
+from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.held_out import MOST, Compared, images_to_compare
-from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
-from ptq4vit_fx.tools.phases import (
-    CALIBRATE,
-    COMPARE,
-    CONVERT,
-    EXPORT,
-    FLOAT,
-    MEASURE,
-    MODEL,
-    PER_MODULE,
-    READ,
-    TRACE,
-    TWINS,
-    VERIFY,
-    Phases,
-    calls,
-)
+from ptq4vit_fx.tools.mappings import said_of, set_apart
+from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.phases import Phases, calls
+from ptq4vit_fx.tools.planning import Planned, planned
 from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
@@ -54,7 +46,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Source:
-    """The float model, how its images are prepared, and those that were read; skipped: `path: reason` of the others."""
+    """The float model, how its images are prepared, and those that were read; skipped: `path: reason` of the others.
+
+    kind: what its output is, None where neither the user nor the model says it.
+    """
 
     network: nn.Module
     labels: list[str] | None
@@ -62,6 +57,7 @@ class Source:
     pixels: Tensor
     skipped: tuple[str, ...]
     compared: Compared
+    kind: Kind | None
 
 
 @dataclass(frozen=True)
@@ -82,21 +78,17 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
     check_request(request)
     source = _source(request, say, phases)
     prepared = _calibrated(request, source, say, phases)
-    with phases(CONVERT):
+    with phases(phase.CONVERT):
         converted = convert_fx(prepared)
     example, target, opset, batch = source.pixels[:1], request.target, request.opset, request.batch
-    with phases(EXPORT):
+    with phases(phase.EXPORT):
         options = {"target": target, "opset": opset, "batch": batch}
         exported = request.destination.write(converted, example, source.labels, source.preprocessing, **options)
-    with phases(VERIFY):
+    with phases(phase.VERIFY):
         batches = full_batches(source.pixels, request.batch, request.batch_size)
         verified = proved(exported.path, converted, batches, phases.show)
-    compared = source.compared
-    with phases(COMPARE):
-        batches = list(torch.split(compared.pixels, request.batch_size))
-        kind, names = request.kind, [os.path.relpath(name, request.data) for name in compared.names]
-        known: dict[str, Any] = {"kind": kind, "names": names, "unseen": compared.unseen}
-        against = compare_float(exported.path, source.network, batches, **known, progress=phases.show)
+    with phases(phase.COMPARE):
+        against = _against_float(request, source, exported, phases)
     request.destination.note(exported, verified, _figures(request, source) | {"against float": against.headline()})
     float_file = _float_file(request, source, exported, phases)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
@@ -105,6 +97,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
+        set_apart=set_apart(request.mapping, plan),
         sites=len(plan.quantizers),
         images=len(source.pixels),
         skipped=source.skipped,
@@ -112,31 +105,45 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         exported=exported,
         verified=verified,
         against=against,
-        why_seen=compared.reason,
+        why_seen=source.compared.reason,
         latency=float_file.latency,
         why_no_latency=float_file.problem,
         float_file=request.float_onnx,
         float_bytes=float_file.bytes or exported.float_bytes,
         expensive=most_expensive(calibration),
-        flags=helpful_flags(request, compared.others),
+        flags=helpful_flags(request, source.compared.others),
         warnings=tuple(heard),
         phases=phases.seconds,
     )
 
 
+def _against_float(request: Request, source: Source, exported: ExportReport, phases: Phases) -> AgainstFloat:
+    compared = source.compared
+    batches = list(torch.split(compared.pixels, request.batch_size))
+    names = [os.path.relpath(name, request.data) for name in compared.names]
+    known: dict[str, Any] = {"kind": request.kind, "names": names, "unseen": compared.unseen}
+    return compare_float(exported.path, source.network, batches, **known, progress=phases.show)
+
+
+def plan_folder(request: Request, say: Say, phases: Phases) -> Planned:
+    """Return what `quantize_folder` would do, without doing it; raises PTQError on what it would refuse."""
+    check_request(request)
+    source = _source(request, say, phases)
+    with phases(phase.TRACE):
+        return planned(request, source)
+
+
 def _source(request: Request, say: Say, phases: Phases) -> Source:
     """Read the model and the images; calibration takes some, evenly spread over the folder, a comparison others."""
     listed = list_images(request.data)
-    said: list[str] = []
     if not phases.drawn:
         huggingface_hub.utils.disable_progress_bars()  # the hub's own bars are for terminals
-    with phases(MODEL, drawn=False):
-        network = create_model(
-            request.model, request.weights, list(request.model_args), entry=request.weights_entry, said=said
-        )
-    for line in said:
+    with phases(phase.MODEL, drawn=False):
+        named = load_model(request.asked())
+    for line in named.said:
         say(line)
-    labels, preprocessing = request.destination.class_names(network), data_config(network)
+    preprocessing = named.preprocessing
+    labels = request.destination.class_names(named.network) or (list(named.labels) if named.labels else None)
     channels = preprocessing["input_size"][0]
     if request.batch is not None:
         size, what = (
@@ -148,29 +155,39 @@ def _source(request: Request, say: Say, phases: Phases) -> Source:
         mean, std = (preprocessing[key][0] for key in ("mean", "std"))
         say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
     transform, skipped = timm.data.create_transform(**preprocessing), list[str]()
-    with phases(READ):
+    with phases(phase.READ):
         taken = evenly_spread(listed.paths, request.images)
         total = len(taken) + min(MOST, len(listed.paths) - len(taken))
-        transform = calls(transform, phases.show, READ, total)
+        transform = calls(transform, phases.show, phase.READ, total)
         calibrated = load_named(taken, transform, skipped, channels)
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
     if skipped:
         say(said_of_skipped(skipped))
-    return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared)
+    kind = request.kind or named.kind
+    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind)
 
 
 def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
     """Return the prepared model with its scales, which say in their provenance what they are of."""
-    with phases(TRACE, PER_MODULE * len(list(source.network.modules()))):
+    with phases(phase.TRACE, phase.PER_MODULE * len(list(source.network.modules()))):
         prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
+    for line in said_of(request.settings, request.skip, plan_of(prepared)):
+        say(line)
+    request.destination.check_names(prepared)
     batches = list(torch.split(source.pixels, request.batch_size))
-    limit = None if request.memory_limit is None else round(request.memory_limit * 2**30)
-    known: dict[str, Any] = {"seed": request.seed, "loss": request.loss, "memory_limit": limit, "progress": phases.show}
-    with phases(CALIBRATE):
-        calibrate(prepared, batches, checkpoint=request.checkpoint, **known)
+    options: dict[str, Any] = {
+        "seed": request.seed,
+        "loss": request.loss or _loss_of(source),
+        "memory_limit": None if request.memory_limit is None else round(request.memory_limit * 2**30),
+        "device": check_device(request.device),
+        "sequential": request.sequential,
+        "progress": phases.show,
+    }
+    with phases(phase.CALIBRATE):
+        calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
     if request.twins == "auto":
-        with phases(TWINS):
-            prepared, choice = choose_twins(prepared, batches, **known)
+        with phases(phase.TWINS):
+            prepared, choice = choose_twins(prepared, batches, **options)
         say(str(choice))
     calibration = calibration_of(prepared)
     assert calibration is not None
@@ -179,8 +196,19 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
     )
 
 
+def _loss_of(source: Source) -> str:
+    """Return the loss that goes with what the model gives: logits have a label, other outputs a direction."""
+    if source.kind in ("embeddings", "values"):
+        return "projection"
+    expected, do = "a model that runs on these images", "check its image size, and --model-arg"
+    with torch.inference_mode(), foreign("quantize", type(source.network).__name__, expected=expected, do=do):
+        output = plain_outputs(source.network(source.pixels[:1]), keys=True)
+    return "pseudo_label" if has_logits(output) else "projection"
+
+
 def _origin(request: Request, source: Source) -> dict[str, Any]:
-    return {"model": request.model, "recipe": request.recipe, "preprocessing": source.preprocessing}
+    facts = request.asked().origin() | {"recipe": request.recipe, "preprocessing": source.preprocessing}
+    return facts if source.kind is None else facts | {"output": source.kind}
 
 
 def _figures(request: Request, source: Source) -> dict[str, str]:
@@ -203,11 +231,11 @@ def _float_file(request: Request, source: Source, exported: ExportReport, phases
         known: dict[str, Any] = {"opset": request.opset, "batch": request.batch, "facts": _origin(request, source)}
         known |= request.destination.interface(exported)
         try:
-            with phases(FLOAT):
+            with phases(phase.FLOAT):
                 written = export_float(source.network, path, example, **known)
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
-            with phases(MEASURE, 2 * SECONDS):
+            with phases(phase.MEASURE, 2 * SECONDS):
                 return FloatFile(written, measure_latency(exported.path, path))
         except PTQError as error:
             if request.float_onnx is not None and written is None:

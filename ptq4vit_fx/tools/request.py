@@ -12,7 +12,9 @@ from ptq4vit_fx.export.onnx_export import check_target
 from ptq4vit_fx.export.proof.against_float import KINDS, Kind
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.layouts import Destination
+from ptq4vit_fx.tools.named.model import Asked
 
 #: What torch takes as a seed.
 SEEDS = range(-(2**63), 2**64)
@@ -23,6 +25,7 @@ class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
     bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
+    settings: what `--set` says, which is in the mapping.
     """
 
     model: str
@@ -31,6 +34,7 @@ class Request:
     mapping: QConfigMapping
     weights: Path | None
     weights_entry: str | None
+    ema: bool | None
     model_args: tuple[str, ...]
     recipe: str
     twins: str
@@ -42,13 +46,20 @@ class Request:
     opset: int
     batch: int | None
     seed: int
-    loss: str
+    loss: str | None
     checkpoint: Path | None
     memory_limit: float | None
     skip: tuple[str, ...]
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    device: str = "cpu"
+    sequential: bool = False
+    settings: tuple[str, ...] = ()
+
+    def asked(self) -> Asked:
+        """Return the float model that is asked for."""
+        return Asked(self.model, self.weights, self.weights_entry, self.ema, self.model_args)
 
 
 def check_request(request: Request) -> None:
@@ -57,6 +68,12 @@ def check_request(request: Request) -> None:
     if request.weights_entry is not None and request.weights is None:
         do = "add --weights FILE, or leave it out"
         raise failure("quantize", "--weights-entry", expected="a file that it is an entry of", got="none", do=do)
+    if request.ema is not None and (request.weights is None or request.weights_entry is not None):
+        option = "--ema" if request.ema else "--no-ema"
+        got, do = (
+            ("none", "add --weights FILE") if request.weights is None else ("--weights-entry", "leave one of them out")
+        )
+        raise failure("quantize", option, expected="a file of weights to choose in", got=got, do=do)
     if request.memory_limit is not None and not 0 < request.memory_limit < math.inf:
         do = "leave it out for half of what is free"
         raise failure("quantize", "--memory-limit", expected="GiB above 0", got=f"{request.memory_limit:g}", do=do)
@@ -66,9 +83,17 @@ def check_request(request: Request) -> None:
     if request.kind is not None and request.kind not in KINDS:
         raise unknown_name("quantize", "--output-kind", request.kind, KINDS)
     check_target(request.target, request.opset, request.batch)
+    check_device(request.device)
     if request.target == "tensorrt" and request.recipe in ("best", "ptq4vit"):
         expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
         raise failure("quantize", "--recipe", expected=expected, got=repr(request.recipe), do=do)
+    if request.sequential and request.twins == "auto":
+        expected, do = "exact, wide or uniform with --sequential", "choose one: auto compares products that do not wait"
+        raise failure("quantize", "--twins", expected=expected, got="'auto'", do=do)
+    narrow = [change for change in request.mapping.changes if change.a not in (None, 8)]
+    if request.target == "tensorrt" and narrow:
+        expected, do = "8 bits of activations with the target tensorrt", "set those of weights alone"
+        raise failure("quantize", f"--set {narrow[0].pattern}", expected=expected, got=f"a{narrow[0].a}", do=do)
 
 
 def _check_paths(request: Request) -> None:

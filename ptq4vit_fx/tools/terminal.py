@@ -48,16 +48,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
-@contextmanager
-def showing(shown: bool = True) -> Iterator[Phases]:
-    """Give what shows on standard error which phase is under way; the first one is importing, and ends here."""
+def showing(shown: bool = True) -> Phases:
+    """Return what shows on standard error which phase is under way; the first one is importing, and ends here."""
     from ptq4vit_fx.tools.phases import IMPORT, IMPORTING, Phases
 
     phases = Phases(complaints, shown=shown)
     with phases(IMPORT, IMPORTING):
         import onnxruntime  # noqa: F401
         import timm  # noqa: F401
-    yield phases
+    return phases
 
 
 @contextmanager
