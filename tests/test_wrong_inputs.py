@@ -274,6 +274,23 @@ CASES = {
         "report three.onnx -o r.html --weights good.safetensors", "expected a timm model in --against, got none"
     ),
     "no images for a report": Case("report three.onnx -o r.html --data images --images 0", "--images", 2),
+    # bench
+    "bench of no file": Case("bench no.onnx", "no.onnx"),
+    "bench of garbage": Case("bench garbage.onnx", "expected an ONNX model"),
+    "bench of a folder": Case("bench images", "images: expected an ONNX model"),
+    "bench beside itself": Case("bench three.onnx --against three.onnx", "expected another file, got one that is"),
+    "bench beside nothing": Case("bench three.onnx --against no.onnx", "no.onnx"),
+    "bench beside garbage": Case("bench three.onnx --against garbage.onnx", "garbage.onnx: expected an ONNX model"),
+    "bench beside an unknown model": Case(f"bench three.onnx --against {TYPO}", f"did you mean {MODEL}"),
+    "bench beside a model of another size": Case(
+        f"bench three.onnx --against {MODEL}", "expected a size that the model accepts"
+    ),
+    "bench in an unknown runtime": Case("bench three.onnx --runtime tflite", "expected one of onnxruntime, openvino"),
+    "bench of no float file": Case("bench three.onnx --against two.onnx --static", "expected a float file to quantize"),
+    "bench of one round": Case("bench three.onnx --rounds 1", "--rounds", 2),
+    "bench of threads below none": Case("bench three.onnx --threads=-1", "--threads", 2),
+    "bench of no images": Case("bench three.onnx --batch 0", "--batch", 2),
+    "a batch of a bench that no memory holds": Case(f"bench three.onnx --batch {10**12}", "choose a smaller one"),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
     **{name: quantize(*given) for name, given in OPTIONS.items()},

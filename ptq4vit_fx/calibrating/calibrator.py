@@ -7,12 +7,12 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
@@ -21,11 +21,12 @@ from ptq4vit_fx.calibrating.losses import Loss, get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
 from ptq4vit_fx.calibrating.ranges import measure_balances
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
-from ptq4vit_fx.errors import failure, printable, warn
+from ptq4vit_fx.errors import failure, warn
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.inputs.items import model_inputs
 from ptq4vit_fx.inputs.plausible import NORMALIZATION, warn_of_implausible
+from ptq4vit_fx.inputs.progress import Display, Show, UnderWay, counted, show_nothing
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.apply_balances import apply_balances
@@ -48,7 +49,7 @@ class CalibrationOptions:
 
     images: int | None
     seed: int
-    progress: bool
+    progress: bool | Show
     device: torch.device | str | None
     search_device: torch.device | str | None
     loss: str | Loss
@@ -61,23 +62,21 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
     """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
     started = time.perf_counter()
     devices = _Devices.of(prepared, options)
-    batches = batches_for(prepared, data, "calibrate", images=options.images, progress=options.progress)
+    batches = batches_for(prepared, data, "calibrate", images=options.images, progress=options.progress is True)
     warn_of_implausible(batches, model_inputs(prepared), "calibrate", prepared.meta.get(NORMALIZATION))
     run = _start(prepared, batches, options, devices)
     schedule = _schedule(run, batches)
-    with _model_at_work(run), _progress(run) as show:
+    with _model_at_work(run), _shown(options.progress) as show:
         if run.plan.balances:
-            show("balance channels")
             with run.timed("balance"):
-                run.balance(schedule.batches)
+                run.balance(schedule.batches, show)
         for group in schedule.groups:
-            show("capture operands and gradients")
             with run.timed("capture"):
-                captured = _capture(run, group, schedule.batches)
-            show(group[0].name)
+                captured = _capture(run, group, schedule.batches, show)
             with run.timed("search"):
+                show(run.searched(group[0]))
                 for op in _search_all(run, group, captured, schedule.searches):
-                    show(op.name, advance=1)
+                    show(run.searched(op))
     seconds = {"seconds": round(time.perf_counter() - started, 3)}
     seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
     for remark in run.results.remarks():
@@ -123,11 +122,18 @@ class _Run:
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
-    def balance(self, batches: list[Inputs]) -> None:
+    def searched(self, op: QuantOp) -> UnderWay:
+        """Return how many products are done; op: the one that was or will be."""
+        total = len(self.plan.ops)
+        return UnderWay("search and round", total - len(self.left), total, "products", op.name)
+
+    def balance(self, batches: list[Inputs], show: Show) -> None:
         """Find the numbers of the plan's balances, if the checkpoint has none, and observe a model that has them."""
         if not self.results.balances:
             on_device = (tuple(x.to(self.devices.model) for x in batch) for batch in batches)
-            found = measure_balances(self.prepared, on_device, _images(batches))
+            images = _images(batches)
+            seen = counted(on_device, show, "measure ranges of channels", images)
+            found = measure_balances(self.prepared, seen, images)
             balances = {key: own.to(self.devices.home) for key, own in found.items()}
             self.results = replace(self.results, balances=balances)
             self.save()
@@ -221,38 +227,24 @@ def _model_at_work(run: _Run) -> Iterator[None]:
         run.prepared.to(run.devices.home)
 
 
-class _Show(Protocol):
-    def __call__(self, what: str, advance: int = 0) -> None:
-        """Show what is being done, after `advance` more products."""
-        ...
-
-
 @contextmanager
-def _progress(run: _Run) -> Iterator[_Show]:
-    bar = Progress(
-        TextColumn("calibrate {task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("products,"),
-        TimeRemainingColumn(),
-        disable=not run.options.progress,
-    )
-
-    def show(what: str, advance: int = 0) -> None:
-        bar.update(task, description=printable(what), advance=advance)
-
-    with bar:
-        total = len(run.plan.ops)
-        task = bar.add_task("capture", total=total, completed=total - len(run.left))
+def _shown(progress: bool | Show) -> Iterator[Show]:
+    """Give what is told how far the calibration is: the caller's function, a bar in a terminal, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    console = Console()
+    with Display(console) if progress and console.is_terminal else nullcontext(show_nothing) as show:
         yield show
 
 
-def _capture(run: _Run, group: list[QuantOp], batches: list[Inputs]) -> dict[str, Captured]:
+def _capture(run: _Run, group: list[QuantOp], batches: list[Inputs], show: Show) -> dict[str, Captured]:
     """Return the operands and gradients of a group of products, on the device of the model."""
+    on_device = (tuple(x.to(run.devices.model) for x in batch) for batch in batches)
     return capture(
         run.observed,
         group,
-        (tuple(x.to(run.devices.model) for x in batch) for batch in batches),
+        counted(on_device, show, "capture operands and gradients", _images(batches)),
         loss=get_loss(run.options.loss, run.options.seed),
         with_gradient=any(get_metric(run.plan.searches[op.name].metric).weighted_by_gradient for op in group),
         quantized=run.results if run.options.sequential else None,

@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, report, targets, demo, coverage."""
+"""The command line: quantize, eval, bench, inspect, report, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tools import options
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json, typed
+from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, report, targets
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing, typed
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -98,7 +98,7 @@ def quantize(
     ] = None,
     bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
     layout: Annotated[
         str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
@@ -119,6 +119,7 @@ def quantize(
     report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
+    shown = not (quiet or as_json)
     with readable_errors(checkpoint) as heard:
         from ptq4vit_fx.tools.config_file import as_toml
 
@@ -126,6 +127,7 @@ def quantize(
         if print_config:
             say(repeat, highlight=False)
             return
+        phases = showing(shown)
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.mappings import mapping_of
         from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
@@ -165,14 +167,12 @@ def quantize(
             report=report,
             command=typed(context),
         )
-        shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
         if plan:
-            planned = plan_folder(request, speak, complaints.status)
+            planned = plan_folder(request, speak, phases)
             say_json(planned.to_dict()) if as_json else say("\n".join(planned.lines()), highlight=False)
             return
-        drawn = shown and console.is_terminal
-        summary = quantize_folder(request, speak, complaints.status, progress=drawn, heard=heard)
+        summary = quantize_folder(request, speak, phases, heard=heard)
         for complaint in summary.complaints():
             say(f"warning: {complaint}", to=complaints)
         if as_json:
@@ -216,13 +216,14 @@ def evaluate(
                 "add --against",
             )
             raise failure("eval", "options", expected=expected, got="none", do=do)
+        phases = showing(not as_json)
         from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
         from ptq4vit_fx.tools.named.model import Asked
 
         asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
         reference = float_outputs(asked) if against else None
-        found = evaluate_file(file, data, model, batch_size, complaints, reference, output_kind)
+        found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind)
         if as_json:
             say_json(found.to_dict())
         else:
@@ -232,7 +233,7 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
     with readable_errors():
@@ -242,63 +243,5 @@ def inspect(
         say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
-@app.command()
-def report(
-    subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
-    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare and time with")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
-    images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
-    bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
-    with readable_errors():
-        from ptq4vit_fx.tools.reporting import ReportRequest, report_on
-
-        given = (weights, weights_entry, tuple(model_arg or ()))
-        request = ReportRequest(subject, out, data, against, *given, calibration, images, bench)
-        found = report_on(request, complaints.status)
-        if as_json:
-            say_json(found.to_dict())
-        else:
-            say("\n".join(found.lines(out)))
-
-
-@app.command()
-def targets() -> None:
-    """Print which flags of quantize belong to which runtime."""
-    from ptq4vit_fx.tools.runtimes import as_text
-
-    say(as_text(min(console.width, 100)), highlight=False)
-
-
-@app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the ONNX files and the picture")] = Path("out")) -> None:
-    """Quantize the embedded digits ViT at 8, 6 and 4 bits with both recipes; needs no network."""
-    with readable_errors():
-        from ptq4vit_fx.tools.demo import run_demo
-
-        run_demo(out, console)
-
-
-@app.command()
-def coverage(
-    family: Annotated[list[str] | None, typer.Option(help="family to try, repeatable (default: all)")] = None,
-    out: Annotated[Path, typer.Option(help="folder for coverage.md and coverage.json")] = Path("out"),
-) -> None:
-    """Take a model of every family, random weights, through tracing, quantization, export and ONNX Runtime."""
-    with readable_errors():
-        from ptq4vit_fx.tools.coverage import run_coverage
-        from ptq4vit_fx.tools.families import FAMILIES, find_family
-
-        families = [find_family(name) for name in family] if family else FAMILIES
-        rows = run_coverage(families, out, say)
-    if any(row.problem for row in rows):
-        raise typer.Exit(1)
+for command in (bench, report, targets, demo, coverage):
+    app.command()(command)

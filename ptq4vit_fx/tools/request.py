@@ -101,14 +101,18 @@ def check_request(request: Request) -> None:
 def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
-    written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
-    written["--report"] = request.report
+    written = {
+        "--out": request.destination.file,
+        "--checkpoint": request.checkpoint,
+        "--float-onnx": request.float_onnx,
+        "--report": request.report,
+    }
     read = {"--weights": request.weights}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
         if path is None:
             continue
-        if option in written and option != "--out":
+        if option in written and option != "--out" and not request.destination.holds(path):
             check_writable(path, f"quantize {option}")
         name = os.path.realpath(path)
         if name in taken:
