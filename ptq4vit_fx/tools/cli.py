@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, targets, demo, coverage."""
+"""The command line: quantize, eval, inspect, why, timings, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import typer
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.tuning_commands import timings, why
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
     from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app.command()(why)
+app.command()(timings)
 AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 
 
@@ -89,8 +92,21 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    agreement: Annotated[
+        float | None, typer.Option(help="0.99: keep float's class on so many images, product by product, and no more")
+    ] = None,
+    minimize: Annotated[str, typer.Option(help="what --agreement makes small: time, size or bits")] = "time",
+    timings_file: Annotated[
+        Path | None, typer.Option("--timings", help="of `ptq4vit timings` (default: products are timed here)")
+    ] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="print what int8 would save here, and write nothing")
+    ] = False,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
+    if advise:
+        timings(model, model_arg, target, batch or 1, advise=True)
+        return
     with readable_errors(checkpoint) as heard:
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.quantizing import quantize_folder
@@ -121,6 +137,9 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            agreement=agreement,
+            minimize=minimize,
+            timings=timings_file,
         )
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None

@@ -37,7 +37,7 @@ def create_model(
     """
     check_name(name, "create model")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=weights is None, **_parse(arguments))
+        model: nn.Module = timm.create_model(name, pretrained=weights is None, **parse_arguments(arguments))
     except Exception as error:
         do = "check --model-arg, or pass --weights FILE with a local checkpoint"
         got = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -60,7 +60,7 @@ def check_name(name: str, operation: str) -> None:
         raise failure(operation, repr(name), expected="a timm model name", got="an unknown name", do=do)
 
 
-def _parse(arguments: list[str]) -> dict[str, Any]:
+def parse_arguments(arguments: list[str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")

@@ -31,6 +31,7 @@ from ptq4vit_fx.tools.held_out import Compared, images_to_compare
 from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
+from ptq4vit_fx.tools.tuned_request import tuned_model
 from ptq4vit_fx.twins import choose_twins
 
 Say = Callable[[str], None]
@@ -48,6 +49,7 @@ class Source:
     pixels: Tensor
     skipped: tuple[str, ...]
     compared: Compared
+    tuned_on: Compared | None = None
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,14 @@ def _source(request: Request, say: Say, status: Status) -> Source:
         taken = evenly_spread(listed.paths, request.images)
         calibrated = load_named(taken, transform, skipped, channels)
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
+        tuned_on = None
+        if request.agreement is not None:  # others than those of the last comparison, where there are enough
+            seen = (*taken, *map(Path, compared.names))
+            tuned_on = images_to_compare(listed.paths, seen, calibrated, transform, channels)
+            tuned_on = tuned_on if tuned_on.unseen else compared
     if skipped:
         say(said_of_skipped(skipped))
-    return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared)
+    return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared, tuned_on)
 
 
 def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
@@ -142,9 +149,18 @@ def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -
     batches = list(torch.split(source.pixels, request.batch_size))
     limit = None if request.memory_limit is None else round(request.memory_limit * 2**30)
     seed, loss = request.seed, request.loss
-    calibrate(
-        prepared, batches, seed=seed, loss=loss, checkpoint=request.checkpoint, memory_limit=limit, progress=progress
-    )
+    if request.agreement is not None:
+        prepared = tuned_model(request, prepared, batches, source.tuned_on, say, memory_limit=limit, progress=progress)
+    else:
+        calibrate(
+            prepared,
+            batches,
+            seed=seed,
+            loss=loss,
+            checkpoint=request.checkpoint,
+            memory_limit=limit,
+            progress=progress,
+        )
     if request.twins == "auto":
         prepared, choice = choose_twins(prepared, batches, seed=seed, loss=loss, memory_limit=limit, progress=progress)
         say(str(choice))

@@ -13,6 +13,7 @@ from ptq4vit_fx.export.proof.against_float import KINDS, Kind
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.tools.layouts import Destination
+from ptq4vit_fx.tools.tuned_request import check_tuning
 
 #: What torch takes as a seed.
 SEEDS = range(-(2**63), 2**64)
@@ -23,6 +24,7 @@ class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
     bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
+    agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of a file or of this CPU.
     """
 
     model: str
@@ -49,6 +51,9 @@ class Request:
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    agreement: float | None = None
+    minimize: str = "time"
+    timings: Path | None = None
 
 
 def check_request(request: Request) -> None:
@@ -66,6 +71,7 @@ def check_request(request: Request) -> None:
     if request.kind is not None and request.kind not in KINDS:
         raise unknown_name("quantize", "--output-kind", request.kind, KINDS)
     check_target(request.target, request.opset, request.batch)
+    check_tuning(request)
     if request.target == "tensorrt" and request.recipe in ("best", "ptq4vit"):
         expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
         raise failure("quantize", "--recipe", expected=expected, got=repr(request.recipe), do=do)
@@ -75,7 +81,7 @@ def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
     written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
-    read = {"--weights": request.weights}
+    read = {"--weights": request.weights, "--timings": request.timings}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
         if path is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, cast
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
-from ptq4vit_fx.api import load_calibration
+from ptq4vit_fx.api import load_calibration, prepare_fx
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.proof.product_timing import ProductShapes
@@ -19,6 +20,8 @@ from ptq4vit_fx.passes.graph.marks import kind_of, planned_products
 from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import FloatOp, QuantPlan
+from ptq4vit_fx.qconfig import Transforms
+from ptq4vit_fx.recipes import best
 from ptq4vit_fx.tuning.forms import FLOAT, Form
 
 #: Product -> form.
@@ -68,6 +71,24 @@ def with_calibration(prepared: GraphModule, calibration: Calibration) -> GraphMo
         do = "prepare the model that was calibrated, with the same recipe"
         raise failure("tune", unknown[0], expected="a product of this model", got="none like it", do=do)
     return load_calibration(attach(sharing_tensors(prepared), plan=calibration.plan, calibration=None), calibration)
+
+
+def model_of_plan(model: nn.Module, plan: QuantPlan, example: Any) -> GraphModule:
+    """Return a float model prepared as a plan says, whatever mapping it was made from.
+
+    Raises PTQError if the model has not its products and balances, and as `prepare_fx` does.
+    """
+    mapping = best().with_transforms(
+        **{entry.name: getattr(plan.transforms, entry.name) for entry in fields(Transforms)}
+    )
+    prepared = prepare_fx(model, mapping, example)
+    own = {op.name: op for op in plan_of(prepared).ops}
+    other = [op.name for op in plan.ops if own.get(op.name) != op]
+    if other or plan_of(prepared).balances != plan.balances:
+        do = "pass the model, its weights and its --model-arg as they were when it was quantized"
+        got = f"a model without {other[0]}" if other else "a model with other balances"
+        raise failure("why", "model", expected="the one that was calibrated", got=got, do=do)
+    return attach(prepared, plan=plan)
 
 
 def product_shapes(calibrated: GraphModule) -> dict[str, ProductShapes]:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure, printable
 from ptq4vit_fx.export.proof.against_float import Kind
+from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.shapes import EXAMPLE_BATCH
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.torch_state import independent_of_caller
@@ -49,12 +50,14 @@ class Tuned:
     @property
     def plan(self) -> QuantPlan:
         """The plan of the chosen model."""
-        return self.prepared.plan  # type: ignore[no-any-return]
+        return plan_of(self.prepared)
 
     @property
     def calibration(self) -> Calibration:
         """The scales of the chosen model."""
-        return self.prepared.calibration  # type: ignore[no-any-return]
+        calibration = calibration_of(self.prepared)
+        assert calibration is not None
+        return calibration
 
     def report(self) -> str:
         """Return what was decided and why, with the table of the frontier."""
