@@ -16,6 +16,7 @@ from ptq4vit_fx.export.proof.product_timing import ProductShapes
 from ptq4vit_fx.recipes import ptq4vit
 from ptq4vit_fx.tools.models import check_name, data_config, parse_arguments
 from ptq4vit_fx.tuning.mixing import product_shapes
+from ptq4vit_fx.tuning.study import target_of
 from ptq4vit_fx.tuning.timings import Timings, at_batch, measure_timings
 
 #: Less than this part of float's time is no gain that one would see.
@@ -40,6 +41,7 @@ def time_model(
 
 def time_network(network: nn.Module, target: str, batch: int, name: str) -> tuple[dict[str, ProductShapes], Timings]:
     """Return the products of a model for `batch` images, and the seconds of each in the runtime of a target."""
+    target_of(target, "timings")
     shapes = at_batch(shapes_of(network), 1, batch)
     timed = (own for own in shapes.values() if own.kind != "conv2d")
     return shapes, measure_timings(timed, target, batch, model=name)
