@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from ptq4vit_fx.errors import unknown_name
 from ptq4vit_fx.export.contract import Target
@@ -31,7 +31,7 @@ def check_quantity(name: str) -> Quantity:
     """Return what is to be small; raises PTQError, with near names, if nothing is called so."""
     if name not in QUANTITIES:
         raise unknown_name("tune", "minimize", name, QUANTITIES)
-    return cast("Quantity", name)
+    return name
 
 
 def takes_of(

@@ -216,8 +216,9 @@ def _outliers(
     op: QuantOp, operand: Operand, seen: Sequence[Seen], quantized: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Outlier, ...]:
     """Return the channel and the token of an operand that stand out, if one does."""
-    place, weight = OPERANDS.index(operand), operand == "rhs" and op.rhs_is_weight
-    pairs = [(own[place], other[place]) for own, other in zip(seen, quantized, strict=True)][: 1 if weight else None]
+    weight, both = operand == "rhs" and op.rhs_is_weight, list(zip(seen, quantized, strict=True))
+    pairs = [(own[0], other[0]) if operand == "lhs" else (own[1], other[1]) for own, other in both]
+    pairs = pairs[:1] if weight else pairs
     dims = _dimensions(op, operand, pairs[0][0].ndim)
     found = []
     for what, dim in dims.items():
