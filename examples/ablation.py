@@ -106,7 +106,7 @@ def paper(
             prepared = ptq.prepare_fx(network, mapping, calibration_set[:1])
             on = {"softmax": softmax, "gelu": gelu, "gelu_tanh": gelu}
             params = {
-                f"{op.name}:{operand}": calibrations[on.get(op.lhs_source, False)].params[f"{op.name}:{operand}"]
+                f"{op.name}:{operand}": calibrations[on.get(op.lhs_source or "", False)].params[f"{op.name}:{operand}"]
                 for op in prepared.plan.ops
                 for operand in ("lhs", "rhs")
             }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -34,18 +34,21 @@ def export_float(
     *,
     opset: int = 20,
     batch: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a float model to an ONNX file, as `export_onnx` does with the quantized one; return its bytes.
 
-    example_inputs, opset, batch: as for `prepare_fx` and `export_onnx`. facts: JSON-ready, such as the preprocessing,
-    for the file's metadata. Raises PTQError if the model cannot be traced or exported, or the path is not writable.
+    example_inputs, opset, batch and names: as for `prepare_fx` and `export_onnx`. facts: JSON-ready, such as the
+    preprocessing, for the file's metadata. Raises PTQError if the model cannot be traced or exported, or the path is
+    not writable.
     """
     check_writable(path, OPERATION)
     model = float_model(model)
     example = example_of(model, example_inputs, OPERATION)
     traced = trace(model, example.tensors, (), example.names).cpu()
-    interface = interface_of(traced)
+    interface = interface_of(traced, input_names, output_names)
     graph = return_results(traced, list(interface.outputs))
     inputs = tuple(x.cpu() for x in example.tensors)
     file = translate(graph, inputs, translated_opset(opset), batch, working_names(interface))

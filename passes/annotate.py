@@ -7,19 +7,29 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
 from ptq4vit_fx.errors import failure, near_names, some_names, warn
-from ptq4vit_fx.names import OPERANDS, Operand, identifier, is_inside, join, leaf_of, owner_of, site
+from ptq4vit_fx.names import (
+    OPERANDS,
+    Operand,
+    identifier,
+    is_inside,
+    is_meant,
+    join,
+    leaf_of,
+    owner_of,
+    site,
+    with_owners,
+)
 from ptq4vit_fx.passes.fold_constants import FOLDED_WEIGHT
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS, activation_of
 from ptq4vit_fx.passes.graph.behaviour import sizes_on_another_batch
 from ptq4vit_fx.passes.graph.contract import attach, graph_pass
 from ptq4vit_fx.passes.graph.dataflow import downstream, is_stored, origin, stored_path
+from ptq4vit_fx.passes.graph.hidden_products import hidden_products
 from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
-from ptq4vit_fx.passes.graph.opaque import OPAQUE
 from ptq4vit_fx.passes.graph.own_names import RENAMED
 from ptq4vit_fx.passes.graph.rewriter import rename
 from ptq4vit_fx.passes.graph.shapes import EXAMPLE_BATCH, MULTIPLIES, shape_of
@@ -41,16 +51,17 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
     closed: paths of modules whose products stay float, whether the tracer went into them or not.
 
     Raises PTQError if a rule of the mapping matches nothing (it lists near names) or if no product is left to
-    quantize. Warns once, with names and reasons, of the products that stay float.
+    quantize. Warns once, with names and reasons, of the products that stay float and are none that a rule leaves so.
     """
     closed = [graph_module.meta.get(RENAMED, {}).get(path, path) for path in closed]
     products = _name_products(graph_module)
-    _check_rules(mapping, [(op.name, op.kind) for _, op in products])
+    hidden = hidden_products(graph_module)
+    _check_rules(mapping, [(op.name, op.kind) for _, op in products], [op.name for op in hidden])
     group_counts = _attention_operands_per_weight(products)
     ops: list[QuantOp] = []
     quantizers: dict[str, Quantizer] = {}
     searches: dict[str, SearchSettings] = {}
-    float_ops = _hidden_products(graph_module)
+    float_ops = [replace(op, asked=mapping.leaves_float(op.name)) for op in hidden]
     for node, op in products:
         if reason := _float_reason(node, op, closed):
             float_ops.append(FloatOp(op.name, reason))
@@ -60,7 +71,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
         lhs, rhs = chosen["lhs"], chosen["rhs"]
         if qconfig is None or lhs is None or rhs is None:
             reason = f"left float by {rule}" if rule else "no rule of the QConfigMapping matches it"
-            float_ops.append(FloatOp(op.name, reason))
+            float_ops.append(FloatOp(op.name, reason, asked=rule is not None))
             continue
         mark_product(node, op.name)
         ops.append(op)
@@ -74,7 +85,8 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             got=f"none ({'; '.join(f'{f.name}: {f.reason}' for f in float_ops[:3]) or 'no product in the graph'})",
             do="set a global QConfig, for example recipes.ptq4vit()",
         )
-    _warn_of(float_ops)
+    _check_changes(mapping, ops, float_ops)
+    _warn_of([op for op in float_ops if not op.asked])
     quantizers |= _without_heads(graph_module, products, quantizers)
     attach(
         graph_module,
@@ -249,16 +261,28 @@ def _without_heads(
     }
 
 
-def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]]) -> None:
-    for method, key in mapping.unmatched(products):
-        names = [name for name, _ in products] if method != "set_object_type" else sorted({k for _, k in products})
+def _check_rules(mapping: QConfigMapping, products: list[tuple[str, str]], hidden: list[str]) -> None:
+    for method, key in mapping.unmatched(products, hidden):
+        names = with_owners(name for name, _ in products)
+        if method == "QConfigMapping.set_object_type":
+            names = sorted({kind for _, kind in products})
         raise failure(
-            f"QConfigMapping.{method}",
+            method,
             repr(key),
             expected="a rule that matches at least one product",
             got="no match",
             do=f"near names: {near_names(key, names)}",
         )
+
+
+def _check_changes(mapping: QConfigMapping, ops: list[QuantOp], float_ops: list[FloatOp]) -> None:
+    """Raise PTQError on bits of nothing but products that stay float."""
+    for change in mapping.changes:
+        if change.leaves_float or any(is_meant(op.name, change.pattern) for op in ops):
+            continue
+        found = next(op for op in float_ops if is_meant(op.name, change.pattern))
+        expected, got = "at least one product that is quantized", f"{found.name}, which stays float ({found.reason})"
+        raise failure(change.operation, repr(change.pattern), expected=expected, got=got, do="leave it out")
 
 
 def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
@@ -269,29 +293,3 @@ def _float_reason(node: Node, op: QuantOp, closed: Sequence[str]) -> str | None:
     if op.kind != "matmul" and not op.rhs_is_weight:
         return "its weight depends on the input"
     return None
-
-
-def _setting(module: nn.Module) -> str:
-    """Return in words which setting of a module keeps it from being a product, "" if it is its type."""
-    mode = getattr(module, "padding_mode", "zeros")
-    return "" if mode == "zeros" else f"with padding_mode={mode!r} (write the padding as a layer, F.pad, in front) "
-
-
-def _hidden_products(graph_module: GraphModule) -> list[FloatOp]:
-    """List what multiplied while shapes were recorded, or could have unseen, but is no QuantOp: nothing is unsaid."""
-    found = []
-    for node in graph_module.graph.nodes:
-        hidden = node.meta.get(OPAQUE, "")
-        if not (node.meta.get(MULTIPLIES) or hidden) or kind_of(node) is not None:
-            continue
-        if node.op != "call_module":
-            name = hidden or getattr(node.target, "__name__", str(node.target))
-            reason = "is an operator that cannot be looked into" if hidden else "is not supported"
-            found.append(FloatOp(join(scope_of(node), node.name), f"{name} {reason}"))
-            continue
-        module = graph_module.get_submodule(str(node.target))
-        inside = [name for name, m in module.named_modules() if name and isinstance(m, nn.Linear | nn.Conv2d)]
-        inside += [f"the operator {hidden}"] if hidden else []
-        reason = f"is not traced into; inside: {', '.join(inside)}" if inside else f"{_setting(module)}is not supported"
-        found.append(FloatOp(str(node.target), f"{type(module).__name__} {reason}"))
-    return found

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import AgainstFloat
     from ptq4vit_fx.export.proof.compare_float import compare_float
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
+    from ptq4vit_fx.passes.graph.traced_module import TracedModule
     from ptq4vit_fx.plan import QuantPlan
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
     from ptq4vit_fx.quantizers import TwinUniform, Uniform
@@ -37,6 +38,7 @@ __all__ = [
     "QuantPlan",
     "SearchSettings",
     "Sensitivity",
+    "TracedModule",
     "Transforms",
     "Tuned",
     "TwinReport",
@@ -71,6 +73,7 @@ _MODULES = {
     "export.proof.against_float": ("AgainstFloat",),
     "export.proof.compare_float": ("compare_float",),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
+    "passes.graph.traced_module": ("TracedModule",),
     "plan": ("QuantPlan",),
     "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
     "quantizers": ("TwinUniform", "Uniform"),

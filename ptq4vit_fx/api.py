@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.shapes import has_shapes, record_shapes
 from ptq4vit_fx.passes.graph.staged_model import calibrated_alone, model_at
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.passes.trace import module_paths, trace
 from ptq4vit_fx.pipeline import CONVERSION, preparation
 from ptq4vit_fx.qconfig import QConfigMapping
@@ -41,17 +42,18 @@ def prepare_fx(
     example_inputs: Any,
     *,
     leaf_modules: Sequence[str | type[nn.Module]] = (),
-    skip: Sequence[str] = (),
-) -> GraphModule:
+    skip: str | Sequence[str] = (),
+) -> TracedModule:
     """Trace a float model, make its graph canonical, plan its quantization and insert observers.
 
     model: any traceable vision transformer; it is copied, never changed, and the copy is in evaluation mode.
     example_inputs: an image batch (batch, channels, height, width), or any tensor or array that has the batch first; a
     tuple of as many as forward is given; or a mapping by the names of forward's parameters, such as a processor's
     output; labels are left out. leaf_modules: types or paths of modules that stay closed and float. skip: names
-    of modules or products that stay float. Returns a GraphModule that computes the float model and has `.plan` (a
-    QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if it holds NaN, or if a name or a
-    rule of the mapping matches nothing; warns (PTQWarning) of every product that stays float.
+    of modules or products that stay float, or patterns such as `blocks.*.attn`. Returns a GraphModule that computes the
+    float model and has `.plan` (a QuantPlan). Raises PTQError if the model cannot be traced or run on the example, if
+    it holds NaN, or if a name or a rule of the mapping matches nothing; warns (PTQWarning) of every product that stays
+    float though no rule says so.
     """
     model = float_model(model)
     closed = module_paths(model, leaf_modules)
@@ -70,7 +72,7 @@ def prepare_fx(
             raise
         return prepare_fx(model, qconfig_mapping, inputs_alone.tensors, leaf_modules=leaf_modules, skip=skip)
     traced.meta[NORMALIZATION] = normalization_of(model)
-    return prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed)
+    return cast("TracedModule", prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed))
 
 
 def prepare_traced(
@@ -131,7 +133,7 @@ def calibrate(
 
 
 @independent_of_caller()
-def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
+def load_calibration(prepared: GraphModule, calibration: Calibration) -> TracedModule:
     """Set the scales of a prepared model; return it.
 
     Raises PTQError if the calibration is of another plan or of other weights, lacks a site, or holds scales that no
@@ -144,7 +146,7 @@ def load_calibration(prepared: GraphModule, calibration: Calibration) -> GraphMo
 
 
 @independent_of_caller()
-def convert_fx(prepared: GraphModule) -> GraphModule:
+def convert_fx(prepared: GraphModule) -> TracedModule:
     """Freeze the scales: integer weights, quantize and dequantize nodes, two branches behind every twin.
 
     Returns a new GraphModule that runs in PyTorch as the simulation of the deployed model; `prepared` is not
@@ -161,7 +163,7 @@ def convert_fx(prepared: GraphModule) -> GraphModule:
             do="call calibrate(prepared, images) or load_calibration(prepared, calibration) first",
         )
     home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    return attach(CONVERSION.run(on_cpu(prepared)).to(home), calibration=calibration)
+    return cast("TracedModule", attach(CONVERSION.run(on_cpu(prepared)).to(home), calibration=calibration))
 
 
 @independent_of_caller()
@@ -171,13 +173,15 @@ def quantize(
     *,
     qconfig_mapping: QConfigMapping | None = None,
     example_inputs: Any = None,
+    leaf_modules: Sequence[str | type[nn.Module]] = (),
+    skip: str | Sequence[str] = (),
     **calibrate_kwargs: Any,
-) -> GraphModule:
+) -> TracedModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
     qconfig_mapping: default recipes.best(8, 8). example_inputs: default the first image of `data`; needed where
-    forward is given more of an item than it must have. The other arguments go to `calibrate`. The result has `.plan`
-    and `.calibration`.
+    forward is given more of an item than it must have. leaf_modules, skip: as for `prepare_fx`. The other arguments go
+    to `calibrate`. The result has `.plan` and `.calibration`.
     """
     item = None
     if example_inputs is None:
@@ -185,7 +189,7 @@ def quantize(
         item, data = first_item(data, "quantize")
     try:
         example = example_inputs if item is None else first_example(model, item, "quantize")
-        prepared = prepare_fx(model, qconfig_mapping or best(), example)
+        prepared = prepare_fx(model, qconfig_mapping or best(), example, leaf_modules=leaf_modules, skip=skip)
     except PTQError:
         if item is not None:
             check_containers(model, item, "quantize", "the first item of data")

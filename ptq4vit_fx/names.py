@@ -19,6 +19,8 @@ What an integer product computes is named like a tensor, its scope the tensor th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Literal
 
 Operand = Literal["lhs", "rhs"]
@@ -103,6 +105,26 @@ def leaf_of(path: str) -> str:
 def is_inside(path: str, owner: str) -> bool:
     """Return whether a path is `owner` or lies in it."""
     return path == owner or path.startswith(f"{owner}{_MODULE}")
+
+
+def owners(path: str) -> Iterator[str]:
+    """Yield a path and those of the modules that it lies in, the innermost first."""
+    while path:
+        yield path
+        path = owner_of(path)
+
+
+def is_meant(path: str, pattern: str) -> bool:
+    """Return whether a pattern is that of a path, or of a module that it lies in: a name, or with a shell's wildcards.
+
+    `*` stands for any characters, dots too, `?` for one, `[0-3]` for one of some.
+    """
+    return any(path == pattern or fnmatchcase(path, pattern) for path in owners(path))
+
+
+def with_owners(paths: Iterable[str]) -> list[str]:
+    """Return some paths and those of all modules that they lie in, each once."""
+    return list(dict.fromkeys(owner for path in paths for owner in owners(path)))
 
 
 def identifier(name: str) -> str:

@@ -70,10 +70,11 @@ class QuantOp:
 
 @dataclass(frozen=True)
 class FloatOp:
-    """A product (or a module that hides products) that stays float, and why."""
+    """A product (or a module that hides products) that stays float, and why; asked: whether a rule leaves it float."""
 
     name: str
     reason: str
+    asked: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ptq4vit_fx.errors import failure, unknown_name
-from ptq4vit_fx.names import is_inside
+from ptq4vit_fx.inputs.changes import Change, listed
+from ptq4vit_fx.names import is_inside, is_meant
 from ptq4vit_fx.product_forms import FORMS
-from ptq4vit_fx.quantizers import Quantizer, Uniform
+from ptq4vit_fx.quantizers import Quantizer, Uniform, check_bits
 
 #: Object types that users may name, and the kind of product that each stands for.
 OBJECT_KINDS: dict[Any, str] = {
@@ -124,6 +125,13 @@ class QConfig:
     image: Quantizer | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
 
+    def with_bits(self, w: int | None, a: int | None) -> QConfig:
+        """Return a copy with other bits, None for those that it has; the image keeps its own, which are its data's."""
+        bits = dict.fromkeys(("weight", "kernel"), w) | dict.fromkeys(("activation", "matmul", "softmax", "gelu"), a)
+        quantizers = {name: getattr(self, name) for name, number in bits.items() if number is not None}
+        changed = {name: q and replace(q, bits=bits[name]) for name, q in quantizers.items()}
+        return replace(self, **changed)
+
 
 class QConfigMapping:
     """Rules from products to `QConfig`, in torch.ao's order of precedence, lowest first.
@@ -131,7 +139,8 @@ class QConfigMapping:
     `set_global`, `set_object_type` (nn.Linear, nn.Conv2d, torch.matmul), `set_module_name_regex` (`re.match` on the
     name; the first registered match wins) and `set_module_name` (an op, or a module whose ops it covers; the longest
     match wins). A later call with the same key replaces the earlier one. A QConfig of None leaves the op float.
-    Each method returns the mapping itself, so that calls chain.
+    Each of these returns the mapping itself, so that calls chain. `with_bits` and `skipping` change, in a copy, what
+    the rules give: products keep their quantizers, search and transforms.
     """
 
     def __init__(self, recipe: str = "custom") -> None:
@@ -142,6 +151,7 @@ class QConfigMapping:
         self.object_types: dict[Any, QConfig | None] = {}
         self.module_name_regexes: dict[str, QConfig | None] = {}
         self.module_names: dict[str, QConfig | None] = {}
+        self.changes: tuple[Change, ...] = ()
 
     def set_global(self, qconfig: QConfig | None) -> QConfigMapping:
         """Use `qconfig` where nothing more specific matches."""
@@ -183,6 +193,20 @@ class QConfigMapping:
 
     def resolve(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
         """Return the QConfig of a product and the rule that gave it (None if no rule matches)."""
+        qconfig, rule = self._rule(name, kind)
+        skipped = None
+        for change in self.changes:
+            if is_meant(name, change.pattern):
+                skipped = change if change.leaves_float else None
+                qconfig = qconfig if qconfig is None or skipped else qconfig.with_bits(change.w, change.a)
+        return (qconfig, rule) if skipped is None else (None, f"skip {skipped.pattern!r}")
+
+    def leaves_float(self, name: str) -> bool:
+        """Return whether a rule says of a product, of whatever kind, that it stays float."""
+        qconfig, rule = self.resolve(name, "")
+        return qconfig is None and rule is not None
+
+    def _rule(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
         owners = [owner for owner in self.module_names if is_inside(name, owner)]
         if owners:
             owner = max(owners, key=len)
@@ -195,36 +219,62 @@ class QConfigMapping:
                 return qconfig, f"object type {OBJECT_KINDS[object_type]!r}"
         return self.global_qconfig, None if self.global_qconfig is None else "global"
 
-    def unmatched(self, products: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return (rule, key) of every rule that matches none of the (name, kind) pairs."""
+    def unmatched(self, products: list[tuple[str, str]], hidden: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """Return (what sets it, its key) of every rule and change that matches none of the (name, kind) pairs.
+
+        hidden: names of what multiplies and cannot be quantized, which may be skipped.
+        """
         names = [name for name, _ in products]
         kinds = {kind for _, kind in products}
         missing = [
-            ("set_module_name", owner)
+            ("QConfigMapping.set_module_name", owner)
             for owner in self.module_names
             if not any(is_inside(name, owner) for name in names)
         ]
         missing += [
-            ("set_module_name_regex", pattern)
+            ("QConfigMapping.set_module_name_regex", pattern)
             for pattern in self.module_name_regexes
             if not any(re.match(pattern, name) for name in names)
         ]
         missing += [
-            ("set_object_type", OBJECT_KINDS[object_type])
+            (change.operation, change.pattern)
+            for change in self.changes
+            if not any(is_meant(name, change.pattern) for name in (*names, *hidden))
+        ]
+        missing += [
+            ("QConfigMapping.set_object_type", OBJECT_KINDS[object_type])
             for object_type in self.object_types
             if OBJECT_KINDS[object_type] not in kinds
         ]
         return missing
 
-    def skipping(self, names: Sequence[str]) -> QConfigMapping:
-        """Return a copy that leaves these modules or products float; a name without a match is its error."""
-        mapping = copy.copy(self)
-        mapping.module_names = dict(self.module_names) | dict.fromkeys(names)
+    def with_bits(self, names: str | Sequence[str], *, w: int | None = None, a: int | None = None) -> QConfigMapping:
+        """Return a copy that gives these products or modules other bits, and leaves everything else of them as it is.
+
+        names: of products or modules, or patterns of such: `blocks.0.mlp`, `blocks.*.mlp.fc2`, `blocks.[0-3]`. w, a:
+        bits of weights and of activations; one of them alone leaves the other. Of this and `skipping` the last call on
+        a product wins. Raises PTQError on bits out of 2 to 8; `prepare_fx` does on a name of nothing.
+        """
+        if w is None and a is None:
+            do = "call skipping to leave products float"
+            raise failure("with_bits", "bits", expected="w, a or both", got="neither", do=do)
+        for bits in (w, a):
+            if bits is not None:
+                check_bits("with_bits", bits)
+        return self._changed([Change(name, w, a) for name in listed(names)])
+
+    def skipping(self, names: str | Sequence[str]) -> QConfigMapping:
+        """Return a copy that leaves modules or products float: names, or patterns as for `with_bits`."""
+        return self._changed([Change(name) for name in listed(names)])
+
+    def _changed(self, changes: Sequence[Change]) -> QConfigMapping:
+        mapping = self._copy()
+        mapping.changes = (*self.changes, *changes)
         return mapping
 
     def with_transforms(self, **changes: Any) -> QConfigMapping:
         """Return a copy whose `Transforms` have the given fields replaced."""
-        mapping = copy.copy(self)
+        mapping = self._copy()
         mapping.transforms = replace(self.transforms, **changes)
         return mapping
 
@@ -234,9 +284,16 @@ class QConfigMapping:
         def changed(qconfig: QConfig | None) -> QConfig | None:
             return qconfig and replace(qconfig, search=replace(qconfig.search, **changes))
 
-        mapping = copy.copy(self)
+        mapping = self._copy()
         mapping.global_qconfig = changed(self.global_qconfig)
         mapping.object_types = {key: changed(value) for key, value in self.object_types.items()}
         mapping.module_name_regexes = {key: changed(value) for key, value in self.module_name_regexes.items()}
         mapping.module_names = {key: changed(value) for key, value in self.module_names.items()}
+        return mapping
+
+    def _copy(self) -> QConfigMapping:
+        """Return a mapping of the same rules, which later calls on either change in that one alone."""
+        mapping = copy.copy(self)
+        mapping.object_types, mapping.module_names = dict(self.object_types), dict(self.module_names)
+        mapping.module_name_regexes = dict(self.module_name_regexes)
         return mapping

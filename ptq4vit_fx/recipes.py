@@ -13,7 +13,7 @@ from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
 def best(
     w_bits: int = 8,
     a_bits: int = 8,
-    weights: Literal["channel", "group"] = "channel",
+    weights: Literal["channel", "tensor", "group"] = "channel",
     twins: Literal["exact", "wide", "uniform"] = "exact",
 ) -> QConfigMapping:
     """`ptq4vit` with what keeps more of the float model at no cost in the runtime (docs/transforms.md).
@@ -63,7 +63,7 @@ def tensorrt(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:
 def ptq4vit(
     w_bits: int = 8,
     a_bits: int = 8,
-    weights: Literal["channel", "group"] = "channel",
+    weights: Literal["channel", "tensor", "group"] = "channel",
     twins: Literal["exact", "wide", "uniform"] = "exact",
 ) -> QConfigMapping:
     """Twin uniform quantization and the Hessian-guided metric (PTQ4ViT, sections 3.2 and 3.3).
@@ -72,8 +72,9 @@ def ptq4vit(
     1.2 times the range, three alternating rounds. Bits from 2 to 8, else PTQError.
 
     weights: "channel" gives every output channel of a weight its scale, which every integer runtime computes at no
-    cost; "group" is the paper's, one scale per layer and separate ones for the q, k and v rows of a fused projection.
-    Either way the patch convolution is quantized per channel and the image, which is 8-bit data, to 8 bits.
+    cost; "tensor" gives each weight one; "group" is the paper's, one scale per layer and separate ones for the q, k and
+    v rows of a fused projection. Whichever, the patch convolution is quantized per channel and the image, which is
+    8-bit data, to 8 bits.
 
     twins: "exact" is the paper's, both ranges in one k-bit code; "wide" has 2^k codes in each range, half the steps at
     the same cost in ONNX, where the two ranges are two products anyway; "uniform" searches one uniform scale in the

@@ -17,6 +17,7 @@ from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.names import OPERANDS, Site, site
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.torch_state import independent_of_caller
@@ -96,7 +97,7 @@ def choose_twins(
     images: int | None = None,
     timing: Callable[[ProductShapes], tuple[float, float]] = measure_product,
     **calibrate_kwargs: Any,
-) -> tuple[GraphModule, TwinReport]:
+) -> tuple[TracedModule, TwinReport]:
     """Replace twins by uniform quantizers where that costs little and saves time; return a new model and the reasons.
 
     Every product with a twin is searched once more with uniform quantizers. Those become uniform that save most time

@@ -63,8 +63,9 @@ def test_python_in_the_documents_runs(tmp_path, monkeypatch, capsys):
     for place, source in python_blocks():
         document = place.partition(":")[0]
         names[document] = run_source(source, place, names.get(document))
-    assert list(names) == ["README.md", "targets.md", "transforms.md"]
-    quantized, read, transformed = names.values()
+    assert list(names) == ["README.md", "configuration.md", "targets.md", "transforms.md"]
+    quantized, configured, read, transformed = names.values()
+    assert [change.leaves_float for change in configured["mapping"].changes] == [False, False, True]
     printed = capsys.readouterr().out
     assert "to the last bit" in printed
     assert "fold_head_scales" in printed
@@ -118,7 +119,12 @@ def test_command_lines_are_found():
 
 
 @pytest.mark.parametrize(("document", "line"), COMMAND_LINES, ids=[f"{d} {line[:60]}" for d, line in COMMAND_LINES])
-def test_command_lines_are_understood(monkeypatch, document, line):
+def test_command_lines_are_understood(monkeypatch, tmp_path, document, line):
+    (example,) = re.findall(
+        r"^```toml\n(.*?)^```$", (ROOT / "docs/configuration.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "quantize.toml").write_text(example)
+    monkeypatch.chdir(tmp_path)
     program, name, *arguments = shlex.split(line, comments=True)
     if program == "make":
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,21 +16,77 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_wheel_claims_one_name_and_holds_every_file(tmp_path):
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, tracked) -> zipfile.ZipFile:
     """Built from a copy of what git holds: a folder `build` of an earlier wheel would add the files that it knew."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folder = tmp_path_factory.mktemp("wheel")
     for name in tracked:
-        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "source" / name, follow_symlinks=False)
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "source" / name, follow_symlinks=False)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", ".", "source"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-2000:]
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    files = {name for name in names if ".dist-info/" not in name}
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_wheel_claims_one_name_and_holds_every_file(wheel, tracked):
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in files} == {"ptq4vit_fx"}
     expected = {name for name in tracked if name.startswith("ptq4vit_fx/") and (ROOT / name).is_file()}
     expected |= {f"ptq4vit_fx/{name}" for name in tracked if name.startswith(("passes/", "export/"))}
     assert files == expected
+
+
+USE = """\
+from typing import Any
+
+import ptq4vit_fx as ptq
+
+
+def use(model: Any, images: Any) -> int:
+    prepared = ptq.prepare_fx(model, ptq.recipes.best(4, 8).with_bits("blocks.0.mlp", w=8, a=8), images, skip="head")
+    reveal_type(prepared.plan)
+    reveal_type(ptq.calibrate(prepared, images))
+    converted = ptq.quantize(model, images, skip=["head"])
+    reveal_type(converted.plan)
+    reveal_type(converted.calibration)
+    reveal_type(ptq.verify_onnx("model.onnx", converted, images).ok)
+    return converted.plan.ops
+"""
+
+
+def test_mypy_knows_the_installed_package(wheel, tmp_path):
+    """As a user has it: in site-packages. Without torch there, which takes mypy a minute and changes no answer."""
+    pytest.importorskip("mypy")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv").glob("[lL]ib*/**/site-packages"))  # lib64 is a link to lib
+    wheel.extractall(site)
+    (tmp_path / "use.py").write_text(USE)
+    python = next(path for path in (tmp_path / "venv").glob("*/python*") if path.stem == "python")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=cache", "use.py"]
+    result = subprocess.run(
+        [*command, f"--python-executable={python}"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    plan, calibration = "ptq4vit_fx.plan.QuantPlan", "ptq4vit_fx.calibration.Calibration"
+    said = re.findall(r"use\.py:\d+: (?:note: Revealed type is \"(.*)\"|error: (.*))", result.stdout)
+    assert [revealed or error for revealed, error in said] == [
+        plan,
+        calibration,
+        plan,
+        f"{calibration} | None",
+        "bool",
+        'Incompatible return value type (got "tuple[QuantOp, ...]", expected "int")  [return-value]',
+    ], result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("folder", ["passes", "export"])
@@ -40,12 +97,13 @@ def test_folders_refuse_another_import_name(folder):
 
 
 def floors() -> dict[str, str]:
-    """Return what installation needs and what its extras for users add: package -> the oldest that is accepted."""
+    """Return what installation needs here and what its extras for users add: package -> the oldest that is accepted."""
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     bounds = [
         re.fullmatch(r"([a-z-]+)>=([0-9.]+)", line)
         for line in [*project["dependencies"], *extras["hf"], *extras["openvino"]]
+        if not line.endswith("; python_version < '3.11'")
     ]
     assert all(bounds), "a floor, and nothing above"
     return {found[1]: found[2] for found in bounds if found}

@@ -109,6 +109,7 @@ def test_a_converted_model_computes_the_same_under_autocast(small_converted, sma
 
 
 def test_a_warning_names_the_line_of_the_user(small_vit, small_images):
-    with pytest.warns(ptq.PTQWarning, match="head stays float") as heard:
-        ptq.prepare_fx(small_vit, QUICK, small_images[:1], skip=["head"])
+    mapping = ptq.QConfigMapping().set_module_name("head", QUICK.global_qconfig)
+    with pytest.warns(ptq.PTQWarning, match="products stay float") as heard:
+        ptq.prepare_fx(small_vit, mapping, small_images[:1])
     assert [warning.filename for warning in heard] == [__file__]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import onnx
 import pytest
 import timm
@@ -159,11 +161,19 @@ def test_names_of_parts_that_do_not_exist_are_errors_with_near_names():
 
 def test_skip_leaves_products_float():
     model = HandWritten().eval()
-    with pytest.warns(ptq.PTQWarning, match=r"head \(left float by module name 'head'\)"):
-        plan = plan_of(ptq.prepare_fx(model, QUICK, IMAGES[:1], skip=["attention", "head"]))
+    plan = plan_of(ptq.prepare_fx(model, QUICK, IMAGES[:1], skip=["attention", "head"]))
     assert [op.name for op in plan.ops] == ["patches", "up", "down"]
     assert len(plan.float_ops) == 8
-    assert QUICK.module_names == {}
+    assert plan.float_ops[-1].reason == "left float by skip 'head'"
+    assert QUICK.changes == ()
+
+
+def test_skip_of_what_is_not_traced_into_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ptq.PTQWarning)
+        model = HandWritten(Fused).eval()
+        plan = plan_of(ptq.prepare_fx(model, QUICK, IMAGES[:1], leaf_modules=["attention"], skip="attention"))
+    assert [(op.name, op.asked) for op in plan.float_ops] == [("attention", True)]
 
 
 class Detector(nn.Module):

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
+from wrong_options import CONFIGS, OPTIONS
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.tools.cli import app
@@ -52,6 +53,8 @@ def place(tmp_path_factory):
     (folder / "garbage.pth").write_bytes(b"PK\x03\x04 no")
     (folder / "garbage.onnx").write_bytes(b"\x08\x07 no model")
     (folder / "none.onnx").write_bytes(b"")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.toml").write_text(text)
     write_files(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -132,6 +135,9 @@ CASES = {
     "memory that is no number": quantize("--memory-limit nan", "--memory-limit: expected GiB above 0, got nan"),
     "endless memory": quantize("--memory-limit inf", "--memory-limit: expected GiB above 0, got inf"),
     "a long seed": quantize(f"--seed {2**70}", "--seed: expected an integer of 64 bits"),
+    "a plan of an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx --plan", f"did you mean {MODEL}"),
+    "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
+    "a plan of no images": quantize("--plan", "got no such folder", data="nowhere"),
     "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
     "an agreement that float has not": quantize(
         "--agreement 1.5", "--agreement: expected a share above 0 and at most 1"
@@ -144,6 +150,9 @@ CASES = {
     "timings that are none": quantize("--agreement 0.9 --timings text/notes.txt", "text/notes.txt: expected JSON"),
     "a choice that tuning makes": quantize("--agreement 0.9 --twins auto", "expected --twins exact and another recipe"),
     "distances that compare nothing": quantize("--agreement 0.9 --recipe base", "--agreement: expected --twins exact"),
+    "bits that tuning chooses": quantize(
+        "--agreement 0.9 --set blocks.*=w8a8", "--set: expected bits that --agreement"
+    ),
     "no image left": quantize("--agreement 0.9", "--agreement: expected images that calibration does not take"),
     "a model to time": Case(f"timings {TYPO}", f"did you mean {MODEL}"),
     "a target that is not timed": Case(
@@ -209,6 +218,7 @@ CASES = {
     "inspect of a folder": Case("inspect images", "images: expected an ONNX model"),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
+    **{name: quantize(*given) for name, given in OPTIONS.items()},
 }
 
 

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch.fx import GraphModule
@@ -22,6 +22,7 @@ from ptq4vit_fx.passes.graph.traced_module import PRESERVED
 from ptq4vit_fx.plan import QuantPlan
 
 P = ParamSpec("P")
+Module = TypeVar("Module", bound=GraphModule)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def enter(graph_module: GraphModule, stage: Stage, rewrite: Rewrite) -> None:
     graph_module.meta["ptq4vit_history"] = (*history(graph_module), rewrite)
 
 
-def attach(graph_module: GraphModule, **values: Any) -> GraphModule:
+def attach(graph_module: Module, **values: Any) -> Module:
     """Set attributes that survive copies and files of the GraphModule; return it."""
     preserved = graph_module.meta.setdefault(PRESERVED, {})
     for name, value in values.items():

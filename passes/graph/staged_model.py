@@ -14,6 +14,7 @@ from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.contract import stage_of
 from ptq4vit_fx.passes.graph.float_model import unwrapped
 from ptq4vit_fx.passes.graph.stages import Stage
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 
 #: The calls that give a model of a stage.
 MADE_BY = {Stage.OBSERVED: "prepare_fx", Stage.CONVERTED: "convert_fx or quantize"}
@@ -22,7 +23,7 @@ _CALIBRATED_NOW: weakref.WeakSet[GraphModule] = weakref.WeakSet()
 _LOCK = threading.Lock()
 
 
-def model_at(stage: Stage, model: Any, operation: str, do: str) -> GraphModule:
+def model_at(stage: Stage, model: Any, operation: str, do: str) -> TracedModule:
     """Return the model of that stage in what was passed.
 
     Raises PTQError on any other, and on a prepared model that another call of `calibrate` works on.
@@ -35,7 +36,7 @@ def model_at(stage: Stage, model: Any, operation: str, do: str) -> GraphModule:
         raise failure(operation, name, expected=expected, got=got, do=do)
     with _LOCK:
         _check_free(model, operation)
-    return cast("GraphModule", model)
+    return cast("TracedModule", model)
 
 
 @contextlib.contextmanager

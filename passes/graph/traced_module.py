@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from ptq4vit_fx.errors import failure
 from ptq4vit_fx.passes.graph.marks import SCOPES
 from ptq4vit_fx.passes.graph.shapes import CALL, KNOWN, RESULT, call_of
 from ptq4vit_fx.torch_state import AUTOCAST, without_autocast
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.calibration import Calibration
+    from ptq4vit_fx.plan import QuantPlan
 
 #: What torch.fx makes anew of the graph.
 MADE_ANEW = ("_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras")
@@ -63,7 +67,13 @@ class StoredNode:
 
 
 class TracedModule(GraphModule):
-    """A GraphModule that copy, pickle and torch.save keep whole, and that autocast does not round."""
+    """A GraphModule that copy, pickle and torch.save keep whole, and that autocast does not round.
+
+    plan: once it is prepared. calibration: once it is calibrated, None before.
+    """
+
+    plan: QuantPlan
+    calibration: Calibration | None
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not any(torch.is_autocast_enabled(kind) for kind in AUTOCAST):

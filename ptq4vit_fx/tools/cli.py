@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.tools import options, tuning_commands
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
-from ptq4vit_fx.tools.tuning_commands import timings, why
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
-    from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-app.command()(why)
-app.command()(timings)
+app.command()(tuning_commands.why)
+app.command()(tuning_commands.timings)
 AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 
 
@@ -40,6 +39,7 @@ def main(
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="timm model name")],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
@@ -72,7 +72,9 @@ def quantize(
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
     ] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="module or product that stays float, repeatable")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="module, product or pattern that stays float, repeatable")
+    ] = None,
     float_onnx: Annotated[str | None, typer.Option(metavar="PATH", help="write the float model there too")] = None,
     fail_under: Annotated[
         float | None,
@@ -92,31 +94,43 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
-    agreement: Annotated[
-        float | None, typer.Option(help="0.99: keep float's class on so many images, product by product, and no more")
-    ] = None,
-    minimize: Annotated[str, typer.Option(help="what --agreement makes small: time, size or bits")] = "time",
-    timings_file: Annotated[
-        Path | None, typer.Option("--timings", help="of `ptq4vit timings` (default: products are timed here)")
-    ] = None,
-    advise: Annotated[
-        bool, typer.Option("--advise", help="print what int8 would save here, and write nothing")
-    ] = False,
+    agreement: options.Agreement = None,
+    minimize: options.Minimize = "time",
+    timings: options.TimingsFile = None,
+    advise: options.Advise = False,
+    settings: options.Settings = None,
+    weights_granularity: options.WeightsGranularity = None,
+    device: options.Device = "cpu",
+    sequential: options.Sequential = False,
+    input_name: options.InputName = None,
+    output_name: options.OutputName = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
+    plan: options.Plan = False,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
     if advise:
-        timings(model, model_arg, target, batch or 1, advise=True)
+        tuning_commands.timings(model, model_arg, target, batch or 1, advise=True)
         return
     with readable_errors(checkpoint) as heard:
+        from ptq4vit_fx.tools.config_file import as_toml
+
+        repeat = as_toml(quantize, context.params) if verbose or print_config else ""
+        if print_config:
+            say(repeat, highlight=False)
+            return
         from ptq4vit_fx.tools.layouts import Destination
-        from ptq4vit_fx.tools.quantizing import quantize_folder
+        from ptq4vit_fx.tools.mappings import mapping_of
+        from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
         from ptq4vit_fx.tools.request import Request
 
         request = Request(
             model=model,
             data=data,
-            destination=Destination(out, layout, uint8_input, labels),
-            mapping=_mapping(recipe, twins, w_bits, a_bits),
+            destination=Destination(
+                out, layout, uint8_input, labels, tuple(input_name or ()), tuple(output_name or ())
+            ),
+            mapping=mapping_of(recipe, twins, w_bits, a_bits, weights_granularity, settings or []),
             weights=weights,
             weights_entry=weights_entry,
             model_args=tuple(model_arg or ()),
@@ -139,10 +153,17 @@ def quantize(
             bench=bench,
             agreement=agreement,
             minimize=minimize,
-            timings=timings_file,
+            timings=timings,
+            device=device,
+            sequential=sequential,
+            settings=tuple(settings or ()),
         )
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
+        if plan:
+            planned = plan_folder(request, speak, complaints.status)
+            say_json(planned.to_dict()) if as_json else say("\n".join(planned.lines()), highlight=False)
+            return
         drawn = shown and console.is_terminal
         summary = quantize_folder(request, speak, complaints.status, progress=drawn, heard=heard)
         for complaint in summary.complaints():
@@ -151,29 +172,10 @@ def quantize(
             say_json(summary.to_dict())
         speak("\n".join(summary.lines()))
         if verbose:
-            speak(summary.in_full())
+            speak(f"{summary.in_full()}\n{repeat}")
     if fail_under is not None and not summary.against.ok(fail_under):
         say(f"error: {summary.refusal(fail_under)}", to=complaints)
         raise typer.Exit(POOR)
-
-
-def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMapping:
-    """Return the recipe of that name; raises PTQError on a name that does not exist or does not go with the twins."""
-    from ptq4vit_fx import recipes
-
-    with_twins = {"best": recipes.best, "ptq4vit": recipes.ptq4vit}
-    without = {"tensorrt": recipes.tensorrt, "base": recipes.base_ptq}
-    if recipe not in {*with_twins, *without}:
-        expected = "best, ptq4vit, tensorrt or base"
-        raise failure("quantize", "--recipe", expected=expected, got=repr(recipe), do="choose one")
-    kinds = ("exact", "wide", "uniform", "auto") if recipe in with_twins else ("exact",)
-    if twins not in kinds:
-        expected = f"{' or '.join(kinds)} with the recipe {recipe}"
-        raise failure("quantize", "--twins", expected=expected, got=repr(twins), do="choose one")
-    if recipe in without:
-        return without[recipe](w_bits, a_bits)
-    searched = "exact" if twins == "auto" else cast("Literal['exact', 'wide', 'uniform']", twins)
-    return with_twins[recipe](w_bits, a_bits, twins=searched)
 
 
 @app.command(name="eval")

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, foreign, quoted
 from ptq4vit_fx.export.huggingface import export_huggingface, write_card
+from ptq4vit_fx.export.interface import interface_of
 from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
 from ptq4vit_fx.export.pixels import LAYOUTS
 from ptq4vit_fx.export.proof.verify import VerifyReport
@@ -22,12 +23,22 @@ FILE, FOLDER = "file", "huggingface"
 
 @dataclass(frozen=True)
 class Destination:
-    """out: a file, or with the layout `huggingface` a folder. uint8_input: nhwc or nchw. labels: a text file."""
+    """out: a file, or with the layout `huggingface` a folder. uint8_input: nhwc or nchw. labels: a text file.
+
+    input_names, output_names: those of the file, none for the usual ones.
+    """
 
     out: str
     layout: str = FILE
     uint8_input: str | None = None
     labels: Path | None = None
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The names as arguments of `export_onnx` and `export_float`."""
+        return {"input_names": self.input_names or None, "output_names": self.output_names or None}
 
     def check(self) -> None:
         """Raise PTQError on what would be refused after minutes: forms that do not exist, and no room to write."""
@@ -40,6 +51,9 @@ class Destination:
         if self.layout == FILE:
             check_writable(self.out, "quantize --out")
             return
+        if self.input_names or self.output_names:
+            option, do = "--input-name" if self.input_names else "--output-name", "leave one of them out"
+            raise failure("quantize", option, expected="a layout without names", got=f"--layout {FOLDER}", do=do)
         if self.uint8_input is not None:
             got, do = f"--layout {FOLDER}", "leave one of them out"
             raise failure("quantize", "--uint8-input", expected="images that no processor scales", got=got, do=do)
@@ -50,6 +64,11 @@ class Destination:
             if os.path.lexists(self.out):
                 do = "name a folder, which may not exist yet"
                 raise failure("quantize", f"--out {self.out}", expected="a folder", got="a file", do=do)
+
+    def check_names(self, prepared: GraphModule) -> None:
+        """Raise PTQError, before the minutes, on names that the model has not as many inputs or outputs for."""
+        if self.input_names or self.output_names:
+            interface_of(prepared, self.input_names or None, self.output_names or None)
 
     def class_names(self, model: nn.Module) -> list[str] | None:
         """Return the lines of the labels, None without. Raises PTQError unless there is one for each class."""
@@ -72,7 +91,7 @@ class Destination:
         said: dict[str, Any] = {"labels": labels, "preprocessing": preprocessing, **options}
         if self.layout == FOLDER:
             return export_huggingface(converted, self.out, example, **said)
-        return export_onnx(converted, self.out, example, uint8_input=self.uint8_input, **said)
+        return export_onnx(converted, self.out, example, uint8_input=self.uint8_input, **self.names, **said)
 
     def note(self, report: ExportReport, verified: VerifyReport, figures: dict[str, str]) -> None:
         """Write what is known of the file into its model card, if it has one."""

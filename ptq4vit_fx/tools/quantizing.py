@@ -27,8 +27,11 @@ from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
+from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.held_out import Compared, images_to_compare
+from ptq4vit_fx.tools.mappings import said_of, set_apart
 from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.planning import Planned, planned
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.tools.tuned_request import tuned_model
@@ -90,6 +93,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
+        set_apart=set_apart(request.mapping, plan),
         sites=len(plan.quantizers),
         images=len(source.pixels),
         skipped=source.skipped,
@@ -106,6 +110,12 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
     )
+
+
+def plan_folder(request: Request, say: Say, status: Status) -> Planned:
+    """Return what `quantize_folder` would do, without doing it; raises PTQError on what it would refuse."""
+    check_request(request)
+    return planned(request, _source(request, say, status))
 
 
 def _source(request: Request, say: Say, status: Status) -> Source:
@@ -146,23 +156,24 @@ def _source(request: Request, say: Say, status: Status) -> Source:
 def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
     """Return the prepared model with its scales, which say in their provenance what they are of."""
     prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
+    for line in said_of(request.settings, request.skip, plan_of(prepared)):
+        say(line)
+    request.destination.check_names(prepared)
     batches = list(torch.split(source.pixels, request.batch_size))
-    limit = None if request.memory_limit is None else round(request.memory_limit * 2**30)
-    seed, loss = request.seed, request.loss
-    if request.agreement is not None:
-        prepared = tuned_model(request, prepared, batches, source.tuned_on, say, memory_limit=limit, progress=progress)
+    options: dict[str, Any] = {
+        "seed": request.seed,
+        "loss": request.loss,
+        "memory_limit": None if request.memory_limit is None else round(request.memory_limit * 2**30),
+        "device": check_device(request.device),
+        "sequential": request.sequential,
+        "progress": progress,
+    }
+    if request.agreement is None:
+        calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
     else:
-        calibrate(
-            prepared,
-            batches,
-            seed=seed,
-            loss=loss,
-            checkpoint=request.checkpoint,
-            memory_limit=limit,
-            progress=progress,
-        )
+        prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **options)
     if request.twins == "auto":
-        prepared, choice = choose_twins(prepared, batches, seed=seed, loss=loss, memory_limit=limit, progress=progress)
+        prepared, choice = choose_twins(prepared, batches, **options)
         say(str(choice))
     calibration = calibration_of(prepared)
     assert calibration is not None
@@ -203,9 +214,8 @@ def _float_file(request: Request, source: Source, file: Path, status: Status) ->
         written = None
         try:
             with status("write the float file"):
-                written = export_float(
-                    source.network, path, example, opset=request.opset, batch=request.batch, facts=facts
-                )
+                said: dict[str, Any] = {"opset": request.opset, "batch": request.batch, **request.destination.names}
+                written = export_float(source.network, path, example, facts=facts, **said)
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
             with status("measure"):

@@ -12,6 +12,7 @@ from ptq4vit_fx.export.onnx_export import check_target
 from ptq4vit_fx.export.proof.against_float import KINDS, Kind
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.layouts import Destination
 from ptq4vit_fx.tools.tuned_request import check_tuning
 
@@ -24,6 +25,7 @@ class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
     bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
+    settings: what `--set` says, which is in the mapping.
     agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of a file or of this CPU.
     """
 
@@ -51,6 +53,9 @@ class Request:
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    device: str = "cpu"
+    sequential: bool = False
+    settings: tuple[str, ...] = ()
     agreement: float | None = None
     minimize: str = "time"
     timings: Path | None = None
@@ -71,10 +76,18 @@ def check_request(request: Request) -> None:
     if request.kind is not None and request.kind not in KINDS:
         raise unknown_name("quantize", "--output-kind", request.kind, KINDS)
     check_target(request.target, request.opset, request.batch)
+    check_device(request.device)
     check_tuning(request)
     if request.target == "tensorrt" and request.recipe in ("best", "ptq4vit"):
         expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
         raise failure("quantize", "--recipe", expected=expected, got=repr(request.recipe), do=do)
+    if request.sequential and request.twins == "auto":
+        expected, do = "exact, wide or uniform with --sequential", "choose one: auto compares products that do not wait"
+        raise failure("quantize", "--twins", expected=expected, got="'auto'", do=do)
+    narrow = [change for change in request.mapping.changes if change.a not in (None, 8)]
+    if request.target == "tensorrt" and narrow:
+        expected, do = "8 bits of activations with the target tensorrt", "set those of weights alone"
+        raise failure("quantize", f"--set {narrow[0].pattern}", expected=expected, got=f"a{narrow[0].a}", do=do)
 
 
 def _check_paths(request: Request) -> None:

@@ -21,11 +21,11 @@ WIDTH, INDENT = 80, 12
 class Summary:
     """What a run of `ptq4vit quantize` has written and measured.
 
-    bits: of weights and activations. images: of the calibration; skipped: `path: reason` of those that it could not
-    read; seconds: it took. why_seen: why the images of the comparison are those of the calibration, "" if they are not.
-    float_file: the float model's file, None if it was not kept; float_bytes: of that file, or of its weights.
-    expensive: product -> share of the distance of all products. flags: options that would help. warnings: those on the
-    way.
+    bits: of weights and activations; set_apart: products that have others. images: of the calibration; skipped: `path:
+    reason` of those that it could not read; seconds: it took. why_seen: why the images of the comparison are those of
+    the calibration, "" if they are not. float_file: the float model's file, None if it was not kept; float_bytes: of
+    that file, or of its weights. expensive: product -> share of the distance of all products. flags: options that would
+    help. warnings: those on the way.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Summary:
     expensive: dict[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    set_apart: int = 0
 
     def complaints(self) -> tuple[str, ...]:
         """Return what the user must know first, a sentence each; nothing of a file that is as good as float."""
@@ -86,6 +87,7 @@ class Summary:
         same = self.verified.same_functions
         exact = f"bit-equal on {same.bit_equal:.1%} of {same.images} images"
         size = f"{report.bytes / 1e6:.2f} MB (float {self.float_bytes / 1e6:.2f} MB)"
+        bits = f"W{self.bits[0]}A{self.bits[1]}{f', {self.set_apart} with --set' if self.set_apart else ''}"
         read = f"{self.images} images ({len(self.skipped)} skipped)"
         rows = [("float", against.headline()), ("", seen), *(("", line) for line in against.lines(most=1)[1:])]
         rows += [
@@ -94,12 +96,12 @@ class Summary:
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
             ("", f"{size}, opset {report.opset}, target {report.target}"),
-            ("quantized", f"{self.products} products, {self.sites} sites, W{self.bits[0]}A{self.bits[1]}, {read}"),
+            ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
             ("", f"calibrated in {self.seconds:.1f} s"),
         ]
         if self.warnings:
             rows.append(("warnings", f"{len(self.warnings)} on the way, above"))
-        lines = [line for word, text in rows for line in _wrapped(word, printable(text))]
+        lines = [line for word, text in rows for line in wrapped(word, printable(text))]
         evaluate, inspect = (printable(command) for command in self.next_commands())  # whole, to be copied
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
 
@@ -127,7 +129,7 @@ class Summary:
         }
 
 
-def _wrapped(word: str, text: str) -> list[str]:
+def wrapped(word: str, text: str) -> list[str]:
     """Return a line behind the word that it starts with, in as many lines as it takes; paths stay whole."""
     return textwrap.wrap(
         text,

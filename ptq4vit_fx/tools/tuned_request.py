@@ -32,6 +32,8 @@ class TunedRequest(Protocol):
     @property
     def recipe(self) -> str: ...
     @property
+    def settings(self) -> tuple[str, ...]: ...
+    @property
     def twins(self) -> str: ...
     @property
     def w_bits(self) -> int: ...
@@ -73,6 +75,10 @@ def check_tuning(request: TunedRequest) -> None:
         expected, do = "--twins exact and another recipe than base, as tuning decides", "leave these options out"
         got = f"--twins {request.twins} --recipe {request.recipe}"
         raise failure("quantize", "--agreement", expected=expected, got=got, do=do)
+    bits = [setting for setting in request.settings if not setting.endswith("=float")]
+    if bits:
+        do = "leave out --set of bits, or --agreement"
+        raise failure("quantize", "--set", expected="bits that --agreement decides", got=bits[0], do=do)
     if request.timings is not None:
         load_timings(request.timings, "quantize")
 

@@ -18,6 +18,7 @@ from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import attach, plan_of, sharing_tensors
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_products
 from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import FloatOp, QuantPlan
 from ptq4vit_fx.qconfig import Transforms
@@ -43,7 +44,7 @@ def mixed_calibration(
         raise failure("tune", "plan", expected="a product that is quantized", got="all of them float", do=do)
     owners = {op.name: found[choice[op.name]] for op in ops}
     sites = [(site(name, operand), own) for name, own in owners.items() for operand in OPERANDS]
-    left = tuple(FloatOp(op.name, LEFT_FLOAT) for op in plan.ops if op.name not in owners)
+    left = tuple(FloatOp(op.name, LEFT_FLOAT, asked=True) for op in plan.ops if op.name not in owners)
     quantizers = {key: own.plan.quantizers[key] for key, own in sites}
     of_outputs = {name: own.snr[name] for name, own in owners.items()}
     return replace(
@@ -60,7 +61,7 @@ def mixed_calibration(
     )
 
 
-def with_calibration(prepared: GraphModule, calibration: Calibration) -> GraphModule:
+def with_calibration(prepared: GraphModule, calibration: Calibration) -> TracedModule:
     """Return a model, sharing its tensors, that has the plan and the scales of a calibration that `tune` made.
 
     prepared: the same model from `prepare_fx`, whose plan has all products of the calibration's. Raises PTQError if it

@@ -15,6 +15,7 @@ from ptq4vit_fx.errors import PTQError, failure, printable
 from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.shapes import EXAMPLE_BATCH
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.torch_state import independent_of_caller
 from ptq4vit_fx.tuning.budget import Budget, budget_of, warn_of_few
@@ -37,7 +38,7 @@ class Tuned:
     are of, None of other quantities. images: that were measured on.
     """
 
-    prepared: GraphModule
+    prepared: TracedModule
     point: Point
     frontier: tuple[Point, ...]
     sensitivity: Sensitivity
