@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export.proof.against_float import Kind
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.tools.held_out import Compared
 from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
 from ptq4vit_fx.tuning.timings import load_timings
@@ -90,7 +91,7 @@ def tuned_model(
     compared: Compared | None,
     say: Callable[[str], None],
     **calibrate_kwargs: Any,
-) -> GraphModule:
+) -> TracedModule:
     """Return the model with the plan that keeps the agreement; raises PTQError if no image is left to measure on."""
     if compared is None or not compared.unseen:
         reason = "none" if compared is None else compared.reason
