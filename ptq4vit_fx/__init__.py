@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import AgainstFloat
     from ptq4vit_fx.export.proof.compare_float import compare_float
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
+    from ptq4vit_fx.export.report.collect import report
+    from ptq4vit_fx.export.report.content import Report
     from ptq4vit_fx.passes.graph.traced_module import TracedModule
     from ptq4vit_fx.plan import QuantPlan
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
@@ -36,6 +38,7 @@ __all__ = [
     "QConfig",
     "QConfigMapping",
     "QuantPlan",
+    "Report",
     "SearchSettings",
     "Sensitivity",
     "TracedModule",
@@ -56,6 +59,7 @@ __all__ = [
     "prepare_fx",
     "quantize",
     "recipes",
+    "report",
     "sensitivity",
     "tune",
     "verify_onnx",
@@ -73,6 +77,8 @@ _MODULES = {
     "export.proof.against_float": ("AgainstFloat",),
     "export.proof.compare_float": ("compare_float",),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
+    "export.report.collect": ("report",),
+    "export.report.content": ("Report",),
     "passes.graph.traced_module": ("TracedModule",),
     "plan": ("QuantPlan",),
     "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),

@@ -111,9 +111,10 @@ def calibrate(
     the model runs (default: where it is; it is brought back afterwards).
     search_device: where candidates are evaluated (default: `device`): a model that does not fit on a GPU may stay on
     the CPU while its products are searched there, one at a time. loss: "pseudo_label" (PTQ4ViT), "fisher" (labels
-    drawn from the prediction), or a function from the model's output to a scalar, to one number per image, which are
-    summed, or to several of these. memory_limit: bytes that calibration may take beside the model (default: half of
-    what is free); a smaller limit costs more passes over the images.
+    drawn from the prediction), "projection" (no logits: how far the output's direction moves), or a function from the
+    model's output to a scalar, to one number per image, which are summed, or to several of these. memory_limit:
+    bytes that calibration may take beside the model (default: half of what is free); a smaller limit costs more passes
+    over the images.
     checkpoint: a file that holds every finished product; if it exists, the calibration goes on from there, with the
     result of an unbroken run. sequential: search each product on the values that the quantized products before it give,
     at one forward and backward per product; the default, parallel calibration on float values, is the paper's and is

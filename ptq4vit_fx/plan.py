@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import SearchSettings, Transforms
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_to_dict
+from ptq4vit_fx.views.tabular import Tabular
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Transformed:
     note: str
 
 
-@dataclass(frozen=True)
-class QuantPlan:
+@dataclass(frozen=True, repr=False)
+class QuantPlan(Tabular):
     """What `annotate` decided: the products in execution order, a quantizer per site, the search per product.
 
     transforms: what the mapping asks for. balances: channels whose scales and shifts a calibration holds. transformed:
@@ -154,13 +155,24 @@ class QuantPlan:
         place = Place(operation, subject)
         return cast("QuantPlan", read_as(QuantPlan, read_json(text, place), place))
 
+    def brief(self) -> str:
+        """Return how many products are quantized, and how many stay float."""
+        quantized = f"{len(self.ops)} products, {len(self.quantizers)} sites"
+        return f"{quantized}, {len(self.float_ops)} left float, recipe {self.recipe}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a dictionary per product, JSON-ready: its kind, the quantizer of each operand; why it stays float."""
+        rows: list[dict[str, Any]] = []
+        for op in self.ops:
+            described: dict[str, str] = {
+                operand: describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS
+            }
+            rows.append({"product": op.name, "kind": op.kind, **described})
+        return rows + [{"product": op.name, "kind": "float", "lhs": op.reason, "rhs": ""} for op in self.float_ops]
+
     def table(self) -> str:
         """Return a text table: product, kind, quantizer of each operand; then what is left, with the reason."""
-        rows = [("product", "kind", "lhs", "rhs")]
-        for op in self.ops:
-            described = [describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS]
-            rows.append((op.name, op.kind, described[0], described[1]))
-        rows += [(op.name, "float", op.reason, "") for op in self.float_ops]
+        rows = [("product", "kind", "lhs", "rhs"), *(tuple(record.values()) for record in self.records())]
         rows += [(place.name, f"no {place.transform}", place.note, "") for place in self.transformed if not place.done]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from ptq4vit_fx.errors import failure, unknown_name
@@ -14,6 +14,7 @@ from ptq4vit_fx.inputs.changes import Change, listed
 from ptq4vit_fx.names import is_inside, is_meant
 from ptq4vit_fx.product_forms import FORMS
 from ptq4vit_fx.quantizers import Quantizer, Uniform, check_bits
+from ptq4vit_fx.views.tabular import Tabular
 
 #: Object types that users may name, and the kind of product that each stands for.
 OBJECT_KINDS: dict[Any, str] = {
@@ -133,7 +134,7 @@ class QConfig:
         return replace(self, **changed)
 
 
-class QConfigMapping:
+class QConfigMapping(Tabular):
     """Rules from products to `QConfig`, in torch.ao's order of precedence, lowest first.
 
     `set_global`, `set_object_type` (nn.Linear, nn.Conv2d, torch.matmul), `set_module_name_regex` (`re.match` on the
@@ -190,6 +191,25 @@ class QConfigMapping:
         """Use `qconfig` for the product called `name`, or for every product inside the module called so."""
         self.module_names[name] = qconfig
         return self
+
+    def brief(self) -> str:
+        """Return the recipe's name, and how many rules there are."""
+        return f"{self.recipe}, {len(self.records())} rules"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a dictionary per rule, JSON-ready, lowest precedence first; without quantizers: it leaves float."""
+        rules: list[tuple[str, str, QConfig | None]] = [("global", "", self.global_qconfig)][
+            : bool(self.global_qconfig)
+        ]
+        rules += [("object type", OBJECT_KINDS[key], qconfig) for key, qconfig in self.object_types.items()]
+        rules += [("module name pattern", key, qconfig) for key, qconfig in self.module_name_regexes.items()]
+        rules += [("module name", key, qconfig) for key, qconfig in self.module_names.items()]
+        named = [entry.name for entry in fields(QConfig) if entry.name != "search"]
+        return [
+            {"rule": rule, "key": key}
+            | {name: own and own.describe() for name in named for own in [getattr(qconfig, name, None)]}
+            for rule, key, qconfig in rules
+        ]
 
     def resolve(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
         """Return the QConfig of a product and the rule that gave it (None if no rule matches)."""

@@ -73,7 +73,8 @@ def test_its_pixels_are_those_of_timm():
     modes = [
         *itertools.product(["center", "squash", "border"], [0.875, 1.0], ["bicubic"], [(16, 16)]),
         *itertools.product(["center"], [0.9], ["bilinear", "nearest", "box", "hamming", "lanczos"], [(16, 16)]),
-        *itertools.product(["center", "squash", "border"], [0.9], ["bicubic"], [(12, 20)]),
+        # timm before 1.0.31 resizes to other sizes than squares by "bilinear", whatever it is asked for.
+        *itertools.product(["center", "squash", "border"], [0.9], ["bilinear"], [(12, 20)]),
     ]
     for mode, crop_pct, interpolation, size in modes:
         config = CONFIG | {"crop_mode": mode, "crop_pct": crop_pct, "interpolation": interpolation}

@@ -136,7 +136,7 @@ WORDS = {
     "8 TB of nothing as weights": "8192.0 GiB for the weights beside it",
     "a device as weights": "the weights w lie outside of the file's folder, at /dev/zero",
     "a pipe as weights": "/weights: a pipe",
-    "opset 99": "opset 28.; export the file again",
+    "opset 99": "for domain ai.onnx is till opset",
     "Ifs within each other": "expected at most 8 graphs or functions around a node of an ONNX model, got more; export",
     "a function that calls itself": "expected at most 8 graphs or functions around a node of an ONNX model, got more",
     "two inputs": "expected a file of one input",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ptq4vit_fx.export.proof.against_float import Share
-from ptq4vit_fx.tools.scores import ClassScore, Evaluation, classes_of, pair_of, ranks, score_of
+from ptq4vit_fx.tools.neighbours import alone, neighbours, vectors_of
+from ptq4vit_fx.tools.scores import ClassScore, Evaluation, classes_of, pair_of, ranks, retrieved, score_of
 
 
 def test_ranks_of_the_right_class():
@@ -58,3 +59,40 @@ def test_classes_that_lose_most_come_first():
         "2: -50.0 points, 1 of 2 right, float 2",
     )
     assert json.loads(json.dumps(report.to_dict()))["pair"]["lost"] == 2
+
+
+def test_neighbours_are_those_of_a_whole_table(monkeypatch):
+    monkeypatch.setattr("ptq4vit_fx.tools.neighbours.ROWS", 7)
+    generator = np.random.default_rng(0)
+    vectors, labels = generator.normal(size=(40, 5)), generator.integers(0, 6, 40)
+    vectors[3] = vectors[11]  # the same picture twice
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similar = units @ units.T
+    np.fill_diagonal(similar, -np.inf)
+    order = np.argsort(-similar, axis=1, kind="stable")[:, :-1]
+    same = labels[order] == labels[:, None]
+    rank, first = neighbours(vectors, labels)
+    assert first.tolist() == order[:, 0].tolist()
+    assert rank.tolist() == np.where(same.any(1), same.argmax(1), 40).tolist()
+    assert neighbours(vectors * generator.uniform(1, 9, (40, 1)), labels)[0].tolist() == rank.tolist()
+
+
+def test_embeddings_of_images_that_are_alone_do_not_count():
+    labels = np.array([0, 0, 1, 2, 2])
+    mine = np.array([[1, 0.0], [1, 0.1], [0, 1], [-1, 0], [1, 0]])
+    assert alone(labels).tolist() == [False, False, True, False, False]
+    found = retrieved(mine, None, labels, ["a", "b", "c"], ())
+    assert (found.images, found.alone) == (4, 1)
+    assert found.score is not None
+    assert found.score.top1 == Share(1, 4)  # an equal one of another class is the nearest of the first
+    assert found.lines()[0] == "recall@1 25.00% of 4 images, 0 skipped: the nearest other is of its class"
+    both = retrieved(mine, np.abs(mine), labels, ["a", "b", "c"], ())
+    assert both.cosine == pytest.approx((1 + 1 + 1 - 1 + 1) / 5)
+    assert json.loads(json.dumps(both.to_dict()))["kind"] == "embeddings"
+    assert retrieved(mine[1:3], None, labels[1:3], ["a", "b"], ()).score is None
+
+
+def test_an_embedding_is_one_vector_per_image():
+    assert vectors_of(np.ones((2, 5, 3))).shape == (2, 3)
+    assert vectors_of(np.ones((2, 3, 4, 4))).shape == (2, 3)
+    assert vectors_of(np.ones((2, 7))).shape == (2, 7)

@@ -56,6 +56,7 @@ def place(tmp_path_factory):
     for name, text in CONFIGS.items():
         (folder / f"{name}.toml").write_text(text)
     write_files(folder)
+    write_models(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -75,6 +76,8 @@ def write_files(folder) -> None:
         images = torch.randn(2, 3, 32, 32)
         converted = ptq.quantize(model.eval(), images, qconfig_mapping=mapping, progress=False)
         ptq.export_onnx(converted, folder / name, images[:1])
+        if name == "two.onnx":
+            converted.calibration.save(folder / "two.scales.safetensors")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,24 @@ class Case:
     line: str
     says: str
     code: int = 1
+
+
+def write_models(folder) -> None:
+    """Write what MODEL may name and should not: folders, and Python that fails."""
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text('{"model_type": "vitt", "architectures": ["Evil"]}')
+    (folder / "timmlike").mkdir()
+    (folder / "timmlike" / "config.json").write_text('{"architecture": "vit_tinny_patch16_224", "pretrained_cfg": {}}')
+    (folder / "json").mkdir()
+    (folder / "json" / "config.json").write_text("{no")
+    (folder / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(1, 2, 3, 4, 5, 6, 7)\n")
+    (folder / "text.py").write_text("def make(:\n")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "/etc/passwd"}}')
+
+
+def model(name: str, says: str, code: int = 1) -> Case:
+    return Case(f"quantize {name} --data images --out m.onnx", says, code)
 
 
 def quantize(
@@ -112,6 +133,30 @@ CASES = {
     "an entry of nothing": quantize("--weights-entry ema", "a file that it is an entry of", weights=""),
     "no hub": quantize("", "pass --weights FILE with a local checkpoint", weights=""),
     "an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx", f"did you mean {MODEL}"),
+    "a folder by the name of a model": model("hf", "expected a timm model name"),
+    "a folder of a model that is not there": model("./hff", "did you mean hf?"),
+    "a folder without a configuration": model("./images", "got one without config.json"),
+    "a folder of another library": model("./hf", "hf: expected a configuration that transformers knows"),
+    "a folder of a timm model that is none": model("local-dir:timmlike", "did you mean vit_tiny_patch16_224"),
+    "a folder of Hugging Face for timm": model("local-dir:hf", "got one of Hugging Face; pass it as ./hf"),
+    "a configuration that is no JSON": model("./json", "json/config.json: expected JSON"),
+    "a name on no hub": model("org/nothing", "download the folder and pass ./FOLDER"),
+    "a name of timm on no hub": model("hf-hub:org/nothing", "create model: hf-hub:org/nothing"),
+    "a model of torchvision": model("torchvision:vit_b_61", "did you mean torchvision:vit_b_16"),
+    "a prefix": model("torch-vision:vit_b_16", "did you mean torchvision:vit_b_16?"),
+    "a file of weights as a model": model("good.safetensors", "pass the model's name, and --weights good.safetensors"),
+    "an ONNX file as a model": model("three.onnx", "pass the PyTorch model that it was exported from"),
+    "Python without a name": model("net.py", "write net.py:make"),
+    "Python that is not there": model("nett.py:make", "did you mean net.py?"),
+    "Python that fails": model("net.py:make", "in net.py, line 3"),
+    "Python that is none": model("text.py:make", "in text.py, line 1"),
+    "a module that is not there": model("no_such_package:make", "No module named 'no_such_package'"),
+    "an index of files elsewhere": quantize(
+        "", "expected names of files beside it, got '/etc/passwd'", weights="shards"
+    ),
+    "averaged weights that are not there": quantize("--ema", "--ema: expected an entry of averaged weights"),
+    "averaged weights and an entry": quantize("--no-ema --weights-entry model", "leave one of them out"),
+    "averaged weights of nothing": quantize("--ema", "add --weights FILE", weights=""),
     "another size": quantize("--model-arg img_size=64", "expected a state dict of this model"),
     "no such argument": quantize("--model-arg nonsense=1", "create model"),
     "no value": quantize("--model-arg depth", "expected key=value"),
@@ -173,6 +218,8 @@ CASES = {
     "standard output": quantize("--out -", "standard output, which is not supported"),
     "over the weights": quantize("--out good.safetensors", "expected another file than --out, got good.safetensors"),
     "twice the same": quantize("--float-onnx ./m.onnx", "--float-onnx: expected another file than --out"),
+    "a report nowhere": quantize("--report nowhere/r.html", "quantize --report"),
+    "a report over the file": quantize("--report m.onnx", "--report: expected another file than --out, got m.onnx"),
     "the float file nowhere": quantize("--float-onnx nowhere/f.onnx", "quantize --float-onnx"),
     "the float file over the weights": quantize("--float-onnx good.safetensors", "expected another file than --float"),
     "a checkpoint that is a folder": quantize("--checkpoint images", "quantize --checkpoint"),
@@ -212,10 +259,49 @@ CASES = {
     "eval against a file with weights": Case(
         "eval three.onnx --data images --against two.onnx --weights good.safetensors", "leave these out"
     ),
+    "eval of another kind": Case(f"eval three.onnx --data images --model {MODEL} --output-kind class", "did you mean"),
+    "eval against a folder": Case(f"eval three.onnx --data images --model {MODEL} --against ./images", "config.json"),
     "weights of nothing": Case("eval three.onnx --data images --weights good.safetensors", "add --against"),
     "inspect of no file": Case("inspect no.onnx", "no.onnx"),
     "inspect of garbage": Case("inspect garbage.onnx --json", "expected an ONNX model"),
     "inspect of a folder": Case("inspect images", "images: expected an ONNX model"),
+    # report
+    "a report of no file": Case("report no.onnx -o r.html", "no.onnx: expected an ONNX file or a calibration"),
+    "a report of garbage": Case("report garbage.onnx -o r.html", "garbage.onnx: expected an ONNX model"),
+    "a report of nothing": Case("report none.onnx -o r.html", "none.onnx"),
+    "a report of a folder": Case("report images -o r.html", "images: expected an ONNX file or a calibration"),
+    "a report of weights": Case(
+        "report good.safetensors -o r.html", "good.safetensors: expected ptq4vit_fx calibration"
+    ),
+    "a report of a picture": Case("report flat/0.png -o r.html", "flat/0.png: expected an ONNX model"),
+    "a report without a place": Case("report three.onnx", "--out", 2),
+    "a report in no folder": Case("report three.onnx -o nowhere/r.html", "report --out"),
+    "a report over its file": Case("report three.onnx -o three.onnx", "expected another file than those it is about"),
+    "a report over its float": Case(
+        "report three.onnx -o two.onnx --against two.onnx", "another file than those it is"
+    ),
+    "a report on standard output": Case("report three.onnx -o -", "standard output, which is not supported"),
+    "a calibration of another file": Case(
+        "report three.onnx -o r.html --calibration two.scales.safetensors", "expected the calibration of three.onnx"
+    ),
+    "a calibration that is none": Case(
+        "report three.onnx -o r.html --calibration good.safetensors", "good.safetensors"
+    ),
+    "a calibration on images": Case(
+        "report two.scales.safetensors -o r.html --data images", "data: expected an ONNX file"
+    ),
+    "a calibration beside float": Case(
+        "report two.scales.safetensors -o r.html --against two.onnx", "pass the ONNX file, or leave reference out"
+    ),
+    "a report on nothing": Case(
+        "report three.onnx -o r.html --data nowhere", "got no such record; pass images in Python"
+    ),
+    "a report beside nothing": Case("report three.onnx -o r.html --against no.onnx", "no.onnx"),
+    "a report beside an unknown model": Case(f"report three.onnx -o r.html --against {TYPO}", f"did you mean {MODEL}"),
+    "a report with weights of nothing": Case(
+        "report three.onnx -o r.html --weights good.safetensors", "expected a timm model in --against, got none"
+    ),
+    "no images for a report": Case("report three.onnx -o r.html --data images --images 0", "--images", 2),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
     **{name: quantize(*given) for name, given in OPTIONS.items()},

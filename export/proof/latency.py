@@ -73,7 +73,7 @@ def measure_latency(
     sessions = [_session(path, threads) for path in paths]
     fixed = [fixed_batch(OPERATION, path, session) for path, session in zip(paths, sessions, strict=True)]
     count = next((size for size in fixed if size is not None), images)
-    feeds = [_random(path, session, count) for path, session in zip(paths, sessions, strict=True)]
+    feeds = [random_inputs(path, session, count) for path, session in zip(paths, sessions, strict=True)]
     runs = list(zip(paths, sessions, feeds, strict=True))
     for path, session, feed in runs:  # the first run of each allocates
         run(OPERATION, path, session, feed)
@@ -99,7 +99,7 @@ def _session(path: str, threads: int) -> InferenceSession:
         return open_model(model, options=options)
 
 
-def _random(path: str, session: InferenceSession, images: int) -> Sequence[NDArray[Any]]:
+def random_inputs(path: str, session: InferenceSession, images: int) -> Sequence[NDArray[Any]]:
     """Return inputs of a file: images between -1 and 1, integers 0 to 255 where it takes bytes, else 0."""
     generator = np.random.default_rng(0)
     feed = []

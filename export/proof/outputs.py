@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +16,11 @@ from torch import Tensor
 from ptq4vit_fx.errors import PTQError, failure, reason_of
 from ptq4vit_fx.export.metadata import own_outputs
 from ptq4vit_fx.export.pixels import pixels_of
-from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 
 Array = NDArray[Any]
-
-FLOAT_BYTES = 4
-#: An image is held by PyTorch, by NumPy and by the runtime.
-COPIES = 3
 
 
 @dataclass
@@ -121,7 +115,7 @@ def run(operation: str, path: str, session: InferenceSession, inputs: Sequence[A
 def fixed_batch(operation: str, path: str, session: InferenceSession) -> int | None:
     """Return the only number of images that a file takes, None if it takes any.
 
-    Raises PTQError on a file without inputs, and on a number that no memory holds.
+    Raises PTQError on a file without inputs, and on a number below 1.
     """
     shapes = [entry.shape for entry in session.get_inputs()]
     size = shapes[0][0] if shapes and shapes[0] else None
@@ -129,12 +123,7 @@ def fixed_batch(operation: str, path: str, session: InferenceSession) -> int | N
         got = f"inputs of shape {' and '.join(map(str, shapes))}" if shapes else "no inputs"
         do = "export it again from an example of one image or more"
         raise failure(operation, path, expected="a file that takes images", got=got, do=do)
-    if not isinstance(size, int):
-        return None
-    values = sum(math.prod(length for length in shape if isinstance(length, int)) for shape in shapes)
-    what = f"the {size} images that the file takes at once"
-    check_memory(operation, path, COPIES * FLOAT_BYTES * values, what=what, do="export it with a smaller batch=")
-    return size
+    return size if isinstance(size, int) else None
 
 
 def own_names(path: str, session: InferenceSession, own: list[str], operation: str = "verify_onnx") -> list[str]:

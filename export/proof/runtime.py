@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 
 import numpy as np
@@ -21,17 +22,27 @@ from ptq4vit_fx.export.model_files import (
     unreadable,
 )
 from ptq4vit_fx.files import scratch
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 
 
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
     exact: open what `exact_here` makes of it; with exact=False the file runs as it is. threads: 0 lets the runtime
-    choose. Raises PTQError if the file cannot be read, or if the runtime refuses it.
+    choose. Raises PTQError if the file cannot be read, if the runtime refuses it, and on a fixed batch that no memory
+    holds: releases before 1.32 may ask for it as they open the file.
     """
     model = load_file(path)
+    _check_batch(model, path)
     with unreadable("open in ONNX Runtime", path, "a model that it opens"):
         return open_model(exact_here(model) if exact else model, threads)
+
+
+def _check_batch(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    fixed = [value.shape.numpy() for value in model.graph.inputs if value.shape is not None and value.shape.is_static()]
+    size = COPIES * FLOAT_BYTES * sum(map(math.prod, fixed))
+    what = f"the {fixed[0][0] if fixed and fixed[0] else 1} images that the file takes at once"
+    check_memory("open in ONNX Runtime", str(path), size, what=what, do="export it with a smaller batch=")
 
 
 def open_model(

@@ -8,17 +8,20 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ptq4vit_fx.errors import PTQError, failure, unknown_name
 
 #: From the model's output to a scalar, or to several: each is differentiated, and the squared gradients are averaged.
 Loss = Callable[[Any], Tensor | Sequence[Tensor]]
 
-#: Labels that `fisher` draws per image.
+#: Labels that `fisher` draws per image, and directions that `projection` does.
 FISHER_DRAWS = 4
 
-LOSSES = ("pseudo_label", "fisher")
+#: An output that is nearly zero has no direction.
+SMALLEST_NORM = 1e-12
+
+LOSSES = ("pseudo_label", "fisher", "projection")
 DEFAULT_LOSS = "pseudo_label"
 
 
@@ -36,6 +39,8 @@ def get_loss(loss: str | Loss, seed: int) -> Loss:
         return pseudo_label
     if loss == "fisher":
         return fisher(seed)
+    if loss == "projection":
+        return projection(seed)
     besides = ", or a function from the model's output to a scalar"
     raise unknown_name("calibrate", "loss", loss, LOSSES, besides=besides)
 
@@ -68,6 +73,38 @@ def fisher(seed: int = 0, draws: int = FISHER_DRAWS) -> Loss:
         return [F.cross_entropy(logits, labels[:, draw], reduction="sum") for draw in range(draws)]
 
     return loss
+
+
+def projection(seed: int = 0, draws: int = FISHER_DRAWS) -> Loss:
+    """Return the loss sum v * z / |z|, z an image's output and v random signs, `draws` times.
+
+    For outputs that are no logits: embeddings, tokens, maps. The expectation of the squared gradient is the squared
+    change of the output's direction, which cosines and neighbours are made of; of several tensors each counts alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(output: Any) -> Sequence[Tensor]:
+        found = [x.double().reshape(len(x), -1) for x in tree_leaves(output) if _is_float(x) and x.ndim > 0]
+        units = [x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST_NORM) for x in found]
+        if not units:
+            do = "pass loss=, a function from the output to a scalar"
+            raise failure("calibrate", "the model's output", expected="floats", got=described(output), do=do)
+        sums = []
+        for _ in range(draws):
+            signs = [2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1 for x in units]
+            sums.append(sum(((x * v.to(x)).sum() for x, v in zip(units, signs, strict=True)), units[0].new_zeros(())))
+        return sums
+
+    return loss
+
+
+def has_logits(output: Any) -> bool:
+    """Return whether an output has what `pseudo_label` and `fisher` read."""
+    try:
+        _logits(output)
+    except PTQError:
+        return False
+    return True
 
 
 def loss_values(loss: Loss, output: Any, images: int) -> list[Tensor]:

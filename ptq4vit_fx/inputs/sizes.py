@@ -6,6 +6,10 @@ import psutil
 
 from ptq4vit_fx.errors import failure
 
+FLOAT_BYTES = 4
+#: An image is held by PyTorch, by NumPy and by the runtime.
+COPIES = 3
+
 
 def check_memory(operation: str, subject: str, size: int, *, what: str, do: str) -> None:
     """Raise PTQError if `size` bytes are more than what is free; what: that takes them, as `got` names it."""

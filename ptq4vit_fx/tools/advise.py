@@ -6,15 +6,15 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
-import timm
 import torch
 from torch import nn
 
 from ptq4vit_fx.api import calibrate, prepare_fx
-from ptq4vit_fx.errors import PTQWarning, failure
+from ptq4vit_fx.errors import PTQWarning
 from ptq4vit_fx.export.proof.product_timing import ProductShapes
 from ptq4vit_fx.recipes import ptq4vit
-from ptq4vit_fx.tools.models import check_name, data_config, parse_arguments
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tuning.mixing import product_shapes
 from ptq4vit_fx.tuning.study import target_of
 from ptq4vit_fx.tuning.timings import Timings, at_batch, measure_timings
@@ -26,33 +26,31 @@ PAYS = 0.95
 def time_model(
     name: str, arguments: Sequence[str], target: str, batch: int
 ) -> tuple[dict[str, ProductShapes], Timings]:
-    """Return the products of a timm model with random weights, for `batch` images, and the seconds of each.
+    """Return the products of a model by its name, without its weights, for `batch` images, and the seconds of each.
 
     Raises PTQError on an unknown model, and on a target that ONNX Runtime does not run.
     """
-    check_name(name, "timings")
-    try:
-        network: nn.Module = timm.create_model(name, pretrained=False, **parse_arguments(list(arguments))).eval()
-    except Exception as error:
-        do, got = "check --model-arg", f"{type(error).__name__}: {error}".splitlines()[0]
-        raise failure("timings", name, expected="arguments that this model takes", got=got, do=do) from error
-    return time_network(network, target, batch, name)
-
-
-def time_network(network: nn.Module, target: str, batch: int, name: str) -> tuple[dict[str, ProductShapes], Timings]:
-    """Return the products of a model for `batch` images, and the seconds of each in the runtime of a target."""
     target_of(target, "timings")
-    shapes = at_batch(shapes_of(network), 1, batch)
+    named = load_model(Asked(name, arguments=tuple(arguments), pretrained=False))
+    size = named.preprocessing["input_size"]
+    return time_network(named.network, size, target, batch, name)
+
+
+def time_network(
+    network: nn.Module, size: Sequence[int], target: str, batch: int, name: str
+) -> tuple[dict[str, ProductShapes], Timings]:
+    """Return the products of a model for `batch` images, and the seconds of each in the runtime of a target."""
+    shapes = at_batch(shapes_of(network, size), 1, batch)
     timed = (own for own in shapes.values() if own.kind != "conv2d")
     return shapes, measure_timings(timed, target, batch, model=name)
 
 
-def shapes_of(network: nn.Module) -> dict[str, ProductShapes]:
+def shapes_of(network: nn.Module, size: Sequence[int]) -> dict[str, ProductShapes]:
     """Return the shapes of a model's products for one image, as the converted model will have them.
 
     It is converted with the scales of one random image: they play no part in shapes.
     """
-    image = torch.randn(1, *data_config(network)["input_size"], generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     quick = ptq4vit().with_search(metric="mse", n=1, rounds=1, max_shift=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PTQWarning)

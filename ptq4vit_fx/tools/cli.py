@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, why, timings, targets, demo, coverage."""
+"""The command line: quantize, eval, inspect, report, why, timings, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tools import options, tuning_commands
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json, typed
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
@@ -40,14 +40,26 @@ def main(
 @app.command()
 def quantize(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="timm model name")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm name, hf-hub:ORG/NAME, local-dir:FOLDER (timm's own); ORG/NAME or ./FOLDER (Hugging Face); "
+            "torchvision:NAME; file.py:Class or package.module:function, which runs that code"
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
-    weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="its checkpoint: safetensors or pth, shards, a folder (default: the model's own)"),
+    ] = None,
     weights_entry: Annotated[
         str | None, typer.Option(help="entry of that file to take, as state_dict (default: the averaged one, or any)")
     ] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="take averaged weights of that file, or others (default: any)")
+    ] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="key=value for what makes it, repeatable")] = None,
     recipe: Annotated[
         str, typer.Option(help="best, ptq4vit (the paper's), tensorrt (for that target) or base")
     ] = "best",
@@ -67,7 +79,10 @@ def quantize(
     opset: Annotated[int, typer.Option(help="ONNX operator set, 17 or newer")] = 20,
     batch: Annotated[int | None, typer.Option(min=1, help="images per run of the file (default: any number)")] = None,
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
-    loss: Annotated[str, typer.Option(help="its gradient weighs the search: pseudo_label or fisher")] = "pseudo_label",
+    loss: Annotated[
+        str | None,
+        typer.Option(help="its gradient weighs the search: pseudo_label, fisher, or projection (for no classes)"),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
@@ -107,8 +122,9 @@ def quantize(
     config: options.Config = None,
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
+    report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
 ) -> None:
-    """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
+    """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     if advise:
         tuning_commands.timings(model, model_arg, target, batch or 1, advise=True)
         return
@@ -133,6 +149,7 @@ def quantize(
             mapping=mapping_of(recipe, twins, w_bits, a_bits, weights_granularity, settings or []),
             weights=weights,
             weights_entry=weights_entry,
+            ema=ema,
             model_args=tuple(model_arg or ()),
             recipe=recipe,
             twins=twins,
@@ -157,6 +174,8 @@ def quantize(
             device=device,
             sequential=sequential,
             settings=tuple(settings or ()),
+            report=report,
+            command=typed(context),
         )
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
@@ -183,28 +202,39 @@ def evaluate(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
     data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
     model: Annotated[
-        str | None, typer.Option(help="timm model whose preprocessing to use (default: the file's)")
+        str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
     against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare with, in pairs")
+        str | None,
+        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
     weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    output_kind: Annotated[
+        str | None,
+        typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
+    ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
     with readable_errors():
-        if against is None and (per_class or weights is not None or weights_entry is not None or model_arg):
-            expected, do = "--against with --per-class, --weights, --weights-entry and --model-arg", "add --against"
+        if against is None and (per_class or model_arg or any(x is not None for x in (weights, weights_entry, ema))):
+            expected, do = (
+                "--against with --per-class, --weights, --weights-entry, --ema and --model-arg",
+                "add --against",
+            )
             raise failure("eval", "options", expected=expected, got="none", do=do)
-        from ptq4vit_fx.tools.classifiers import float_classifier
+        from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
+        from ptq4vit_fx.tools.named.model import Asked
 
-        reference = float_classifier(against, weights, weights_entry, model_arg or []) if against else None
-        found = evaluate_file(file, data, model, batch_size, complaints, reference)
+        asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
+        reference = float_outputs(asked) if against else None
+        found = evaluate_file(file, data, model, batch_size, complaints, reference, output_kind)
         if as_json:
             say_json(found.to_dict())
         else:
@@ -222,6 +252,35 @@ def inspect(
 
         report = inspect_file(file)
         say(report.to_json() if as_json else str(report), highlight=not as_json)
+
+
+@app.command()
+def report(
+    subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
+    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare and time with")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
+    images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
+    bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
+    with readable_errors():
+        from ptq4vit_fx.tools.reporting import ReportRequest, report_on
+
+        given = (weights, weights_entry, tuple(model_arg or ()))
+        request = ReportRequest(subject, out, data, against, *given, calibration, images, bench)
+        found = report_on(request, complaints.status)
+        if as_json:
+            say_json(found.to_dict())
+        else:
+            say("\n".join(found.lines(out)))
 
 
 @app.command()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +16,120 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ptq4vit_fx.errors import failure, some_names, warn
+from ptq4vit_fx.errors import failure, some_names, unknown_name, warn
+from ptq4vit_fx.export.metadata import provenance
 from ptq4vit_fx.export.pixels import image_shape, pixels_of
 from ptq4vit_fx.export.preprocessing import recorded
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES, fixed_batch
+from ptq4vit_fx.export.proof.against_float import KINDS
+from ptq4vit_fx.export.proof.outputs import fixed_batch
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.inputs.sizes import check_memory
-from ptq4vit_fx.tools.classifiers import Array, Classifier, classifier_of
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
+from ptq4vit_fx.tools.classifiers import Array, Runs, embedding_in, file_outputs, logits_of
 from ptq4vit_fx.tools.image_files import MODES
 from ptq4vit_fx.tools.models import (
     ImageFolder,
     at_size,
-    check_name,
     class_number,
     class_numbers,
-    data_config,
     list_images,
     read_images,
 )
-from ptq4vit_fx.tools.scores import Evaluation, classes_of, pair_of, ranks, score_of
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
+from ptq4vit_fx.tools.neighbours import vectors_of
+from ptq4vit_fx.tools.scores import Evaluation, classified, ranks, retrieved
 from ptq4vit_fx.torch_state import independent_of_caller
+
+MODEL_OF_FILE = "pass --model with the timm model that it was made from"
 
 
 @independent_of_caller()
 def evaluate_file(
-    file: Path, data: Path, model: str | None, batch_size: int, console: Console, reference: Classifier | None = None
+    file: Path,
+    data: Path,
+    model: str | None,
+    batch_size: int,
+    console: Console,
+    reference: Runs | None = None,
+    kind: str | None = None,
 ) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 
-    model: a timm model whose preprocessing to use instead. reference: the float model, which sees the same images.
-    Raises PTQError if no preprocessing is known, if the file takes something else than images, or if the number of
-    sub-folders is not the number of classes (unless the sub-folders are named by class number). Warns (PTQWarning) of
-    sub-folders without images.
+    model: whose preprocessing to use instead, by a name as for `quantize`. reference: the float model, which sees the
+    same images. kind: what the output is, None for what the file says; of embeddings each image is looked for among the
+    others. Raises PTQError if no preprocessing is known, if the file takes something else than images, or if the number
+    of sub-folders is not the number of classes (unless the sub-folders are named by class number). Warns (PTQWarning)
+    of sub-folders without images.
     """
     session = open_session(file)
-    channels = _image_channels(session, file)
-    classify = classifier_of(session, file)
+    channels = image_channels(session, file, "eval")
+    runs = file_outputs(session, file)
+    embedding = embedding_in(_shapes(session), _kind(session, file, kind))
     folder = list_images(data, labelled=True)
-    transform = timm.data.create_transform(**_preprocessing(session, file, model))
+    transform = timm.data.create_transform(**preprocessing_of_file(session, file, model))
     _warn_of_empty(folder, data)
     labels, skipped = np.asarray(folder.labels), list[str]()
-    seen = list[Array]()  # per batch: the numbers of the images, both ranks, whether the first classes are the same
-    classes = 0
+    seen = list[tuple[list[int], Array, Array | None]]()  # the numbers of the images, and what both give
     # A bar that is switched off prints an empty line in older releases of rich.
     bar = track(folder.paths, "eval", console=console) if console.is_terminal else folder.paths
     size = fixed_batch("eval", str(file), session) or batch_size
     for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
-        logits = classify(pixels)
-        classes = logits.shape[1]
-        _check_classes(folder, classes, data)
-        beside = logits if reference is None else reference(pixels)
-        if beside.shape != logits.shape:
+        own, beside = runs(pixels), None if reference is None else reference(pixels)
+        if embedding is not None:
+            seen.append((numbers, *_vectors(embedding, own, beside)))
+            continue
+        logits = logits_of(own, str(file))
+        _check_classes(folder, logits.shape[1], data)
+        others = None if beside is None else logits_of(beside, "--against")
+        if others is not None and others.shape != logits.shape:
             expected, do = f"logits of the shape {logits.shape}, as the file's", "pass the model that it was made from"
-            raise failure("eval", "--against", expected=expected, got=str(beside.shape), do=do)
-        same = logits.argmax(1) == beside.argmax(1)
-        seen.append(np.stack([numbers, ranks(logits, labels[numbers]), ranks(beside, labels[numbers]), same]))
+            raise failure("eval", "--against", expected=expected, got=str(others.shape), do=do)
+        found = [_in_short(side, labels[numbers]) for side in (logits, others) if side is not None]
+        seen.append((numbers, found[0], found[1] if others is not None else None))
+        classes = logits.shape[1]
     if not seen:
         return Evaluation(0, tuple(skipped))
-    images, rank, float_rank, same = np.concatenate(seen, axis=1)
-    found = Evaluation(len(images), tuple(skipped), score_of(rank, classes))
-    if reference is None:
-        return found
-    return replace(
-        found,
-        float_score=score_of(float_rank, classes),
-        pair=pair_of(rank, float_rank, int(same.sum())),
-        classes=classes_of(rank, float_rank, labels[images], _class_names(folder, classes)),
-    )
+    images = np.concatenate([one[0] for one in seen])
+    mine, theirs = _joined([one[1] for one in seen]), _joined([one[2] for one in seen])
+    if embedding is not None:
+        return retrieved(mine, theirs, labels[images], list(folder.classes), tuple(skipped))
+    return classified(mine, theirs, labels[images], _class_names(folder, classes), tuple(skipped), classes)
+
+
+def _kind(session: onnxruntime.InferenceSession, file: Path, kind: str | None) -> str | None:
+    """Return what the output is, as the user says it, else as the file records it; raises PTQError on no kind."""
+    if kind is not None and kind not in KINDS:
+        raise unknown_name("eval", "--output-kind", kind, KINDS)
+    said = provenance(session.get_modelmeta().custom_metadata_map, "eval", str(file)).get("output")
+    return kind or (said if said in KINDS else None)
+
+
+def _shapes(session: onnxruntime.InferenceSession) -> dict[str, Array]:
+    """Return name -> an empty array of as many dimensions, of each output."""
+    return {entry.name: np.empty([0] * len(entry.shape)) for entry in session.get_outputs()}
+
+
+def _vectors(name: str, own: Mapping[str, Array], beside: Mapping[str, Array] | None) -> tuple[Array, Array | None]:
+    """Return the embeddings of a file and of the model beside it; raises PTQError if they have other sizes."""
+    mine = vectors_of(own[name])
+    if beside is None:
+        return mine, None
+    other = embedding_in(beside, "embeddings") if name not in beside else name
+    theirs = vectors_of(beside[other]) if other is not None else np.empty(0)
+    if theirs.shape != mine.shape:
+        expected, do = f"embeddings of the shape {mine.shape}", "pass the model that it was made from"
+        raise failure("eval", "--against", expected=expected, got=str(theirs.shape), do=do)
+    return mine, theirs
+
+
+def _in_short(logits: Array, labels: Array) -> Array:
+    """Return the rank of the right class and the first class of each image, (images, 2)."""
+    return np.stack([ranks(logits, labels), logits.argmax(1)], axis=1)
+
+
+def _joined(batches: Sequence[Array | None]) -> Any:
+    arrays = [batch for batch in batches if batch is not None]
+    return np.concatenate(arrays) if arrays else None
 
 
 def _class_names(folder: ImageFolder, classes: int) -> list[str]:
@@ -98,24 +144,25 @@ def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[l
         yield list(numbers), np.stack([tensor.numpy() for tensor in tensors])
 
 
-def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str | None) -> dict[str, Any]:
-    """Return timm's data config, at the input size of the file."""
+def preprocessing_of_file(
+    session: onnxruntime.InferenceSession, file: Path, model: str | None, operation: str = "eval"
+) -> dict[str, Any]:
+    """Return timm's data config, at the input size of the file. Raises PTQError if neither file nor model says it."""
     if model is not None:
-        check_name(model, "eval --model")
-        config = data_config(timm.create_model(model, pretrained=False))
+        config = load_model(Asked(model, pretrained=False)).preprocessing
     else:
         properties = session.get_modelmeta().custom_metadata_map
         known = recorded(properties, str(file))
         if known is None:
             raise failure(
-                "eval",
+                operation,
                 str(file),
                 expected="a file that records its preprocessing, as `ptq4vit quantize` writes it",
                 got="no such record",
-                do="pass --model with the timm model that it was made from",
+                do=MODEL_OF_FILE if operation == "eval" else "pass images in Python: ptq.report(file, data=images)",
             )
         config = known
-    pixels = pixels_of(session, str(file), "eval")
+    pixels = pixels_of(session, str(file), operation)
     if pixels is not None:  # a file that scales its images itself does so by its own numbers
         config = config | {"mean": pixels.mean, "std": pixels.std}
     size: Any = tuple(image_shape(session, pixels)[1:])
@@ -170,20 +217,20 @@ def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
         )
 
 
-def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
+def image_channels(session: onnxruntime.InferenceSession, file: Path, operation: str) -> int:
     """Return the channels of the only input, an image batch; raises PTQError if it is something else.
 
     Also on images that are too large for the memory.
     """
     shapes = [entry.shape for entry in session.get_inputs()]
     if len(shapes) == 1:
-        shapes = [image_shape(session, pixels_of(session, str(file), "eval"))]
+        shapes = [image_shape(session, pixels_of(session, str(file), operation))]
     sides = [side for shape in shapes for side in shape[2:] if isinstance(side, int) and side > 0]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES or len(sides) != 2:
         expected = "a file of one input, images (batch, 1 or 3 channels, height, width)"
         do = "measure other models in Python"
-        raise failure("eval", str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
-    fixed_batch("eval", str(file), session)
+        raise failure(operation, str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
+    fixed_batch(operation, str(file), session)
     size = COPIES * FLOAT_BYTES * math.prod(shapes[0][1:])
-    check_memory("eval", str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
+    check_memory(operation, str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
     return int(shapes[0][1])

@@ -78,7 +78,7 @@ class Destination:
         path = check_readable(self.labels, "quantize --labels", "a text file")
         with foreign("quantize", subject, expected="text in UTF-8", do=do):
             names = path.read_text(encoding="utf-8").splitlines()
-        classes = getattr(model, "num_classes", None)
+        classes = getattr(model, "num_classes", getattr(model, "num_labels", None))
         if isinstance(classes, int) and classes != len(names):
             expected = f"{classes} lines, one per class of the model"
             raise failure("quantize", subject, expected=expected, got=str(len(names)), do=do)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ptq4vit_fx.errors import LONGEST_REASON, failure, near_names, printable, some_names
 from ptq4vit_fx.files import not_a_file
+from ptq4vit_fx.tools.checkpoint_files import only_weights
 from ptq4vit_fx.tools.checkpoints import load_weights
 from ptq4vit_fx.tools.image_files import IMAGE_SUFFIXES, MODES, contents, opened
 
@@ -27,17 +29,35 @@ DIGITS = 9
 
 
 def create_model(
-    name: str, weights: Path | None, arguments: list[str], *, entry: str | None = None, said: list[str] | None = None
+    name: str,
+    weights: Path | None,
+    arguments: Sequence[str],
+    *,
+    entry: str | None = None,
+    ema: bool | None = None,
+    said: list[str] | None = None,
 ) -> nn.Module:
     """Return a timm model in evaluation mode with weights from the hub or from a local safetensors or pth file.
 
-    arguments: `key=value` of timm.create_model, such as img_size=64. entry: of the file, the one to take (see
+    arguments: `key=value` of timm.create_model, such as img_size=64. entry, ema: of the file, what to take (see
     `load_weights`, whose line on what was taken is appended to `said`). Raises PTQError on an unknown name (with near
     names), a checkpoint that does not fit, and weights that cannot be downloaded.
     """
     check_name(name, "create model")
+    model = timm_model(name, arguments, pretrained=weights is None)
+    if weights is not None:
+        line = load_weights(model, weights, entry, ema=ema, convert=lambda state: translated(state, model))
+        if line and said is not None:
+            said.append(line)
+    return model.eval()
+
+
+def timm_model(name: str, arguments: Sequence[str], *, pretrained: bool) -> nn.Module:
+    """Return what timm.create_model makes; raises PTQError in the place of whatever it raises."""
+    given = parse_arguments(arguments)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=weights is None, **parse_arguments(arguments))
+        with only_weights():
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
     except Exception as error:
         do = "check --model-arg, or pass --weights FILE with a local checkpoint"
         got = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -46,11 +66,23 @@ def create_model(
     if min(size) < 1:  # which no timm model computes, and not every release refuses
         got, do = f"{size[0]} x {size[1]}", "check --model-arg img_size"
         raise failure("create model", name, expected="images of one pixel or more", got=got, do=do)
-    if weights is not None:
-        line = load_weights(model, weights, entry)
-        if line and said is not None:
-            said.append(line)
-    return model.eval()
+    return model
+
+
+def translated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
+    """Return weights of another project by a timm model's names, as timm has it for its downloads; None if it cannot.
+
+    Of a model without classes the classifier is left out.
+    """
+    translate = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    try:
+        found: dict[str, Tensor] = dict(translate(state, model)) if translate else state
+    except Exception:  # noqa: BLE001 - it expects a checkpoint of its own, and may find anything
+        return None
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    dropped = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    none = getattr(model, "num_classes", None) == 0
+    return {key: x for key, x in found.items() if not (none and dropped and key.startswith(dropped))}
 
 
 def check_name(name: str, operation: str) -> None:
@@ -60,7 +92,8 @@ def check_name(name: str, operation: str) -> None:
         raise failure(operation, repr(name), expected="a timm model name", got="an unknown name", do=do)
 
 
-def parse_arguments(arguments: list[str]) -> dict[str, Any]:
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `key=value`, as Python reads them, else as text; raises PTQError on what has no "="."""
     parsed: dict[str, Any] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")

@@ -17,21 +17,26 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
-from ptq4vit_fx.errors import PTQError
+from ptq4vit_fx.calibrating.losses import has_logits
+from ptq4vit_fx.errors import PTQError, foreign
 from ptq4vit_fx.export.float_export import export_float
+from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import Latency, measure_latency
-from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
+from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
 from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
-from ptq4vit_fx.inputs.sizes import check_memory
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
+from ptq4vit_fx.passes.graph.outputs import plain_outputs
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.held_out import Compared, images_to_compare
 from ptq4vit_fx.tools.mappings import said_of, set_apart
-from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.planning import Planned, planned
+from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.tools.tuned_request import tuned_model
@@ -44,7 +49,10 @@ Status = Callable[[str], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """The float model, how its images are prepared, and those that were read; skipped: `path: reason` of the others."""
+    """The float model, how its images are prepared, and those that were read; skipped: `path: reason` of the others.
+
+    kind: what its output is, None where neither the user nor the model says it.
+    """
 
     network: nn.Module
     labels: list[str] | None
@@ -52,16 +60,21 @@ class Source:
     pixels: Tensor
     skipped: tuple[str, ...]
     compared: Compared
+    kind: Kind | None
     tuned_on: Compared | None = None
 
 
 @dataclass(frozen=True)
 class FloatFile:
-    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none."""
+    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none.
+
+    times: of its operators, where a report asks for them.
+    """
 
     bytes: int | None = None
     latency: Latency | None = None
     problem: str = ""
+    times: OperatorTimes | None = None
 
 
 def quantize_folder(request: Request, say: Say, status: Status, *, progress: bool, heard: Sequence[str]) -> Summary:
@@ -89,7 +102,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
     float_file = _float_file(request, source, exported.path, status)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
-    return Summary(
+    summary = Summary(
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
@@ -109,7 +122,12 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         expensive=most_expensive(calibration),
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
+        report=request.report,
     )
+    if request.report is not None:
+        with status("write the report"):
+            report_of_summary(summary, float_file.times, compared.pixels, request)
+    return summary
 
 
 def plan_folder(request: Request, say: Say, status: Status) -> Planned:
@@ -121,13 +139,11 @@ def plan_folder(request: Request, say: Say, status: Status) -> Planned:
 def _source(request: Request, say: Say, status: Status) -> Source:
     """Read the model and the images; calibration takes some, evenly spread over the folder, a comparison others."""
     listed = list_images(request.data)
-    said: list[str] = []
-    network = create_model(
-        request.model, request.weights, list(request.model_args), entry=request.weights_entry, said=said
-    )
-    for line in said:
+    named = load_model(request.asked())
+    for line in named.said:
         say(line)
-    labels, preprocessing = request.destination.class_names(network), data_config(network)
+    preprocessing = named.preprocessing
+    labels = request.destination.class_names(named.network) or (list(named.labels) if named.labels else None)
     channels = preprocessing["input_size"][0]
     if request.batch is not None:
         size, what = (
@@ -150,7 +166,8 @@ def _source(request: Request, say: Say, status: Status) -> Source:
             tuned_on = tuned_on if tuned_on.unseen else compared
     if skipped:
         say(said_of_skipped(skipped))
-    return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared, tuned_on)
+    kind = request.kind or named.kind
+    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind, tuned_on)
 
 
 def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
@@ -162,7 +179,7 @@ def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -
     batches = list(torch.split(source.pixels, request.batch_size))
     options: dict[str, Any] = {
         "seed": request.seed,
-        "loss": request.loss,
+        "loss": request.loss or _loss_of(source),
         "memory_limit": None if request.memory_limit is None else round(request.memory_limit * 2**30),
         "device": check_device(request.device),
         "sequential": request.sequential,
@@ -182,8 +199,19 @@ def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -
     )
 
 
+def _loss_of(source: Source) -> str:
+    """Return the loss that goes with what the model gives: logits have a label, other outputs a direction."""
+    if source.kind in ("embeddings", "values"):
+        return "projection"
+    expected, do = "a model that runs on these images", "check its image size, and --model-arg"
+    with torch.inference_mode(), foreign("quantize", type(source.network).__name__, expected=expected, do=do):
+        output = plain_outputs(source.network(source.pixels[:1]), keys=True)
+    return "pseudo_label" if has_logits(output) else "projection"
+
+
 def _origin(request: Request, source: Source) -> dict[str, Any]:
-    return {"model": request.model, "recipe": request.recipe, "preprocessing": source.preprocessing}
+    facts = request.asked().origin() | {"recipe": request.recipe, "preprocessing": source.preprocessing}
+    return facts if source.kind is None else facts | {"output": source.kind}
 
 
 def _figures(request: Request, source: Source) -> dict[str, str]:
@@ -219,7 +247,8 @@ def _float_file(request: Request, source: Source, file: Path, status: Status) ->
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
             with status("measure"):
-                return FloatFile(written, measure_latency(file, path))
+                times = None if request.report is None else operator_times(path)
+                return FloatFile(written, measure_latency(file, path), times=times)
         except PTQError as error:
             if request.float_onnx is not None and written is None:
                 raise

@@ -14,6 +14,7 @@ from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.layouts import Destination
+from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.tuned_request import check_tuning
 
 #: What torch takes as a seed.
@@ -24,8 +25,8 @@ SEEDS = range(-(2**63), 2**64)
 class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
-    bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
-    settings: what `--set` says, which is in the mapping.
+    bench: measure the file beside the float file. report: a page to write; command: what was typed, for that page.
+    kind: what the output is, None for `compare_float` to decide. settings: what `--set` says, which is in the mapping.
     agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of a file or of this CPU.
     """
 
@@ -35,6 +36,7 @@ class Request:
     mapping: QConfigMapping
     weights: Path | None
     weights_entry: str | None
+    ema: bool | None
     model_args: tuple[str, ...]
     recipe: str
     twins: str
@@ -46,19 +48,25 @@ class Request:
     opset: int
     batch: int | None
     seed: int
-    loss: str
+    loss: str | None
     checkpoint: Path | None
     memory_limit: float | None
     skip: tuple[str, ...]
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    report: str | None
+    command: str
     device: str = "cpu"
     sequential: bool = False
     settings: tuple[str, ...] = ()
     agreement: float | None = None
     minimize: str = "time"
     timings: Path | None = None
+
+    def asked(self) -> Asked:
+        """Return the float model that is asked for."""
+        return Asked(self.model, self.weights, self.weights_entry, self.ema, self.model_args)
 
 
 def check_request(request: Request) -> None:
@@ -67,6 +75,12 @@ def check_request(request: Request) -> None:
     if request.weights_entry is not None and request.weights is None:
         do = "add --weights FILE, or leave it out"
         raise failure("quantize", "--weights-entry", expected="a file that it is an entry of", got="none", do=do)
+    if request.ema is not None and (request.weights is None or request.weights_entry is not None):
+        option = "--ema" if request.ema else "--no-ema"
+        got, do = (
+            ("none", "add --weights FILE") if request.weights is None else ("--weights-entry", "leave one of them out")
+        )
+        raise failure("quantize", option, expected="a file of weights to choose in", got=got, do=do)
     if request.memory_limit is not None and not 0 < request.memory_limit < math.inf:
         do = "leave it out for half of what is free"
         raise failure("quantize", "--memory-limit", expected="GiB above 0", got=f"{request.memory_limit:g}", do=do)
@@ -94,6 +108,7 @@ def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
     written = {"--out": request.destination.out, "--checkpoint": request.checkpoint, "--float-onnx": request.float_onnx}
+    written["--report"] = request.report
     read = {"--weights": request.weights, "--timings": request.timings}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():

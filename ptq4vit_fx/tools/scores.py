@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptq4vit_fx.export.proof.against_float import Share
+from ptq4vit_fx.export.proof.against_float import Kind, Share
 from ptq4vit_fx.tools.models import said_of_skipped
+from ptq4vit_fx.tools.neighbours import alone, neighbours, unit
 
 Array = NDArray[Any]
 #: The right class counts if it is among so many.
@@ -108,6 +109,8 @@ class Evaluation:
     """How many images were classified right; `skipped` lists unreadable files with the reason.
 
     float_score, pair, classes: of the float model beside it, if there is one; score: None without a readable image.
+    kind: of embeddings an image is right if the nearest other one is of its class; alone: images without another one
+    of their class, which do not count; cosine: of the file's embedding and float's, on average.
     """
 
     images: int
@@ -116,12 +119,17 @@ class Evaluation:
     float_score: Score | None = None
     pair: Pair | None = None
     classes: tuple[ClassScore, ...] = ()
+    kind: Kind = "classes"
+    alone: int = 0
+    cosine: float | None = None
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
     def lines(self, *, per_class: bool = False) -> tuple[str, ...]:
         """Return the report; per_class: with the classes that lose, most first."""
+        if self.kind == "embeddings":
+            return self._of_embeddings(per_class=per_class)
         score = self.score
         top = f"top-1 {score.top1.value:.2%}" if score else "no readable image"
         lines = [said_of_skipped(self.skipped)] if self.skipped else []
@@ -130,11 +138,69 @@ class Evaluation:
             lines.append(f"top-5 {score.top5.value:.2%}")
         if self.float_score and self.pair:
             lines += [f"float {self.float_score}", str(self.pair), f"same class as float on {self.pair.same}"]
-        if per_class:
-            losing = [one for one in self.classes if one.right < one.float_right]
-            lines += [f"{len(losing)} of {len(self.classes)} classes lose", *map(str, losing)]
-        return tuple(lines)
+        return (*lines, *(self._losing() if per_class else ()))
+
+    def _losing(self) -> list[str]:
+        losing = [one for one in self.classes if one.right < one.float_right]
+        return [f"{len(losing)} of {len(self.classes)} classes lose", *map(str, losing)]
+
+    def _of_embeddings(self, *, per_class: bool) -> tuple[str, ...]:
+        """Return the report of embeddings."""
+        lines = [said_of_skipped(self.skipped)] if self.skipped else []
+        top = f"recall@1 {self.score.top1.value:.2%}" if self.score else "no image with another one of its class"
+        lines.append(f"{top} of {self.images} images, {len(self.skipped)} skipped: the nearest other is of its class")
+        if self.score and self.score.top5:
+            lines.append(f"recall@5 {self.score.top5.value:.2%}: one of the five nearest is")
+        if self.alone:
+            lines.append(f"images alone in their class, which do not count: {self.alone}")
+        if self.float_score and self.pair:
+            lines.append(f"float {str(self.float_score).replace('top-', 'recall@')}")
+            lines += [str(self.pair), f"same nearest image as float on {self.pair.same}"]
+            lines.append(f"mean cosine of the embedding to float's {self.cosine:.4f}")
+        return (*lines, *(self._losing() if per_class else ()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every number, JSON-ready."""
         return asdict(self)
+
+
+def classified(
+    mine: Array, theirs: Array | None, labels: Array, names: Sequence[str], skipped: tuple[str, ...], classes: int
+) -> Evaluation:
+    """Return the evaluation of a file by the rank of the right class and the first class of each image, (images, 2).
+
+    theirs: float's. names: of the classes, by number.
+    """
+    found = Evaluation(len(mine), skipped, score_of(mine[:, 0], classes))
+    if theirs is None:
+        return found
+    same = int((mine[:, 1] == theirs[:, 1]).sum())
+    return replace(
+        found,
+        float_score=score_of(theirs[:, 0], classes),
+        pair=pair_of(mine[:, 0], theirs[:, 0], same),
+        classes=classes_of(mine[:, 0], theirs[:, 0], labels, names),
+    )
+
+
+def retrieved(
+    mine: Array, theirs: Array | None, labels: Array, names: Sequence[str], skipped: tuple[str, ...]
+) -> Evaluation:
+    """Return the evaluation of a file by its embeddings, (images, values); theirs: float's."""
+    counted = ~alone(labels)
+    left, images = int((~counted).sum()), int(counted.sum())
+    found = Evaluation(images, skipped, kind="embeddings", alone=left)
+    if not images:
+        return found
+    rank, nearest = (side[counted] for side in neighbours(mine, labels))
+    found = replace(found, score=score_of(rank, len(labels) - 1))
+    if theirs is None:
+        return found
+    float_rank, float_nearest = (side[counted] for side in neighbours(theirs, labels))
+    return replace(
+        found,
+        float_score=score_of(float_rank, len(labels) - 1),
+        pair=pair_of(rank, float_rank, int((nearest == float_nearest).sum())),
+        classes=classes_of(rank, float_rank, labels[counted], names),
+        cosine=float((unit(mine) * unit(theirs)).sum(1).mean()),
+    )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm.data
-import torch
 from torch import Tensor
 
 from ptq4vit_fx.api import calibrate, load_calibration
@@ -17,7 +16,9 @@ from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.metadata import PLAN_KEY, provenance
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named
+from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tuning.mixing import model_of_plan
 from ptq4vit_fx.tuning.why import Why, why
 
@@ -48,9 +49,10 @@ def explain(
     if not isinstance(name, str):
         do = "pass --model"
         raise failure("why", str(file), expected="the name of its model", got="none", do=do)
-    network = create_model(name, weights, list(arguments), entry=entry)
+    named = load_model(Asked(name, weights, entry, arguments=arguments or _arguments(facts)))
+    network = named.network
     with status("read images"):
-        pixels = _pixels(data, network, images + (0 if calibration is not None else CALIBRATED))
+        pixels = _pixels(data, named.preprocessing, images + (0 if calibration is not None else CALIBRATED))
     prepared = model_of_plan(network, plan, pixels[:1])
     if calibration is None:
         count = min(CALIBRATED, len(pixels) // 2)
@@ -73,8 +75,13 @@ def _of_file(file: Path) -> tuple[QuantPlan, dict[str, Any]]:
     return QuantPlan.from_json(metadata[PLAN_KEY], "why", str(file)), provenance(metadata, "why", str(file))
 
 
-def _pixels(data: Path, network: torch.nn.Module, count: int) -> Tensor:
-    preprocessing = data_config(network)
+def _arguments(facts: dict[str, Any]) -> tuple[str, ...]:
+    """Return the `--model-arg` that a file was quantized with, as far as it says them."""
+    said = facts.get("model_args")
+    return tuple(map(str, said)) if isinstance(said, list) else ()
+
+
+def _pixels(data: Path, preprocessing: dict[str, Any], count: int) -> Tensor:
     transform = timm.data.create_transform(**preprocessing)
     paths = evenly_spread(list_images(data).paths, count)
     return load_named(paths, transform, [], preprocessing["input_size"][0])[1]

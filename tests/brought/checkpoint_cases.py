@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def state(**arguments: Any) -> State:
 
 
 def load(
-    content: Any, *, name: str = "c.pth", save: Callable[[Any, Path], Any] = torch.save, **entry: str
+    content: Any, *, name: str = "c.pth", save: Callable[[Any, Path], Any] = torch.save, **entry: Any
 ) -> list[str]:
     """Load a checkpoint that holds the ViT's weights; return what is said of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +96,82 @@ def averaged() -> None:
         assert line == f"weights: {key} is taken, not state_dict (--weights-entry chooses)"
     assert load({"state_dict": state(), "state_dict_ema": halved()}, entry="state_dict") == []
     assert load({"state_dict_ema": state()}) == []
+
+
+@brought("file", "averaged weights asked for, or not", quick=True)
+def averaged_or_not() -> None:
+    both = {"model": state(), "model_ema": state(), "args": argparse.Namespace(rate=1)}
+    assert load(both) == ["weights: model_ema is taken, not model (--weights-entry chooses)"]
+    assert load(both | {"model": halved()}, ema=True) == []
+    assert load(both | {"model_ema": halved()}, ema=False) == []
+    assert load({"state_dict": state()}, ema=False) == []
+    beside = prefixed("model.") | {f"ema_model.{key}": value for key, value in state().items()}
+    (line,) = load({"state_dict": {**beside, **{k: v * 0.5 for k, v in beside.items() if k.startswith("model.")}}})
+    assert line.startswith("weights: state_dict.ema_model is taken, not state_dict.model (--weights-entry chooses); ")
+    load({"state_dict": beside}, ema=False)
+    few = {key: value for key, value in state().items() if key.startswith("head")}
+    assert load({"model": state(), "model_ema": few}) == ["weights: model_ema is not taken"]
+    load({"state_dict": halved(), "callbacks": {"EMACallback": state()}})
+
+
+@brought("file", "averaged weights asked for where there are none", refused="--ema: expected an entry of averaged weig")
+def no_averaged() -> None:
+    load({"model": state()}, ema=True)
+
+
+@brought(
+    "file", "other weights asked for than averaged ones", refused="--no-ema: expected weights that are not averaged"
+)
+def only_averaged() -> None:
+    load({"model_ema": state()}, ema=False)
+
+
+def sharded(content: State, index: Path, **changes: Any) -> None:
+    """Save weights in two shards beside an index."""
+    halves = [dict(list(content.items())[i::2]) for i in range(2)]
+    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    for half, name in zip(halves, names, strict=True):
+        save_file(half, index.parent / name)
+    found = {key: name for half, name in zip(halves, names, strict=True) for key in half}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": found | changes}))
+
+
+@brought("file", "shards: their index, and the folder of all", quick=True)
+def shards() -> None:
+    load(prefixed("model."), name="model.safetensors.index.json", save=sharded)
+    with tempfile.TemporaryDirectory() as name:
+        sharded(state(), Path(name) / "model.safetensors.index.json")
+        load(None, name="folder", save=lambda content, path: path.symlink_to(name))
+    with tempfile.TemporaryDirectory() as name:
+        torch.save({"state_dict": state()}, Path(name) / "last.ckpt")
+        (Path(name) / "notes.txt").write_text("no weights")
+        load(None, name="folder", save=lambda content, path: path.symlink_to(name))
+
+
+@brought("file", "an index of shards that are elsewhere", refused="names of files beside it, got '../x.safetensors'")
+def shards_elsewhere() -> None:
+    outside = {"norm.weight": "../x.safetensors"}
+    load(state(), name="model.safetensors.index.json", save=lambda x, path: sharded(x, path, **outside))
+
+
+@brought("file", "an index of a shard that is missing", refused="expected its shards beside it, got no x.safetensors")
+def shards_missing() -> None:
+    lost = {"norm.weight": "x.safetensors"}
+    load(state(), name="model.safetensors.index.json", save=lambda x, path: sharded(x, path, **lost))
+
+
+@brought(
+    "file", "weights of another project that timm translates: the mask token of DINO, a head that is not asked for"
+)
+def translated() -> None:
+    assert load(state() | {"mask_token": torch.zeros(1, 48)}) == ["weights: left out: mask_token"]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(prefixed("module."), Path(folder) / "c.pth")
+        said: list[str] = []
+        arguments = [f"{key}={value}" for key, value in SIZE.items() if key != "num_classes"]
+        model = create_model("vit_tiny_patch16_224", Path(folder) / "c.pth", [*arguments, "num_classes=0"], said=said)
+    assert "head.weight" not in model.state_dict()
+    assert said == ["weights: 'module.' is left out of its keys; left out: head.weight, head.bias"]
 
 
 @brought("file", "the arguments of a training: namespaces, paths, NumPy's numbers, classes of one's own", quick=True)

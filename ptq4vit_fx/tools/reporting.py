@@ -1,0 +1,114 @@
+"""`ptq4vit report`, and the page at the end of `ptq4vit quantize`: files, folders and models by name in, a page out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm.data
+from torch import Tensor, nn
+
+from ptq4vit_fx.errors import failure, warn
+from ptq4vit_fx.export.proof.operator_times import OperatorTimes
+from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.export.report.collect import is_calibration, report
+from ptq4vit_fx.export.report.content import Known, Report
+from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.tools.classifiers import is_file
+from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
+from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.tools.request import Request
+    from ptq4vit_fx.tools.summary import Summary
+
+#: Shows what is under way while it lasts.
+Status = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """What `ptq4vit report` is asked for, by the names of its options."""
+
+    subject: str
+    out: str
+    data: Path | None
+    against: str | None
+    weights: Path | None
+    weights_entry: str | None
+    model_args: tuple[str, ...]
+    calibration: Path | None
+    images: int
+    bench: bool
+
+
+def report_on(request: ReportRequest, status: Status) -> Report:
+    """Write the page; return what it says. Raises PTQError on anything that cannot be read, fitted or written."""
+    check_writable(request.out, "report --out")
+    of_model = (request.weights, request.weights_entry, request.model_args)
+    if any(of_model) and (request.against is None or is_file(request.against)):
+        expected, do = "a timm model in --against", "leave out --weights, --weights-entry and --model-arg"
+        raise failure("report", "options", expected=expected, got=request.against or "none", do=do)
+    if is_calibration(request.subject):
+        return report(
+            request.subject,
+            request.out,
+            calibration=request.calibration,
+            data=request.data,
+            reference=request.against,
+        )
+    with status("read images"):
+        pixels, names = _images(request)
+    with status("measure"):
+        return report(
+            request.subject,
+            request.out,
+            calibration=request.calibration,
+            data=pixels,
+            reference=_float_model(request),
+            names=names,
+            bench=request.bench,
+        )
+
+
+def _images(request: ReportRequest) -> tuple[Tensor | None, Sequence[str]]:
+    """Return the images of the folder as the file wants them, and their paths in it; None without a folder."""
+    if request.data is None:
+        return None, ()
+    file = Path(request.subject)
+    session = open_session(file)
+    channels = image_channels(session, file, "report")
+    transform = timm.data.create_transform(**preprocessing_of_file(session, file, None, "report"))
+    skipped: list[str] = []
+    taken = evenly_spread(list_images(request.data).paths, request.images)
+    paths, pixels = load_named(taken, transform, skipped, channels)
+    if skipped:
+        warn(f"report: {said_of_skipped(skipped)}")
+    return pixels, [str(path.relative_to(request.data)) for path in paths]
+
+
+def _float_model(request: ReportRequest) -> nn.Module | str | None:
+    if request.against is None or is_file(request.against):
+        return request.against
+    asked = Asked(request.against, request.weights, request.weights_entry, arguments=tuple(request.model_args))
+    return load_model(asked).network
+
+
+def report_of_summary(summary: Summary, float_times: OperatorTimes | None, pixels: Tensor, request: Request) -> Report:
+    """Write the page of what `quantize` has just written, with all that it knows. pixels: for histograms."""
+    known = Known(
+        against=summary.against,
+        latency=summary.latency,
+        float_times=float_times,
+        float_bytes=summary.float_bytes,
+        warnings=(*summary.complaints(), *summary.warnings),
+        next=summary.next_commands(),
+        command=request.command,
+        why=summary.why_no_latency,
+    )
+    return report(summary.exported.path, request.report, data=pixels, bench=request.bench, known=known)
