@@ -184,6 +184,34 @@ CASES = {
     "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
     "a plan of no images": quantize("--plan", "got no such folder", data="nowhere"),
     "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
+    "an agreement that float has not": quantize(
+        "--agreement 1.5", "--agreement: expected a share above 0 and at most 1"
+    ),
+    "an agreement of nothing": quantize("--agreement 0", "--agreement: expected a share above 0 and at most 1"),
+    "a quantity": quantize("--agreement 0.9 --minimize speed", "expected one of time, size, bits, got 'speed'"),
+    "a quantity without a budget": quantize("--minimize size", "--minimize: expected an agreement to keep"),
+    "timings without a budget": quantize("--timings t.json", "--timings: expected an agreement to keep"),
+    "timings that are not there": quantize("--agreement 0.9 --timings t.json", "t.json: expected a file of `ptq4vit"),
+    "timings that are none": quantize("--agreement 0.9 --timings text/notes.txt", "text/notes.txt: expected JSON"),
+    "a choice that tuning makes": quantize("--agreement 0.9 --twins auto", "expected --twins exact and another recipe"),
+    "distances that compare nothing": quantize("--agreement 0.9 --recipe base", "--agreement: expected --twins exact"),
+    "bits that tuning chooses": quantize(
+        "--agreement 0.9 --set blocks.*=w8a8", "--set: expected bits that --agreement"
+    ),
+    "no image left": quantize("--agreement 0.9", "--agreement: expected images that calibration does not take"),
+    "a model to time": Case(f"timings {TYPO}", f"did you mean {MODEL}"),
+    "a target that is not timed": Case(
+        f"timings {MODEL} {' '.join(SIZES)} --target tensorrt", "expected timings of its"
+    ),
+    "a target to time": Case(f"timings {MODEL} {' '.join(SIZES)} --target onx", "expected one of onnxruntime"),
+    "why of nothing": Case("why nowhere.safetensors --data images", "nowhere.safetensors: expected a safetensors file"),
+    "why of weights": Case("why good.safetensors --data images", "good.safetensors: expected ptq4vit_fx calibration 2"),
+    "why of a damaged file": Case("why garbage.onnx --data images", "garbage.onnx: expected an ONNX"),
+    "why of no model": Case("why three.onnx --data images", "three.onnx: expected the name of its model, got none"),
+    "why of another model": Case(
+        f"why three.onnx --data images --model {MODEL} --weights good.safetensors {' '.join(SIZES)}",
+        "model: expected the one that was calibrated",
+    ),
     # What is written
     "a folder that is not there": quantize("--out nowhere/m.onnx", "an existing, writable folder"),
     "a folder": quantize("--out images", "an existing, writable folder"),

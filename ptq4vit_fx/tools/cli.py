@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, bench, inspect, report, targets, demo, coverage."""
+"""The command line: quantize, eval, bench, inspect, report, why, timings, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.tools import options
+from ptq4vit_fx.tools import options, tuning_commands
 from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, report, targets
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing, typed
 
@@ -107,6 +107,10 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    agreement: options.Agreement = None,
+    minimize: options.Minimize = "time",
+    timings: options.TimingsFile = None,
+    advise: options.Advise = False,
     settings: options.Settings = None,
     weights_granularity: options.WeightsGranularity = None,
     device: options.Device = "cpu",
@@ -119,6 +123,9 @@ def quantize(
     report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
+    if advise:
+        tuning_commands.timings(model, model_arg, target, batch or 1, advise=True)
+        return
     shown = not (quiet or as_json)
     with readable_errors(checkpoint) as heard:
         from ptq4vit_fx.tools.config_file import as_toml
@@ -161,6 +168,9 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            agreement=agreement,
+            minimize=minimize,
+            timings=timings,
             device=device,
             sequential=sequential,
             settings=tuple(settings or ()),
@@ -243,5 +253,5 @@ def inspect(
         say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
-for command in (bench, report, targets, demo, coverage):
+for command in (bench, report, tuning_commands.why, tuning_commands.timings, targets, demo, coverage):
     app.command()(command)

@@ -42,3 +42,9 @@ Sequential = Annotated[
 ]
 InputName = Annotated[list[str] | None, typer.Option(help="name of the file's input, repeatable")]
 OutputName = Annotated[list[str] | None, typer.Option(help="name of each output of the file, repeatable")]
+Agreement = Annotated[
+    float | None, typer.Option(help="0.99: keep float's class on so many images, product by product, and no more")
+]
+Minimize = Annotated[str, typer.Option(help="what --agreement makes small: time, size or bits")]
+TimingsFile = Annotated[Path | None, typer.Option(help="of `ptq4vit timings` (default: products are timed here)")]
+Advise = Annotated[bool, typer.Option("--advise", help="print what int8 would save here, and write nothing")]

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -41,6 +42,7 @@ from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
+from ptq4vit_fx.tools.tuned_request import tuned_model
 from ptq4vit_fx.twins import choose_twins
 
 Say = Callable[[str], None]
@@ -60,6 +62,7 @@ class Source:
     skipped: tuple[str, ...]
     compared: Compared
     kind: Kind | None
+    tuned_on: Compared | None = None
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,15 @@ def _source(request: Request, say: Say, phases: Phases) -> Source:
         transform = calls(transform, phases.show, phase.READ, total)
         calibrated = load_named(taken, transform, skipped, channels)
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
+        tuned_on = None
+        if request.agreement is not None:  # others than those of the last comparison, where there are enough
+            seen = (*taken, *map(Path, compared.names))
+            tuned_on = images_to_compare(listed.paths, seen, calibrated, transform, channels)
+            tuned_on = tuned_on if tuned_on.unseen else compared
     if skipped:
         say(said_of_skipped(skipped))
     kind = request.kind or named.kind
-    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind)
+    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind, tuned_on)
 
 
 def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
@@ -194,8 +202,12 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
         "sequential": request.sequential,
         "progress": phases.show,
     }
-    with phases(phase.CALIBRATE):
-        calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
+    if request.agreement is None:
+        with phases(phase.CALIBRATE):
+            calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
+    else:
+        with phases(phase.TUNE):
+            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **options)
     if request.twins == "auto":
         with phases(phase.TWINS):
             prepared, choice = choose_twins(prepared, batches, **options)
