@@ -20,10 +20,11 @@ FILES = {
 HALL = {NAME, f"{NAME}.api", f"{NAME}.pipeline", f"{NAME}.twins"}
 #: What `python -m` starts is a part of the command line.
 DOOR = f"{NAME}.__main__"
-ROOMS = {room: f"{NAME}.{room}" for room in ("search", "calibrating", "tools", "passes", "export")}
+ROOMS = {room: f"{NAME}.{room}" for room in ("data", "search", "calibrating", "tools", "passes", "export")}
 #: Room -> the rooms that it reaches neither itself nor through what it imports.
 NEVER = {
     "values": ("search", "calibrating", "tools", "passes", "export"),
+    "data": ("search", "calibrating", "tools", "passes", "export"),
     "search": ("calibrating", "tools", "passes", "export"),
     "passes": ("search", "calibrating", "tools", "export"),
     "export": ("search", "calibrating", "tools"),

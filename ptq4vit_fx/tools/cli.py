@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from ptq4vit_fx.qconfig import QConfigMapping
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+Mean = Annotated[
+    str | None, typer.Option(help="of values from 0 to 1, as 0.5,0.5,0.5 (default: the model's, or file's)")
+]
+Std = Annotated[str | None, typer.Option(help="of values from 0 to 1, as --mean")]
+CropPct = Annotated[float | None, typer.Option(help="share of the scaled image that is seen")]
+Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest, box, hamming or lanczos")]
 AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 
 
@@ -38,7 +44,9 @@ def main(
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="timm model name")],
-    data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
+    data: Annotated[
+        Path, typer.Option(help="images: folder, list (.txt), .npz, .npy, .zip, .tar, .parquet; labels unused")
+    ],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
     weights: Annotated[Path | None, typer.Option(help="local safetensors or pth file (default: timm's hub)")] = None,
     weights_entry: Annotated[
@@ -57,17 +65,21 @@ def quantize(
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
     a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
     images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="images per forward and backward")] = 8,
+    calibration_batch: Annotated[int, typer.Option(min=1, help="images per forward and backward of calibration")] = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     target: Annotated[
         str, typer.Option(help="onnxruntime, onnxruntime-avx2, onnxruntime-arm, openvino, tensorrt or generic")
     ] = "onnxruntime",
     opset: Annotated[int, typer.Option(help="ONNX operator set, 17 or newer")] = 20,
-    batch: Annotated[int | None, typer.Option(min=1, help="images per run of the file (default: any number)")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--file-batch", "--batch", min=1, help="only number of images that the file takes (default: any)"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
     loss: Annotated[str, typer.Option(help="its gradient weighs the search: pseudo_label or fisher")] = "pseudo_label",
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
-        float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
+        str | None, typer.Option(help="that calibration may take: 8, 8GiB, 500MiB (default: half of what is free)")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="module or product that stays float, repeatable")] = None,
     float_onnx: Annotated[str | None, typer.Option(metavar="PATH", help="write the float model there too")] = None,
@@ -89,12 +101,20 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    img_size: Annotated[
+        str | None, typer.Option(help="pixels, as 384 or 384x256: height and width (default: the model's)")
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
 ) -> None:
     """Quantize a timm vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
+        from ptq4vit_fx.tools.image_options import image_options
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.quantizing import quantize_folder
-        from ptq4vit_fx.tools.request import Request
+        from ptq4vit_fx.tools.request import Request, batch_of_calibration, gibibytes
 
         request = Request(
             model=model,
@@ -109,18 +129,19 @@ def quantize(
             w_bits=w_bits,
             a_bits=a_bits,
             images=images,
-            batch_size=batch_size,
+            batch_size=batch_of_calibration(calibration_batch, batch_size),
             target=target,
             opset=opset,
             batch=batch,
             seed=seed,
             loss=loss,
             checkpoint=checkpoint,
-            memory_limit=memory_limit,
+            memory_limit=gibibytes(memory_limit),
             skip=tuple(skip or ()),
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            image_options=image_options("quantize", img_size, mean, std, crop_pct, interpolation),
         )
         shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
@@ -160,7 +181,9 @@ def _mapping(recipe: str, twins: str, w_bits: int, a_bits: int) -> QConfigMappin
 @app.command(name="eval")
 def evaluate(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
+    data: Annotated[
+        Path, typer.Option(help="labelled images: one sub-folder per class, or as for quantize, with labels")
+    ],
     model: Annotated[
         str | None, typer.Option(help="timm model whose preprocessing to use (default: the file's)")
     ] = None,
@@ -172,6 +195,10 @@ def evaluate(
     weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
     model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
@@ -181,9 +208,11 @@ def evaluate(
             raise failure("eval", "options", expected=expected, got="none", do=do)
         from ptq4vit_fx.tools.classifiers import float_classifier
         from ptq4vit_fx.tools.evaluation import evaluate_file
+        from ptq4vit_fx.tools.image_options import image_options
 
         reference = float_classifier(against, weights, weights_entry, model_arg or []) if against else None
-        found = evaluate_file(file, data, model, batch_size, complaints, reference)
+        pixels = image_options("eval", None, mean, std, crop_pct, interpolation)
+        found = evaluate_file(file, data, model, batch_size, complaints, reference, pixels)
         if as_json:
             say_json(found.to_dict())
         else:

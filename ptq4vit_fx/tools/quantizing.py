@@ -1,22 +1,26 @@
-"""`ptq4vit quantize`: a model by name and a folder of images in, a file and what is known of it out."""
+"""`ptq4vit quantize`: a model by name and images in, a file and what is known of it out."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
+from ptq4vit_fx.data.pictures import Images, check_float_shape, evenly_spread, short_name
+from ptq4vit_fx.data.preprocessing import data_config, transform_of
+from ptq4vit_fx.data.reading import load_named, said_of_skipped
+from ptq4vit_fx.data.sources import open_images
 from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.compare_float import compare_float
@@ -24,11 +28,12 @@ from ptq4vit_fx.export.proof.latency import Latency, measure_latency
 from ptq4vit_fx.export.proof.outputs import COPIES, FLOAT_BYTES
 from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
+from ptq4vit_fx.inputs.batches import SHOWN_AFTER
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.held_out import Compared, images_to_compare
-from ptq4vit_fx.tools.models import create_model, data_config, evenly_spread, list_images, load_named, said_of_skipped
+from ptq4vit_fx.tools.models import create_model
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.twins import choose_twins
@@ -78,7 +83,7 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
     compared = source.compared
     with status("compare with float"):
         batches = list(torch.split(compared.pixels, request.batch_size))
-        kind, names = request.kind, [os.path.relpath(name, request.data) for name in compared.names]
+        kind, names = request.kind, [short_name(picture, request.data) for picture in compared.pictures]
         against = compare_float(exported.path, source.network, batches, kind=kind, names=names, unseen=compared.unseen)
     request.destination.note(exported, verified, _figures(request, source) | {"against float": against.headline()})
     float_file = _float_file(request, source, exported.path, status)
@@ -103,44 +108,66 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         expensive=most_expensive(calibration),
         flags=helpful_flags(request, compared.others),
         warnings=tuple(heard),
+        file_batch=request.batch,
     )
 
 
 def _source(request: Request, say: Say, status: Status) -> Source:
-    """Read the model and the images; calibration takes some, evenly spread over the folder, a comparison others."""
-    listed = list_images(request.data)
+    """Read the model and the images; calibration takes some, evenly spread over the data, a comparison others."""
+    listed = open_images(request.data)
     said: list[str] = []
-    network = create_model(
-        request.model, request.weights, list(request.model_args), entry=request.weights_entry, said=said
-    )
+    create = partial(create_model, request.model, request.weights, entry=request.weights_entry, said=said)
+    network = request.image_options.build(create, request.model_args)
     for line in said:
         say(line)
-    labels, preprocessing = request.destination.class_names(network), data_config(network)
-    channels = preprocessing["input_size"][0]
-    if request.batch is not None:
-        size, what = (
-            COPIES * FLOAT_BYTES * request.batch * math.prod(preprocessing["input_size"]),
-            "so many images at once",
-        )
-        check_memory("quantize", f"--batch {request.batch}", size, what=what, do="choose a smaller one")
-    if channels == 1:
+    labels = request.destination.class_names(network)
+    preprocessing = request.image_options.applied(data_config(network), request.model_args)
+    _check_size(request, preprocessing["input_size"])
+    if preprocessing["input_size"][0] == 1:
         mean, std = (preprocessing[key][0] for key in ("mean", "std"))
         say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
-    transform, skipped = timm.data.create_transform(**preprocessing), list[str]()
-    with status("read images"):
-        taken = evenly_spread(listed.paths, request.images)
-        calibrated = load_named(taken, transform, skipped, channels)
-        compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
+    check_float_shape(listed, tuple(preprocessing["input_size"]), request.data)
+    pixels, skipped, compared = _read(request, listed, preprocessing, status)
     if skipped:
         say(said_of_skipped(skipped))
-    return Source(network, labels, preprocessing, calibrated[1], tuple(skipped), compared)
+    return Source(network, labels, preprocessing, pixels, tuple(skipped), compared)
+
+
+def _check_size(request: Request, size: Sequence[int]) -> None:
+    """Raise PTQError if memory does not hold the images, (channels, height, width), or a fixed batch of them."""
+    one, do = FLOAT_BYTES * math.prod(size), "choose a smaller one"
+    if request.batch is not None:
+        held, what = COPIES * one * request.batch, "so many images at once"
+        check_memory("quantize", f"--file-batch {request.batch}", held, what=what, do=do)
+    what = f"{request.images} images of {size[1]} x {size[2]} pixels"
+    check_memory("quantize", "--img-size", one * request.images, what=what, do=do)
+
+
+def _read(
+    request: Request, listed: Images, preprocessing: dict[str, Any], status: Status
+) -> tuple[Tensor, list[str], Compared]:
+    """Return the pixels to calibrate on, what was skipped of them, and the images to compare on."""
+    transform, channels = transform_of(preprocessing), preprocessing["input_size"][0]
+    taken, skipped = evenly_spread(len(listed.items), request.images), list[str]()
+    started = time.monotonic()
+    with status("read images") as shown:
+
+        def show(count: int, before: int = 0) -> None:
+            if shown is not None and time.monotonic() - started > SHOWN_AFTER:
+                shown.update(f"read images: {before + count}")
+
+        chosen = [listed.items[number] for number in taken]
+        calibrated = load_named(chosen, transform, skipped, channels, show)
+        further = partial(show, before=len(taken))
+        compared = images_to_compare(listed.items, taken, calibrated, transform, channels, further)
+    return calibrated[1], skipped, compared
 
 
 def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
     """Return the prepared model with its scales, which say in their provenance what they are of."""
     prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
     batches = list(torch.split(source.pixels, request.batch_size))
-    limit = None if request.memory_limit is None else round(request.memory_limit * 2**30)
+    limit = request.memory_limit
     seed, loss = request.seed, request.loss
     calibrate(
         prepared, batches, seed=seed, loss=loss, checkpoint=request.checkpoint, memory_limit=limit, progress=progress

@@ -25,7 +25,7 @@ class Summary:
     read; seconds: it took. why_seen: why the images of the comparison are those of the calibration, "" if they are not.
     float_file: the float model's file, None if it was not kept; float_bytes: of that file, or of its weights.
     expensive: product -> share of the distance of all products. flags: options that would help. warnings: those on the
-    way.
+    way. file_batch: the only number of images that the file takes, None of any.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Summary:
     expensive: dict[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    file_batch: int | None = None
 
     def complaints(self) -> tuple[str, ...]:
         """Return what the user must know first, a sentence each; nothing of a file that is as good as float."""
@@ -93,7 +94,7 @@ class Summary:
             ("simulation", f"{'the file computes it' if self.verified.ok else 'NOT what the file computes'}: {exact}"),
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
-            ("", f"{size}, opset {report.opset}, target {report.target}"),
+            ("", f"{size}, opset {report.opset}, target {report.target}{self._only_batch()}"),
             ("quantized", f"{self.products} products, {self.sites} sites, W{self.bits[0]}A{self.bits[1]}, {read}"),
             ("", f"calibrated in {self.seconds:.1f} s"),
         ]
@@ -102,6 +103,9 @@ class Summary:
         lines = [line for word, text in rows for line in _wrapped(word, printable(text))]
         evaluate, inspect = (printable(command) for command in self.next_commands())  # whole, to be copied
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
+
+    def _only_batch(self) -> str:
+        return "" if self.file_batch is None else f", takes batches of {self.file_batch} only"
 
     def next_commands(self) -> tuple[str, str]:
         """Return the commands to go on with."""
