@@ -33,9 +33,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     import timm.data
 
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    channels, *size = config["input_size"]
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
-    size = size if built is None else _sides(built) or size
+    channels, size = config["input_size"][0], built_size(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = channels if first is None else first.in_channels
     if channels not in MODES:
@@ -43,6 +41,14 @@ def data_config(model: nn.Module) -> dict[str, Any]:
         got = f"a model of {channels} channels"
         raise failure("read images", type(model).__name__, expected="images of 1 or 3 channels", got=got, do=do)
     return at_size(config, (channels, *size))
+
+
+def built_size(model: nn.Module) -> tuple[int, ...]:
+    """Return the height and width that a timm model was created with, as far as it says them."""
+    import timm.data
+
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
+    return _sides(built) or tuple(timm.data.resolve_model_data_config(model)["input_size"][1:])
 
 
 def _sides(size: Any) -> tuple[int, ...]:

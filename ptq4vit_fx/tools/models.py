@@ -10,6 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ptq4vit_fx.data.preprocessing import built_size
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.tools.checkpoints import load_weights
 
@@ -30,6 +31,10 @@ def create_model(
         do = "check --model-arg, or pass --weights FILE with a local checkpoint"
         got = f"{type(error).__name__}: {error}".splitlines()[0]
         raise failure("create model", name, expected="a model with its weights", got=got, do=do) from error
+    size = built_size(model)
+    if min(size) < 1:  # which no timm model computes, and not every release refuses
+        got, do = f"{size[0]} x {size[1]}", "check --model-arg img_size"
+        raise failure("create model", name, expected="images of one pixel or more", got=got, do=do)
     if weights is not None:
         line = load_weights(model, weights, entry)
         if line and said is not None:
