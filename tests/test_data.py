@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import shutil
+import sys
 import tarfile
 import time
 import zipfile
@@ -308,3 +309,13 @@ def test_what_pillow_cannot_read_is_skipped_by_name(tmp_path):
     skipped: list[str] = []
     assert len(load_named(open_images(tmp_path).items, TRANSFORM, skipped)[1]) == 1
     assert skipped[0].startswith(f"{tmp_path / 'a.heic'}: cannot identify")
+
+
+def test_without_pyarrow_there_is_a_sentence(folder, tmp_path, monkeypatch):
+    data, _ = as_parquet(folder, tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        ptq.PTQError, match=r"expected pyarrow, which reads it, got none; pip install ptq4vit-fx\[data\]$"
+    ):
+        open_images(data)
+    assert len(open_images(folder).items) == 6

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scripts import load_script
+from test_data import tiff
 from typer.testing import CliRunner
 
+from ptq4vit_fx.data.image_files import opened
 from ptq4vit_fx.data.preprocessing import data_config
 from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
@@ -131,7 +133,13 @@ def test_all_of_it_is_in_the_file_and_eval_goes_by_it(tmp_path, monkeypatch):
     assert (config["mean"], config["std"], config["crop_pct"]) == ((0,) * 3, (0.5,) * 3, 1.0)
 
 
-def test_transparency_is_white_in_the_deployed_script_too(tmp_path):
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
+def test_the_deployed_script_sees_what_calibration_saw(tmp_path):
     decode = load_script(Path(__file__).resolve().parents[1] / "examples" / "classify_onnxruntime.py").decode
-    assert decode(tmp_path / "a.png", 3).getpixel((0, 0)) == (255, 255, 255)
+    wide = np.tile(np.array([0, 256, 30_000, 65_535], "<u2"), 4).tobytes()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path / "dark.png")
+    (tmp_path / "inverted.tif").write_bytes(tiff(16, wide, meaning=0))
+    (tmp_path / "twelve.tif").write_bytes(tiff(12, bytes([0xFF, 0xF0, 0x00] * 8)))
+    for path in tmp_path.iterdir():
+        assert np.array_equal(decode(path, 3), opened(path, 3)), path
+    assert decode(tmp_path / "clear.png", 3).getpixel((0, 0)) == (255, 255, 255)

@@ -73,6 +73,7 @@ def write_data(folder) -> None:
     np.save(folder / "lines.npy", np.zeros(7))
     np.save(folder / "objects.npy", np.array([{}, None], object), allow_pickle=True)
     np.savez(folder / "two.npz", train=np.zeros((2, 8, 8, 3), np.uint8), test=np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez(folder / "nine.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 9]))
     (folder / "list.txt").write_text("flat/0.png\n")
     (folder / "gone.txt").write_text("nowhere.png\n")
     (folder / "half.txt").write_text("flat/0.png 1\nflat/0.png\n")
@@ -225,6 +226,9 @@ CASES = {
     "eval without classes": Case(f"eval three.onnx --data flat --model {MODEL}", "in one sub-folder per class"),
     "eval on a list without classes": Case(
         f"eval three.onnx --data list.txt --model {MODEL}", "list.txt: expected a class number for each image, got none"
+    ),
+    "eval on classes of another model": Case(
+        f"eval three.onnx --data nine.npz --model {MODEL}", "expected the 3 classes of the model, got numbers up to 9"
     ),
     "eval on a list with some classes": Case(
         f"eval three.onnx --data half.txt --model {MODEL}", "half.txt: expected a class number behind every path"

@@ -114,7 +114,8 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
 
 def _source(request: Request, say: Say, status: Status) -> Source:
     """Read the model and the images; calibration takes some, evenly spread over the data, a comparison others."""
-    listed = open_images(request.data)
+    with status("find images"):
+        listed = open_images(request.data)
     said: list[str] = []
     create = partial(create_model, request.model, request.weights, entry=request.weights_entry, said=said)
     network = request.image_options.build(create, request.model_args)
@@ -122,7 +123,7 @@ def _source(request: Request, say: Say, status: Status) -> Source:
         say(line)
     labels = request.destination.class_names(network)
     preprocessing = request.image_options.applied(data_config(network), request.model_args)
-    _check_size(request, preprocessing["input_size"])
+    _check_size(request, preprocessing["input_size"], min(len(listed.items), request.images))
     if preprocessing["input_size"][0] == 1:
         mean, std = (preprocessing[key][0] for key in ("mean", "std"))
         say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
@@ -133,14 +134,14 @@ def _source(request: Request, say: Say, status: Status) -> Source:
     return Source(network, labels, preprocessing, pixels, tuple(skipped), compared)
 
 
-def _check_size(request: Request, size: Sequence[int]) -> None:
-    """Raise PTQError if memory does not hold the images, (channels, height, width), or a fixed batch of them."""
+def _check_size(request: Request, size: Sequence[int], images: int) -> None:
+    """Raise PTQError if memory does not hold so many images, (channels, height, width), or a fixed batch of them."""
     one, do = FLOAT_BYTES * math.prod(size), "choose a smaller one"
     if request.batch is not None:
         held, what = COPIES * one * request.batch, "so many images at once"
         check_memory("quantize", f"--file-batch {request.batch}", held, what=what, do=do)
-    what = f"{request.images} images of {size[1]} x {size[2]} pixels"
-    check_memory("quantize", "--img-size", one * request.images, what=what, do=do)
+    what, do = f"{images} images of {size[1]} x {size[2]} pixels", "choose smaller ones, or fewer with --images"
+    check_memory("quantize", "images", one * images, what=what, do=do)
 
 
 def _read(
