@@ -45,7 +45,7 @@ def floors() -> dict[str, str]:
     extras = project["optional-dependencies"]
     bounds = [
         re.fullmatch(r"([a-z-]+)>=([0-9.]+)", line)
-        for line in [*project["dependencies"], *extras["hf"], *extras["openvino"]]
+        for line in [*project["dependencies"], *extras["data"], *extras["hf"], *extras["openvino"]]
     ]
     assert all(bounds), "a floor, and nothing above"
     return {found[1]: found[2] for found in bounds if found}
