@@ -25,7 +25,8 @@ from PIL import Image, ImageOps
 
 PROVENANCE, TARGET = "ptq4vit_fx.provenance", "ptq4vit_fx.target"
 LABELS, UINT8 = "ptq4vit_fx.labels", "ptq4vit_fx.uint8_input"
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SUFFIXES |= {".pbm", ".pnm", ".avif", ".jp2", ".heic", ".heif", ".jxl"}
 HIDDEN = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 MODES = {1: "L", 3: "RGB"}
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -87,19 +88,23 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def decode(path: Path, channels: int) -> Image.Image:
-    """Return an image upright, with 8 bits in 1 or 3 channels; raises whatever Pillow raises on a broken file."""
+    """Return an image upright, on white, with 8 bits in 1 or 3 channels; raises what Pillow raises on a broken file."""
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # more bits, which convert() would clip at 255
-            values = np.asarray(image)
+            values, tags = np.asarray(image), getattr(opened, "tag_v2", {})
             low, high = float(values.min()), float(values.max())
             if not (low >= 0 and high <= (255 if image.mode == "F" else 65535)):
                 raise ValueError(f"values from {low:g} to {high:g}: what is black and white is not known")
             if image.mode == "F":
                 values = np.round(values * 255) if high <= 1 else np.round(values)
-            elif image.mode != "I" or high > 255:
-                values = values // 256
-            image = Image.fromarray(values.astype(np.uint8))
+            elif image.mode != "I" or high > 255 or opened.format != "TIFF":
+                values = values // (16 if tags.get(258) == (12,) else 256)
+            values = values.astype(np.uint8)
+            image = Image.fromarray(255 - values if tags.get(262) == 0 else values)  # TIFF: white is zero
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            clear = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
         return image.convert(MODES[channels])
 
 

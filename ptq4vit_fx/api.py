@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,15 @@ from ptq4vit_fx.calibrating.fit import check_fits, check_weights
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
 from ptq4vit_fx.calibrating.options import CalibrationOptions
 from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.data.handed_in import Preparation, as_pixels
+from ptq4vit_fx.data.preprocessing import PREPROCESSING, own_config
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.inputs.batches import first_item
+from ptq4vit_fx.inputs.batches import first_item, pictures_for
 from ptq4vit_fx.inputs.containers import check_containers
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.plausible import NORMALIZATION, normalization_of
 from ptq4vit_fx.inputs.progress import Show
+from ptq4vit_fx.inputs.sizes import bytes_of
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu
@@ -72,7 +75,7 @@ def prepare_fx(
             check_batch_dimension(model, example)
             raise
         return prepare_fx(model, qconfig_mapping, inputs_alone.tensors, leaf_modules=leaf_modules, skip=skip)
-    traced.meta[NORMALIZATION] = normalization_of(model)
+    traced.meta[NORMALIZATION], traced.meta[PREPROCESSING] = normalization_of(model), own_config(model)
     return cast("TracedModule", prepare_traced(traced, qconfig_mapping.skipping(skip), example.tensors, closed))
 
 
@@ -98,7 +101,8 @@ def calibrate(
     device: torch.device | str | None = None,
     search_device: torch.device | str | None = None,
     loss: str | Loss = DEFAULT_LOSS,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
+    transform: Callable[[Any], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     sequential: bool = False,
 ) -> Calibration:
@@ -106,16 +110,19 @@ def calibrate(
 
     data: a tensor or array (images, channels, height, width), or an iterable of such batches or of (batch, anything)
     pairs; labels are never used; for a model of n inputs, an iterable of tuples that start with n tensors; everywhere a
-    mapping by the names of the inputs, of which the rest is ignored. Half and double become float32. images: so many
-    are read at most; by default all of a tensor or list, the first 1,024 of any other iterable. seed: of the rows
-    that screening samples and the labels that "fisher" draws; same seed, same scales, bit for bit. device: where
-    the model runs (default: where it is; it is brought back afterwards).
+    mapping by the names of the inputs, of which the rest is ignored. Half and double become float32. Pictures are data
+    too: the path of a folder (or of what else docs/data.md lists), a data set of images of pillow, a list of paths;
+    they become pixels by `transform`, by default as a timm model's own configuration says, and 32 of them are read.
+    transform: a function from a picture, or from what else an item of data has for the image, to pixels.
+    images: so many are read at most; by default all of a tensor or list, the first 1,024 of any other iterable.
+    seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same scales, bit for bit.
+    device: where the model runs (default: where it is; it is brought back afterwards).
     search_device: where candidates are evaluated (default: `device`): a model that does not fit on a GPU may stay on
     the CPU while its products are searched there, one at a time. loss: "pseudo_label" (PTQ4ViT), "fisher" (labels
     drawn from the prediction), "projection" (no logits: how far the output's direction moves), or a function from the
-    model's output to a scalar, to one number per image, which are summed, or to several of these. memory_limit:
-    bytes that calibration may take beside the model (default: half of what is free); a smaller limit costs more passes
-    over the images.
+    model's output to a scalar, to one number per image, which are summed, or to several of these. memory_limit: bytes,
+    or text such as "8GiB", that calibration may take beside the model (default: half of what is free); a smaller limit
+    costs more passes over the images.
     checkpoint: a file that holds every finished product; if it exists, the calibration goes on from there, with the
     result of an unbroken run. progress: draw a bar, in a terminal; or a function that is called with what is under way
     (`UnderWay`). sequential: search each product on the values that the quantized products before it give,
@@ -126,8 +133,10 @@ def calibrate(
     images, of equal ones, and of values that no normalized image has.
     """
     prepared = model_at(Stage.OBSERVED, prepared, "calibrate", "call prepare_fx first")
-    devices = (device, search_device)
-    options = CalibrationOptions(images, seed, progress, *devices, loss, memory_limit, checkpoint, sequential)
+    devices, limit = (device, search_device), memory_limit
+    limit = bytes_of(limit, "calibrate", "memory_limit") if isinstance(limit, str) else limit
+    options = CalibrationOptions(images, seed, progress, *devices, loss, limit, checkpoint, sequential)
+    data = data if transform is None else pictures_for(prepared, data, "calibrate", images=images, transform=transform)
     with calibrated_alone(prepared):
         calibration = run_calibration(prepared, data, options)
     check_fits(prepared, calibration, "calibrate")
@@ -178,18 +187,22 @@ def quantize(
     example_inputs: Any = None,
     leaf_modules: Sequence[str | type[nn.Module]] = (),
     skip: str | Sequence[str] = (),
+    transform: Callable[[Any], Any] | None = None,
     **calibrate_kwargs: Any,
 ) -> TracedModule:
     """Prepare, calibrate and convert in one call; return the converted model.
 
-    qconfig_mapping: default recipes.best(8, 8). example_inputs: default the first image of `data`; needed where
-    forward is given more of an item than it must have. leaf_modules, skip: as for `prepare_fx`. The other arguments go
-    to `calibrate`. The result has `.plan` and `.calibration`.
+    data, transform: as for `calibrate`; data may be the path of a folder of images. qconfig_mapping: default
+    recipes.best(8, 8). example_inputs: default the first image of `data`; needed where forward is given more of an item
+    than it must have. leaf_modules, skip: as for `prepare_fx`. The other arguments go to `calibrate`. The result has
+    `.plan` and `.calibration`.
     """
     item = None
     if example_inputs is None:
         model = float_model(model)
-        item, data = first_item(data, "quantize")
+        pictures = Preparation("quantize", transform, own_config(model))
+        item, data = first_item(as_pixels(data, pictures, calibrate_kwargs.get("images")), "quantize")
+        transform = None
     try:
         example = example_inputs if item is None else first_example(model, item, "quantize")
         prepared = prepare_fx(model, qconfig_mapping or best(), example, leaf_modules=leaf_modules, skip=skip)
@@ -197,7 +210,7 @@ def quantize(
         if item is not None:
             check_containers(model, item, "quantize", "the first item of data")
         raise
-    calibrate(prepared, data, **calibrate_kwargs)
+    calibrate(prepared, data, transform=transform, **calibrate_kwargs)
     return convert_fx(prepared)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.data.reading import load_named
 from ptq4vit_fx.export.proof import verify
 from ptq4vit_fx.export.targets import TARGETS
 from ptq4vit_fx.inputs import progress
@@ -26,7 +27,6 @@ from ptq4vit_fx.inputs.progress import UnderWay
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.cli import app
 from ptq4vit_fx.tools.held_out import images_to_compare
-from ptq4vit_fx.tools.models import load_named
 from ptq4vit_fx.tools.phases import (
     CALIBRATE,
     COMPARE,
@@ -218,21 +218,21 @@ def test_images_that_calibration_has_not_seen(tmp_path):
         Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(paths[-1])
     taken = paths[:10]
     calibrated = load_named(taken, flat, [])
-    others = images_to_compare(paths, taken, calibrated, flat, 3)
+    others = images_to_compare(paths, range(10), calibrated, flat, 3)
     assert others.unseen
     assert others.names == tuple(map(str, paths[10:]))
     assert others.pixels[:, 0, 0, 0].tolist() == list(range(10, 30))
     assert others.reason == ""
-    none = images_to_compare(taken, taken, calibrated, flat, 3)
-    assert (none.unseen, len(none.pixels), none.reason) == (False, 10, "the folder holds no others")
-    few = images_to_compare(paths[:15], taken, calibrated, flat, 3)
+    none = images_to_compare(taken, range(10), calibrated, flat, 3)
+    assert (none.unseen, len(none.pixels), none.reason) == (False, 10, "the data hold no others")
+    few = images_to_compare(paths[:15], range(10), calibrated, flat, 3)
     assert (few.unseen, few.names) == (False, tuple(map(str, taken)))
-    assert few.reason == "the folder holds 5 others: fewer than 8 to compare on"
+    assert few.reason == "the data hold 5 others: fewer than 8 to compare on"
     for number in range(10, 28):  # copies of what calibration took
         paths[number].write_bytes(paths[0].read_bytes())
-    copies = images_to_compare(paths, taken, calibrated, flat, 3)
+    copies = images_to_compare(paths, range(10), calibrated, flat, 3)
     assert not copies.unseen
-    assert "holds 20 others, and 18 of them are the same pictures" in copies.reason
+    assert "hold 20 others, and 18 of them are the same pictures" in copies.reason
 
 
 class Asked:

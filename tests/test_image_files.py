@@ -19,8 +19,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.data.classes import class_number
+from ptq4vit_fx.data.folders import list_images
+from ptq4vit_fx.data.reading import read_images
 from ptq4vit_fx.tools.cli import app
-from ptq4vit_fx.tools.models import class_number, list_images, read_images
 
 TRANSFORM = timm.data.create_transform((3, 16, 16))
 #: Memory that a picture may take that is not there.
@@ -131,7 +133,7 @@ def test_pictures_of_every_format_are_read(tmp_path):
     for suffix, kind in kinds.items():
         (tmp_path / f"a.{suffix}").write_bytes(encoded(kind, 300, 2))
         (tmp_path / f"other.{suffix}").write_bytes(encoded("WEBP"))  # what it is decides, not its name
-    assert readable(list_images(tmp_path).paths) == (2 * len(kinds), [])
+    assert readable(list_images(tmp_path).items) == (2 * len(kinds), [])
 
 
 def test_memory_that_is_not_there_is_said_before_it_is_taken(tmp_path, monkeypatch):
@@ -152,7 +154,7 @@ def test_what_is_no_file_is_never_opened(tmp_path):
         os.chdir(tmp_path)  # the path of a socket has 107 bytes at most
         made.bind("f.png")
         os.chdir(here)
-    count, skipped = readable(list_images(tmp_path).paths)
+    count, skipped = readable(list_images(tmp_path).items)
     assert count == 1
     said = [line.partition(".png: ")[2] for line in skipped]
     assert [*said[:3], *said[4:]] == ["a pipe", "a pipe", "a device", "a link to nothing", "a socket"]
@@ -176,7 +178,7 @@ def test_folders_deeper_than_python_recurses(tmp_path):
         os.chdir("a")
     Path("a.png").write_bytes(encoded("PNG"))
     try:
-        assert len(list_images(tmp_path).paths) == 1
+        assert len(list_images(tmp_path).items) == 1
     finally:  # pytest recurses
         Path("a.png").unlink()
         for _ in range(depth):

@@ -102,7 +102,7 @@ def floors() -> dict[str, str]:
     extras = project["optional-dependencies"]
     bounds = [
         re.fullmatch(r"([a-z-]+)>=([0-9.]+)", line)
-        for line in [*project["dependencies"], *extras["hf"], *extras["openvino"]]
+        for line in [*project["dependencies"], *extras["data"], *extras["hf"], *extras["openvino"]]
         if not line.endswith("; python_version < '3.11'")
     ]
     assert all(bounds), "a floor, and nothing above"

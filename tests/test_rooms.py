@@ -20,10 +20,11 @@ FILES = {
 HALL = {NAME, f"{NAME}.api", f"{NAME}.pipeline", f"{NAME}.twins"}
 #: What `python -m` starts is a part of the command line.
 DOOR = f"{NAME}.__main__"
-ROOMS = {room: f"{NAME}.{room}" for room in ("search", "calibrating", "tools", "passes", "export", "tuning")}
+ROOMS = {room: f"{NAME}.{room}" for room in ("data", "search", "calibrating", "tools", "passes", "export", "tuning")}
 #: Room -> the rooms that it reaches neither itself nor through what it imports.
 NEVER = {
     "values": ("search", "calibrating", "tools", "passes", "export", "tuning"),
+    "data": ("search", "calibrating", "tools", "passes", "export", "tuning"),
     "search": ("calibrating", "tools", "passes", "export", "tuning"),
     "passes": ("search", "calibrating", "tools", "export", "tuning"),
     "export": ("search", "calibrating", "tools", "tuning"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 from dataclasses import dataclass
 
@@ -40,9 +41,7 @@ def place(tmp_path_factory):
     (folder / "two" / "a").mkdir(parents=True)
     (folder / "two" / "b").mkdir()
     Image.new("RGB", (40, 40)).save(folder / "two" / "a" / "0.png")
-    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
-        archive.write(folder / "flat" / "0.png", "0.png")
-    np.save(folder / "images.npy", np.zeros((2, 3, 32, 32), np.float32))
+    write_data(folder)
     torch.manual_seed(0)
     model = timm.create_model(MODEL, img_size=32, depth=1, num_classes=3)
     save_file(model.state_dict(), folder / "good.safetensors")
@@ -61,6 +60,33 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield folder
+
+
+def write_data(folder) -> None:
+    """Write data that are no folders of images, and wrong ones of each kind."""
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.write(folder / "flat" / "0.png", "0.png")
+    with zipfile.ZipFile(folder / "notes.zip", "w") as archive:
+        archive.write(folder / "text" / "notes.txt", "notes.txt")
+    with tarfile.open(folder / "links.tar", "w") as archive:
+        link = tarfile.TarInfo("0.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    np.save(folder / "images.npy", np.zeros((2, 3, 32, 32), np.float32))
+    np.save(folder / "large.npy", np.zeros((2, 3, 64, 64), np.float32))
+    np.save(folder / "lines.npy", np.zeros(7))
+    np.save(folder / "objects.npy", np.array([{}, None], object), allow_pickle=True)
+    np.savez(folder / "two.npz", train=np.zeros((2, 8, 8, 3), np.uint8), test=np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez(folder / "nine.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 9]))
+    (folder / "list.txt").write_text("flat/0.png\n")
+    (folder / "gone.txt").write_text("nowhere.png\n")
+    (folder / "half.txt").write_text("flat/0.png 1\nflat/0.png\n")
+    for name in ("garbage.npz", "garbage.npy", "garbage.zip", "garbage.tar", "garbage.parquet", "images.7z"):
+        (folder / name).write_bytes(b"PK\x03\x04 no")
+    for name in ("empty.txt", "empty.npy", "empty.tar"):
+        (folder / name).write_bytes(b"")
+    (folder / "saved").mkdir()
+    (folder / "saved" / "state.json").write_text('{"_data_files": [{"filename": "../other.arrow"}]}')
 
 
 def write_files(folder) -> None:
@@ -120,8 +146,29 @@ CASES = {
     "an empty folder": quantize("", "got an empty folder", data="empty"),
     "a folder of text": quantize("", "got 1 other files, such as notes.txt", data="text"),
     "a broken image": quantize("", "expected one readable image or more, got none of 1", data="broken"),
-    "an archive": quantize("", "unpack it and pass the folder", data="images.zip"),
-    "arrays": quantize("", "pass preprocessed arrays", data="images.npy"),
+    "an archive": quantize("", "unpack it and pass the folder", data="images.7z"),
+    "an archive without images": quantize("", "notes.zip: expected an archive of images", data="notes.zip"),
+    "an archive of links": quantize("", "links.tar: expected an archive of images, got none in it", data="links.tar"),
+    "no zip": quantize("", "garbage.zip: expected a zip archive", data="garbage.zip"),
+    "no tar": quantize("", "garbage.tar: expected a whole tar archive", data="garbage.tar"),
+    "an empty tar": quantize("", "empty.tar: expected a whole tar archive", data="empty.tar"),
+    "no archive at all": quantize("", "got no such file", data="no.tar"),
+    "arrays": quantize(
+        "", "weights.safetensors: expected a folder of images, got no such f", data="weights.safetensors"
+    ),
+    "arrays of weights": quantize("", "save the images with numpy.savez", data="good.safetensors"),
+    "arrays of another size": quantize("", "expected float images of the model's size (3, 32, 32)", data="large.npy"),
+    "no images in an array": quantize("", "expected uint8 images (images, height, width", data="lines.npy"),
+    "objects in an array": quantize("", "got pickled objects, which may hold a program", data="objects.npy"),
+    "two arrays": quantize("", "got train, test; name it: two.npz:train", data="two.npz"),
+    "an array of another name": quantize("", "did you mean test?", data="two.npz:tests"),
+    "no array": quantize("", "garbage.npy: expected an array of NumPy", data="garbage.npy"),
+    "an empty array": quantize("", "empty.npy: expected an array of NumPy", data="empty.npy"),
+    "no arrays": quantize("", "garbage.npz: expected a .npz file of NumPy", data="garbage.npz"),
+    "no table": quantize("", "garbage.parquet: expected a whole table", data="garbage.parquet"),
+    "a data set that leads elsewhere": quantize("", "expected files of this folder", data="saved"),
+    "an empty list": quantize("", "empty.txt: expected a path in each line", data="empty.txt"),
+    "a list of nothing": quantize("", "got none of 1, the first: nowhere.png: no such file", data="gone.txt"),
     "an image": quantize("", "pass the folder that holds it", data="flat/0.png"),
     "no such weights": quantize("", "no.safetensors: expected a state dict", weights="no.safetensors"),
     "weights of another model": quantize("", "expected a state dict of this model", weights="other.safetensors"),
@@ -161,6 +208,17 @@ CASES = {
     "no such argument": quantize("--model-arg nonsense=1", "create model"),
     "no value": quantize("--model-arg depth", "expected key=value"),
     "no size": quantize("--model-arg img_size=0", "create model"),
+    # How images become pixels
+    "a size in words": quantize("--img-size large", "--img-size: expected pixels, got 'large'"),
+    "no pixels": quantize("--img-size 0", "--img-size: expected pixels, got '0'"),
+    "two sizes": quantize("--img-size 64", "got 64x64 beside --model-arg img_size=32x32"),
+    "a mean in words": quantize("--mean dark", "--mean: expected one number, or one per channel"),
+    "two means": quantize("--mean 0.5,0.5", "--mean: expected one number, or one per channel"),
+    "a mean of bytes": quantize("--mean 123.7,116.3,103.5", "divide by 255: --mean 0.4851,0.4561,0.4059"),
+    "no spread": quantize("--std 0", "--std: expected numbers above 0"),
+    "an endless mean": quantize("--mean nan", "--mean: expected one number"),
+    "a crop of percents": quantize("--crop-pct 90", "--crop-pct: expected 0.05 to 1, got 90"),
+    "an interpolation": quantize("--interpolation cubic", "did you mean bicubic?"),
     # What is asked for
     "a recipe": quantize("--recipe fast", "got 'fast'"),
     "a twin": quantize("--twins triplets", "expected exact or wide or uniform or auto"),
@@ -179,6 +237,8 @@ CASES = {
     "negative memory": quantize("--memory-limit=-1", "--memory-limit: expected GiB above 0, got -1"),
     "memory that is no number": quantize("--memory-limit nan", "--memory-limit: expected GiB above 0, got nan"),
     "endless memory": quantize("--memory-limit inf", "--memory-limit: expected GiB above 0, got inf"),
+    "memory of another unit": quantize("--memory-limit 8parsecs", "--memory-limit: expected bytes above 0, or text"),
+    "no memory with a unit": quantize("--memory-limit 0MiB", "--memory-limit: expected bytes above 0"),
     "a long seed": quantize(f"--seed {2**70}", "--seed: expected an integer of 64 bits"),
     "a plan of an unknown model": Case(f"quantize {TYPO} --data images --out m.onnx --plan", f"did you mean {MODEL}"),
     "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
@@ -245,6 +305,17 @@ CASES = {
     "eval with an unknown model": Case(f"eval three.onnx --data images --model {TYPO}", f"did you mean {MODEL}"),
     "eval on nothing": Case(f"eval three.onnx --data nowhere --model {MODEL}", "got no such folder"),
     "eval without classes": Case(f"eval three.onnx --data flat --model {MODEL}", "in one sub-folder per class"),
+    "eval on a list without classes": Case(
+        f"eval three.onnx --data list.txt --model {MODEL}", "list.txt: expected a class number for each image, got none"
+    ),
+    "eval on classes of another model": Case(
+        f"eval three.onnx --data nine.npz --model {MODEL}", "expected the 3 classes of the model, got numbers up to 9"
+    ),
+    "eval on a list with some classes": Case(
+        f"eval three.onnx --data half.txt --model {MODEL}", "half.txt: expected a class number behind every path"
+    ),
+    "eval with half of a preprocessing": Case("eval three.onnx --data images --mean 0.5", "or --mean and --std"),
+    "eval with another crop": Case(f"eval three.onnx --data images --model {MODEL} --crop-pct 0", "--crop-pct"),
     "eval against nothing": Case(f"eval three.onnx --data images --model {MODEL} --against no.onnx", "no.onnx"),
     "eval against garbage": Case(
         f"eval three.onnx --data images --model {MODEL} --against garbage.onnx", "garbage.onnx: expected an ONNX model"

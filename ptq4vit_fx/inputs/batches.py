@@ -14,6 +14,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ptq4vit_fx.data.handed_in import Preparation, as_pixels
+from ptq4vit_fx.data.preprocessing import PREPROCESSING
 from ptq4vit_fx.errors import PTQError, failure, warn
 from ptq4vit_fx.inputs.items import Input, fitted, model_inputs
 from ptq4vit_fx.inputs.tensors import Inputs, as_input, by_name
@@ -39,11 +41,33 @@ def batches_for(
 ) -> list[Inputs]:
     """Return batches of the inputs of a traced model, in their order, float ones as float32; see `batches_of`.
 
+    Pictures, by path or as objects, are prepared as the model's own configuration says (`data/handed_in.py`).
+
     Shapes are part of a traced graph (patches, windows, position embeddings), so a model that takes any image size
     takes one size after tracing.
     """
     wanted, fixed = model_inputs(graph_module), graph_module.meta.get(FIXED_BATCH)
+    data = pictures_for(graph_module, data, operation, images=images)
     return batches_of(wanted, data, operation, images=images, fixed=fixed, progress=progress)
+
+
+def pictures_for(
+    graph_module: GraphModule,
+    data: Any,
+    operation: str,
+    *,
+    images: int | None = None,
+    transform: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Return the pixels that a traced model takes of pictures, at the size of its example; other data as they are."""
+    wanted = model_inputs(graph_module)
+    if len(wanted) != 1 or not wanted[0].dtype.is_floating_point or len(wanted[0].shape) != 3:
+        return data if transform is None else as_pixels(data, Preparation(operation, transform), images)
+    first, config = wanted[0], graph_module.meta.get(PREPROCESSING)
+    known = (
+        None if config is None or config["input_size"][0] != first.shape[0] else config | {"input_size": first.shape}
+    )
+    return as_pixels(data, Preparation(operation, transform, known), images)
 
 
 def batches_of(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vit_fx.errors import failure
+from ptq4vit_fx.inputs.items import PIXELS
 from ptq4vit_fx.inputs.tensors import ADD_BATCH, Inputs, as_input, by_name, is_shape
 
 #: Names of what a loss reads. A model that can do without them is deployed without them.
@@ -69,8 +70,11 @@ def _unwrapped(example_inputs: Any, parameters: list[str]) -> Any:
 def first_example(model: nn.Module, item: Any, operation: str) -> Any:
     """Return the example that the first item of data makes, a few rows of it: what forward takes by name or has to."""
     parameters, _ = _parameters(model)
+    needed = [p for p in parameters.values() if not _is_optional(p) and p.kind is not inspect.Parameter.KEYWORD_ONLY]
     given = by_name(item)
     if given is not None:
+        if PIXELS in given and PIXELS not in parameters and len(needed) == 1 and needed[0].name not in given:
+            return _some_rows([given[PIXELS]], operation)[0]
         known = {name: value for name, value in given.items() if name in parameters and value is not None}
         taken = {n: value for n, value in known.items() if n not in LABELS or not _is_optional(parameters[n])} or given
         return dict(zip(taken, _some_rows(taken.values(), operation), strict=True))
@@ -78,7 +82,6 @@ def first_example(model: nn.Module, item: Any, operation: str) -> Any:
         return _some_rows([item], operation)[0]
     if by_name(item[0]) is not None or isinstance(item[0], (tuple, list)):
         return first_example(model, item[0], operation)
-    needed = [p for p in parameters.values() if not _is_optional(p) and p.kind is not inspect.Parameter.KEYWORD_ONLY]
     return _some_rows(item[: max(1, len(needed))], operation)
 
 

@@ -16,6 +16,8 @@ from ptq4vit_fx.inputs.tensors import ADD_BATCH, Inputs, as_input, by_name
 
 #: Where the node of an input keeps the name of the parameter of the model's forward that it is.
 PARAMETER = "ptq4vit_parameter"
+#: What processors of Hugging Face call images; it means the only input of a model that calls it otherwise.
+PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def _values(item: Any, wanted: Sequence[Input], operation: str, subject: str) ->
 
 def _entries(given: Mapping[str, Any], wanted: Sequence[Input], operation: str, subject: str) -> list[Any]:
     found = [entry.name if entry.name in given else entry.parameter for entry in wanted]
+    if len(wanted) == 1 and found[0] not in given and PIXELS in given:
+        found = [PIXELS]
     missing = [entry.parameter for entry, key in zip(wanted, found, strict=True) if given.get(key) is None]
     if missing:
         raise failure(

@@ -45,7 +45,9 @@ def quantize(
             "torchvision:NAME; file.py:Class or package.module:function, which runs that code"
         ),
     ],
-    data: Annotated[Path, typer.Option(help="folder of images, nested or flat; labels are not used")],
+    data: Annotated[
+        Path, typer.Option(help="images: folder, list (.txt), .npz, .npy, .zip, .tar, .parquet; labels unused")
+    ],
     out: Annotated[str, typer.Option(metavar="PATH", help="ONNX file to write")],
     weights: Annotated[
         Path | None,
@@ -70,12 +72,16 @@ def quantize(
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
     a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
     images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="images per forward and backward")] = 8,
+    calibration_batch: Annotated[int, typer.Option(min=1, help="images per forward and backward of calibration")] = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     target: Annotated[
         str, typer.Option(help="onnxruntime, onnxruntime-avx2, onnxruntime-arm, openvino, tensorrt or generic")
     ] = "onnxruntime",
     opset: Annotated[int, typer.Option(help="ONNX operator set, 17 or newer")] = 20,
-    batch: Annotated[int | None, typer.Option(min=1, help="images per run of the file (default: any number)")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--file-batch", "--batch", min=1, help="only number of images that the file takes (default: any)"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
     loss: Annotated[
         str | None,
@@ -83,7 +89,7 @@ def quantize(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
-        float | None, typer.Option(help="GiB that calibration may take (default: half of what is free)")
+        str | None, typer.Option(help="that calibration may take: 8, 8GiB, 500MiB (default: half of what is free)")
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="module, product or pattern that stays float, repeatable")
@@ -121,6 +127,11 @@ def quantize(
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
     report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
+    img_size: options.ImgSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     if advise:
@@ -135,10 +146,11 @@ def quantize(
             say(repeat, highlight=False)
             return
         phases = showing(shown)
+        from ptq4vit_fx.tools.image_options import image_options
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.mappings import mapping_of
         from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
-        from ptq4vit_fx.tools.request import Request
+        from ptq4vit_fx.tools.request import Request, batch_of_calibration, gibibytes
 
         request = Request(
             model=model,
@@ -156,14 +168,14 @@ def quantize(
             w_bits=w_bits,
             a_bits=a_bits,
             images=images,
-            batch_size=batch_size,
+            batch_size=batch_of_calibration(calibration_batch, batch_size),
             target=target,
             opset=opset,
             batch=batch,
             seed=seed,
             loss=loss,
             checkpoint=checkpoint,
-            memory_limit=memory_limit,
+            memory_limit=gibibytes(memory_limit),
             skip=tuple(skip or ()),
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
@@ -176,6 +188,7 @@ def quantize(
             settings=tuple(settings or ()),
             report=report,
             command=typed(context),
+            image_options=image_options("quantize", img_size, mean, std, crop_pct, interpolation),
         )
         speak = say if shown else lambda text: None
         if plan:
@@ -198,7 +211,9 @@ def quantize(
 @app.command(name="eval")
 def evaluate(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    data: Annotated[Path, typer.Option(help="folder with one sub-folder per class, in the order of the classes")],
+    data: Annotated[
+        Path, typer.Option(help="labelled images: one sub-folder per class, or as for quantize, with labels")
+    ],
     model: Annotated[
         str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
@@ -216,6 +231,10 @@ def evaluate(
         typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
@@ -229,11 +248,13 @@ def evaluate(
         phases = showing(not as_json)
         from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
+        from ptq4vit_fx.tools.image_options import image_options
         from ptq4vit_fx.tools.named.model import Asked
 
         asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
         reference = float_outputs(asked) if against else None
-        found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind)
+        pixels = image_options("eval", None, mean, std, crop_pct, interpolation)
+        found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind, pixels)
         if as_json:
             say_json(found.to_dict())
         else:

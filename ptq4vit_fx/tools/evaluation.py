@@ -1,19 +1,24 @@
-"""Accuracy of an ONNX file on a folder of labelled images, by itself and beside the float model."""
+"""Accuracy of an ONNX file on labelled images, by itself and beside the float model."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import timm
-import timm.data
 from torch import Tensor
 
+from ptq4vit_fx.data.classes import class_number, class_numbers
+from ptq4vit_fx.data.image_files import MODES
+from ptq4vit_fx.data.pictures import Images, check_float_shape
+from ptq4vit_fx.data.preprocessing import at_size, transform_of
+from ptq4vit_fx.data.reading import read_images
+from ptq4vit_fx.data.sources import open_images
 from ptq4vit_fx.errors import failure, some_names, unknown_name, warn
 from ptq4vit_fx.export.metadata import provenance
 from ptq4vit_fx.export.pixels import image_shape, pixels_of
@@ -23,15 +28,7 @@ from ptq4vit_fx.export.proof.outputs import fixed_batch
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.tools.classifiers import Array, Runs, embedding_in, file_outputs, logits_of
-from ptq4vit_fx.tools.image_files import MODES
-from ptq4vit_fx.tools.models import (
-    ImageFolder,
-    at_size,
-    class_number,
-    class_numbers,
-    list_images,
-    read_images,
-)
+from ptq4vit_fx.tools.image_options import ImageOptions
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.neighbours import vectors_of
@@ -39,7 +36,13 @@ from ptq4vit_fx.tools.phases import CLASSIFY, Phases, calls
 from ptq4vit_fx.tools.scores import Evaluation, classified, ranks, retrieved
 from ptq4vit_fx.torch_state import independent_of_caller
 
-MODEL_OF_FILE = "pass --model with the timm model that it was made from"
+#: Pictures become pixels as the file says.
+AS_RECORDED = ImageOptions()
+#: What to do of a file without that record; `report` has neither of these options.
+ADVICE = {
+    "eval": "pass --model with the timm model that it was made from, or --mean and --std",
+    "report": "pass images in Python: ptq.report(file, data=images)",
+}
 
 
 @independent_of_caller()
@@ -51,28 +54,31 @@ def evaluate_file(
     phases: Phases,
     reference: Runs | None = None,
     kind: str | None = None,
+    options: ImageOptions = AS_RECORDED,
 ) -> Evaluation:
-    """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
+    """Classify every image of `data`, which are labelled, with the preprocessing that the file records.
 
     model: whose preprocessing to use instead, by a name as for `quantize`. phases: shows how many images are done.
     reference: the float model, which sees the same images. kind: what the output is, None for what the file says; of
-    embeddings each image is looked for among the others. Raises PTQError if no preprocessing is known, if the file
-    takes something else than images, or if the number of sub-folders is not the number of classes (unless the
-    sub-folders are named by class number). Warns (PTQWarning) of sub-folders without images.
+    embeddings each image is looked for among the others. options: what of the preprocessing is to be another. Raises
+    PTQError if no preprocessing is known, if the file takes something else than images, or if the number of sub-folders
+    is not the number of classes (unless the sub-folders are named by class number). Warns (PTQWarning) of sub-folders
+    without images.
     """
     session = open_session(file)
     channels = image_channels(session, file, "eval")
     runs = file_outputs(session, file)
     embedding = embedding_in(_shapes(session), _kind(session, file, kind))
-    folder = list_images(data, labelled=True)
-    transform = timm.data.create_transform(**preprocessing_of_file(session, file, model))
-    transform = calls(transform, phases.show, CLASSIFY, len(folder.paths))
+    folder = open_images(data, labelled=True)
+    config = preprocessing_of_file(session, file, model, options=options)
+    check_float_shape(folder, tuple(config["input_size"]), data)
+    transform = calls(transform_of(config), phases.show, CLASSIFY, len(folder.items))
     _warn_of_empty(folder, data)
-    labels, skipped = np.asarray(folder.labels), list[str]()
+    labels, skipped, classes = np.asarray(folder.labels), list[str](), 0
     seen = list[tuple[list[int], Array, Array | None]]()  # the numbers of the images, and what both give
     size = fixed_batch("eval", str(file), session) or batch_size
     with phases(CLASSIFY):
-        for numbers, pixels in _batches(read_images(folder.paths, transform, skipped, channels), size):
+        for numbers, pixels in _batches(read_images(folder.items, transform, skipped, channels), size):
             own, beside = runs(pixels), None if reference is None else reference(pixels)
             if embedding is not None:
                 seen.append((numbers, *_vectors(embedding, own, beside)))
@@ -131,10 +137,14 @@ def _joined(batches: Sequence[Array | None]) -> Any:
     return np.concatenate(arrays) if arrays else None
 
 
-def _class_names(folder: ImageFolder, classes: int) -> list[str]:
-    """Return the name of each class: that of its sub-folder, or its number."""
-    numbers = class_numbers(folder.classes)
-    return [str(number) for number in range(classes)] if numbers else list(folder.classes)
+def _class_names(folder: Images, classes: int) -> list[str]:
+    """Return the name of each class, that of its sub-folder for example, or its number."""
+    return [str(number) for number in range(classes)] if _numbered(folder) else list(folder.classes)
+
+
+def _numbered(folder: Images) -> bool:
+    """Return whether classes are known by their numbers alone."""
+    return not folder.classes or bool(class_numbers(folder.classes))
 
 
 def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[list[int], Array]]:
@@ -144,44 +154,61 @@ def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[l
 
 
 def preprocessing_of_file(
-    session: onnxruntime.InferenceSession, file: Path, model: str | None, operation: str = "eval"
+    session: onnxruntime.InferenceSession,
+    file: Path,
+    model: str | None,
+    operation: str = "eval",
+    options: ImageOptions = AS_RECORDED,
 ) -> dict[str, Any]:
-    """Return timm's data config, at the input size of the file. Raises PTQError if neither file nor model says it."""
+    """Return timm's data config, at the input size of the file. Raises PTQError if neither file nor model says it.
+
+    options: what of it is to be another.
+    """
     if model is not None:
         config = load_model(Asked(model, pretrained=False)).preprocessing
     else:
         properties = session.get_modelmeta().custom_metadata_map
         known = recorded(properties, str(file))
+        if known is None and options.mean is not None and options.std is not None:
+            known = {"mean": options.mean, "std": options.std, "interpolation": "bicubic"}
         if known is None:
             raise failure(
                 operation,
                 str(file),
                 expected="a file that records its preprocessing, as `ptq4vit quantize` writes it",
                 got="no such record",
-                do=MODEL_OF_FILE if operation == "eval" else "pass images in Python: ptq.report(file, data=images)",
+                do=ADVICE[operation],
             )
         config = known
     pixels = pixels_of(session, str(file), operation)
     if pixels is not None:  # a file that scales its images itself does so by its own numbers
+        if options.mean is not None or options.std is not None:
+            do = "leave --mean and --std out"
+            raise failure(operation, str(file), expected="a file of float images", got="one that scales itself", do=do)
         config = config | {"mean": pixels.mean, "std": pixels.std}
     size: Any = tuple(image_shape(session, pixels)[1:])
-    return at_size(config, size)
+    return options.applied(at_size(config, size))
 
 
-def _check_classes(folder: ImageFolder, classes: int, data: Path) -> None:
+def _check_classes(folder: Images, classes: int, data: Path) -> None:
     _check_names(folder, classes, data)
-    numbered = bool(class_numbers(folder.classes))
-    if max(folder.labels) >= classes or (len(folder.classes) != classes and not numbered):
-        raise failure(
-            "eval",
-            str(data),
-            expected=f"{classes} sub-folders, one per class of the model",
-            got=f"{len(folder.classes)}" + (f", numbered up to {max(folder.labels)}" if numbered else ""),
-            do="name the sub-folders by class number (0, 1, ...) if some classes have no images",
-        )
+    numbered, highest = _numbered(folder), max(folder.labels)
+    if highest < classes and (len(folder.classes) == classes or numbered):
+        return
+    if not os.path.isdir(data) or not folder.classes:
+        got = f"{len(folder.classes)}" if folder.classes else f"numbers up to {highest}"
+        do = "pass the images that the model was trained for"
+        raise failure("eval", str(data), expected=f"the {classes} classes of the model", got=got, do=do)
+    raise failure(
+        "eval",
+        str(data),
+        expected=f"{classes} sub-folders, one per class of the model",
+        got=f"{len(folder.classes)}" + (f", numbered up to {highest}" if numbered else ""),
+        do="name the sub-folders by class number (0, 1, ...) if some classes have no images",
+    )
 
 
-def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
+def _check_names(folder: Images, classes: int, data: Path) -> None:
     """Raise PTQError if one name among numbers makes the order of the names another one than that of the numbers.
 
     Warn if all are numbers, and their order as text, which is that of torchvision's ImageFolder, is another one.
@@ -205,7 +232,7 @@ def _check_names(folder: ImageFolder, classes: int, data: Path) -> None:
         )
 
 
-def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
+def _warn_of_empty(folder: Images, data: Path) -> None:
     filled = set(folder.labels)
     numbers = class_numbers(folder.classes)
     empty = [name for place, name in enumerate(folder.classes) if numbers.get(name, place) not in filled]

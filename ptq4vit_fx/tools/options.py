@@ -1,4 +1,4 @@
-"""Options of `ptq4vit quantize` that are declared outside of its function: a type each, as typer reads it there."""
+"""Options that are declared outside of their commands, a type each, as typer reads it there; most of `quantize`."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ Agreement = Annotated[
 Minimize = Annotated[str, typer.Option(help="what --agreement makes small: time, size or bits")]
 TimingsFile = Annotated[Path | None, typer.Option(help="of `ptq4vit timings` (default: products are timed here)")]
 Advise = Annotated[bool, typer.Option("--advise", help="print what int8 would save here, and write nothing")]
+ImgSize = Annotated[str | None, typer.Option(help="pixels, as 384 or 384x256: height and width (default: the model's)")]
+Mean = Annotated[
+    str | None, typer.Option(help="of values from 0 to 1, as 0.5,0.5,0.5 (default: the model's, or file's)")
+]
+Std = Annotated[str | None, typer.Option(help="of values from 0 to 1, as --mean")]
+CropPct = Annotated[float | None, typer.Option(help="share of the scaled image that is seen")]
+Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest, box, hamming or lanczos")]

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -22,10 +22,8 @@ from ptq4vit_fx.quantizers import describe_quantizer
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.mappings import said_of
 from ptq4vit_fx.tools.request import Request
+from ptq4vit_fx.tools.source import Source
 from ptq4vit_fx.tools.summary import wrapped
-
-if TYPE_CHECKING:
-    from ptq4vit_fx.tools.quantizing import Source
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _multiplications(prepared: GraphModule) -> tuple[int, int]:
 def _memory(prepared: GraphModule, request: Request, images: int, device: torch.device) -> Memory:
     """Return what calibration takes, counted as it counts; raises PTQError if the limit does not hold a product."""
     chosen = request.memory_limit is not None
-    limit = round(request.memory_limit * 2**30) if request.memory_limit is not None else default_memory_limit(device)
+    limit = request.memory_limit if request.memory_limit is not None else default_memory_limit(device)
     budget, ops = MemoryBudget.of(prepared, limit, chosen=chosen), plan_of(prepared).ops
     passes = len(ops) if request.sequential else len(budget.groups(ops, images))
     return Memory(limit, images * sum(budget.captured.values()), passes)

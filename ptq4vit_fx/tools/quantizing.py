@@ -1,68 +1,41 @@
-"""`ptq4vit quantize`: a model by name and a folder of images in, a file and what is known of it out."""
+"""`ptq4vit quantize`: a model by name and images in, a file and what is known of it out."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import timm.data
 import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
 from ptq4vit_fx.calibrating.losses import has_logits
+from ptq4vit_fx.data.pictures import short_name
 from ptq4vit_fx.errors import PTQError, foreign
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.onnx_export import ExportReport
-from ptq4vit_fx.export.proof.against_float import AgainstFloat, Kind
+from ptq4vit_fx.export.proof.against_float import AgainstFloat
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import SECONDS, Latency, measure_latency
 from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
 from ptq4vit_fx.files import scratch
-from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.outputs import plain_outputs
 from ptq4vit_fx.tools import phases as phase
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.devices import check_device
-from ptq4vit_fx.tools.held_out import MOST, Compared, images_to_compare
 from ptq4vit_fx.tools.mappings import said_of, set_apart
-from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
-from ptq4vit_fx.tools.named.kinds import load_model
-from ptq4vit_fx.tools.phases import Phases, calls
+from ptq4vit_fx.tools.phases import Phases
 from ptq4vit_fx.tools.planning import Planned, planned
 from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
+from ptq4vit_fx.tools.source import Say, Source, read_source
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.tools.tuned_request import tuned_model
 from ptq4vit_fx.twins import choose_twins
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The float model, how its images are prepared, and those that were read; skipped: `path: reason` of the others.
-
-    kind: what its output is, None where neither the user nor the model says it.
-    """
-
-    network: nn.Module
-    labels: list[str] | None
-    preprocessing: dict[str, Any]
-    pixels: Tensor
-    skipped: tuple[str, ...]
-    compared: Compared
-    kind: Kind | None
-    tuned_on: Compared | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +58,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
     Raises PTQError on anything that cannot be done; what can be checked is checked before the work.
     """
     check_request(request)
-    source = _source(request, say, phases)
+    source = read_source(request, say, phases)
     prepared = _calibrated(request, source, say, phases)
     with phases(phase.CONVERT):
         converted = convert_fx(prepared)
@@ -124,6 +97,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         warnings=tuple(heard),
         report=request.report,
         phases=phases.seconds,
+        file_batch=request.batch,
     )
     if request.report is not None:
         with phases(phase.REPORT):
@@ -134,7 +108,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
 def _against_float(request: Request, source: Source, exported: ExportReport, phases: Phases) -> AgainstFloat:
     compared = source.compared
     batches = list(torch.split(compared.pixels, request.batch_size))
-    names = [os.path.relpath(name, request.data) for name in compared.names]
+    names = [short_name(picture, request.data) for picture in compared.pictures]
     known: dict[str, Any] = {"kind": request.kind, "names": names, "unseen": compared.unseen}
     return compare_float(exported.path, source.network, batches, **known, progress=phases.show)
 
@@ -142,48 +116,9 @@ def _against_float(request: Request, source: Source, exported: ExportReport, pha
 def plan_folder(request: Request, say: Say, phases: Phases) -> Planned:
     """Return what `quantize_folder` would do, without doing it; raises PTQError on what it would refuse."""
     check_request(request)
-    source = _source(request, say, phases)
+    source = read_source(request, say, phases)
     with phases(phase.TRACE):
         return planned(request, source)
-
-
-def _source(request: Request, say: Say, phases: Phases) -> Source:
-    """Read the model and the images; calibration takes some, evenly spread over the folder, a comparison others."""
-    listed = list_images(request.data)
-    if not phases.drawn:
-        huggingface_hub.utils.disable_progress_bars()  # the hub's own bars are for terminals
-    with phases(phase.MODEL, drawn=False):
-        named = load_model(request.asked())
-    for line in named.said:
-        say(line)
-    preprocessing = named.preprocessing
-    labels = request.destination.class_names(named.network) or (list(named.labels) if named.labels else None)
-    channels = preprocessing["input_size"][0]
-    if request.batch is not None:
-        size, what = (
-            COPIES * FLOAT_BYTES * request.batch * math.prod(preprocessing["input_size"]),
-            "so many images at once",
-        )
-        check_memory("quantize", f"--batch {request.batch}", size, what=what, do="choose a smaller one")
-    if channels == 1:
-        mean, std = (preprocessing[key][0] for key in ("mean", "std"))
-        say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
-    transform, skipped = timm.data.create_transform(**preprocessing), list[str]()
-    with phases(phase.READ):
-        taken = evenly_spread(listed.paths, request.images)
-        total = len(taken) + min(MOST, len(listed.paths) - len(taken))
-        transform = calls(transform, phases.show, phase.READ, total)
-        calibrated = load_named(taken, transform, skipped, channels)
-        compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
-        tuned_on = None
-        if request.agreement is not None:  # others than those of the last comparison, where there are enough
-            seen = (*taken, *map(Path, compared.names))
-            tuned_on = images_to_compare(listed.paths, seen, calibrated, transform, channels)
-            tuned_on = tuned_on if tuned_on.unseen else compared
-    if skipped:
-        say(said_of_skipped(skipped))
-    kind = request.kind or named.kind
-    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind, tuned_on)
 
 
 def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
@@ -197,7 +132,7 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
     options: dict[str, Any] = {
         "seed": request.seed,
         "loss": request.loss or _loss_of(source),
-        "memory_limit": None if request.memory_limit is None else round(request.memory_limit * 2**30),
+        "memory_limit": request.memory_limit,
         "device": check_device(request.device),
         "sequential": request.sequential,
         "progress": phases.show,

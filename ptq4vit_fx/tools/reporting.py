@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import timm.data
 from torch import Tensor, nn
 
+from ptq4vit_fx.data.pictures import check_float_shape, evenly_spread, short_name
+from ptq4vit_fx.data.preprocessing import transform_of
+from ptq4vit_fx.data.reading import load_named, said_of_skipped
+from ptq4vit_fx.data.sources import open_images
 from ptq4vit_fx.errors import failure, warn
 from ptq4vit_fx.export.proof.operator_times import OperatorTimes
 from ptq4vit_fx.export.proof.runtime import open_session
@@ -18,7 +21,6 @@ from ptq4vit_fx.export.report.content import Known, Report
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.tools.classifiers import is_file
 from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
-from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import MEASURE, READ, Phases
@@ -74,19 +76,20 @@ def report_on(request: ReportRequest, phases: Phases) -> Report:
 
 
 def _images(request: ReportRequest) -> tuple[Tensor | None, Sequence[str]]:
-    """Return the images of the folder as the file wants them, and their paths in it; None without a folder."""
+    """Return the images of --data as the file wants them, and what each is called there; None without any."""
     if request.data is None:
         return None, ()
     file = Path(request.subject)
     session = open_session(file)
     channels = image_channels(session, file, "report")
-    transform = timm.data.create_transform(**preprocessing_of_file(session, file, None, "report"))
+    config, listed = preprocessing_of_file(session, file, None, "report"), open_images(request.data)
+    check_float_shape(listed, tuple(config["input_size"]), request.data)
     skipped: list[str] = []
-    taken = evenly_spread(list_images(request.data).paths, request.images)
-    paths, pixels = load_named(taken, transform, skipped, channels)
+    taken = [listed.items[number] for number in evenly_spread(len(listed.items), request.images)]
+    pictures, pixels = load_named(taken, transform_of(config), skipped, channels)
     if skipped:
         warn(f"report: {said_of_skipped(skipped)}")
-    return pixels, [str(path.relative_to(request.data)) for path in paths]
+    return pixels, [short_name(picture, request.data) for picture in pictures]
 
 
 def _float_model(request: ReportRequest) -> nn.Module | str | None:

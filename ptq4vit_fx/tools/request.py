@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.errors import failure, unknown_name, warn
 from ptq4vit_fx.export.onnx_export import check_target
 from ptq4vit_fx.export.proof.against_float import KINDS, Kind
 from ptq4vit_fx.files import check_writable
+from ptq4vit_fx.inputs.sizes import bytes_of
 from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.tools.devices import check_device
+from ptq4vit_fx.tools.image_options import ImageOptions
 from ptq4vit_fx.tools.layouts import Destination
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.tuned_request import check_tuning
@@ -25,9 +27,11 @@ SEEDS = range(-(2**63), 2**64)
 class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
-    bench: measure the file beside the float file. report: a page to write; command: what was typed, for that page.
-    kind: what the output is, None for `compare_float` to decide. settings: what `--set` says, which is in the mapping.
-    agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of a file or of this CPU.
+    batch_size: images per forward of the calibration; batch: the only number of images that the file takes.
+    memory_limit: bytes. bench: measure the file beside the float file. report: a page to write; command: what was
+    typed, for that page. kind: what the output is, None for `compare_float` to decide. settings: what `--set` says,
+    which is in the mapping. agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of
+    a file or of this CPU. image_options: what of the preprocessing is to be another than the model's.
     """
 
     model: str
@@ -50,7 +54,7 @@ class Request:
     seed: int
     loss: str | None
     checkpoint: Path | None
-    memory_limit: float | None
+    memory_limit: int | None
     skip: tuple[str, ...]
     float_onnx: str | None
     kind: Kind | None
@@ -63,10 +67,36 @@ class Request:
     agreement: float | None = None
     minimize: str = "time"
     timings: Path | None = None
+    image_options: ImageOptions = field(default_factory=ImageOptions)
 
     def asked(self) -> Asked:
         """Return the float model that is asked for."""
         return Asked(self.model, self.weights, self.weights_entry, self.ema, self.model_args)
+
+
+def batch_of_calibration(images: int, old: int | None) -> int:
+    """Return --calibration-batch; old: by the name that it had, which one may take for that of the file's batch."""
+    if old is None:
+        return images
+    warn(
+        f"quantize: --batch-size {old}: read as --calibration-batch {old}, images per forward of the calibration; a "
+        f"file that takes batches of {old} alone is --file-batch {old}"
+    )
+    return old
+
+
+def gibibytes(text: str | None) -> int | None:
+    """Return the bytes of --memory-limit, a number of GiB or one with its unit; raises PTQError on anything else."""
+    if text is None:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        return bytes_of(text, "quantize", "--memory-limit")
+    if not 0 < number < math.inf:
+        do = "leave it out for half of what is free"
+        raise failure("quantize", "--memory-limit", expected="GiB above 0", got=f"{number:g}", do=do)
+    return round(number * 2**30)
 
 
 def check_request(request: Request) -> None:
@@ -81,9 +111,6 @@ def check_request(request: Request) -> None:
             ("none", "add --weights FILE") if request.weights is None else ("--weights-entry", "leave one of them out")
         )
         raise failure("quantize", option, expected="a file of weights to choose in", got=got, do=do)
-    if request.memory_limit is not None and not 0 < request.memory_limit < math.inf:
-        do = "leave it out for half of what is free"
-        raise failure("quantize", "--memory-limit", expected="GiB above 0", got=f"{request.memory_limit:g}", do=do)
     if request.seed not in SEEDS:
         do = "choose a smaller number"
         raise failure("quantize", "--seed", expected="an integer of 64 bits", got=str(request.seed), do=do)

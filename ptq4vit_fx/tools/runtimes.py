@@ -47,7 +47,7 @@ RUNTIMES = (
     ),
     Runtime(
         "TensorRT",
-        "--target tensorrt --recipe tensorrt --batch 8",
+        "--target tensorrt --recipe tensorrt --file-batch 8",
         "On GPUs int8 ViTs are usually no faster than fp16; measured by others: NVIDIA/TensorRT issue 4273 (A100, "
         "V100, A10), NVIDIA/Model-Optimizer issue 167 (T4). Time fp16 first. Files are checked by rules, not run here.",
     ),
@@ -59,7 +59,7 @@ RUNTIMES = (
     Runtime("DirectML", "--target generic", "Plain QDQ of standard operators; not tried here. Time fp16 first."),
     Runtime(
         "QNN (Qualcomm)",
-        "--target generic --twins uniform --batch 1",
+        "--target generic --twins uniform --file-batch 1",
         "Not tried here. Its NPU takes fixed shapes and wants every tensor quantized; files of this package keep "
         "norms, softmax and residuals in float, so that parts of the model will run on the CPU.",
     ),

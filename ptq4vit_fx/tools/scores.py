@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptq4vit_fx.data.reading import said_of_skipped
 from ptq4vit_fx.export.proof.against_float import Kind, Share
-from ptq4vit_fx.tools.models import said_of_skipped
 from ptq4vit_fx.tools.neighbours import alone, neighbours, unit
 
 Array = NDArray[Any]

@@ -27,7 +27,8 @@ class Summary:
     reason` of those that it could not read; seconds: it took. why_seen: why the images of the comparison are those of
     the calibration, "" if they are not. float_file: the float model's file, None if it was not kept; float_bytes: of
     that file, or of its weights. expensive: product -> share of the distance of all products. flags: options that would
-    help. warnings: those on the way. phases: seconds of each. report: the page that was written.
+    help. warnings: those on the way. phases: seconds of each. report: the page that was written. file_batch: the only
+    number of images that the file takes, None of any.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Summary:
     phases: Mapping[str, float] = field(default_factory=dict)
     set_apart: int = 0
     report: str | None = None
+    file_batch: int | None = None
 
     def complaints(self) -> tuple[str, ...]:
         """Return what the user must know first, a sentence each; nothing of a file that is as good as float."""
@@ -99,7 +101,7 @@ class Summary:
             ("simulation", f"{'the file computes it' if self.verified.ok else 'NOT what the file computes'}: {exact}"),
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
-            ("", f"{size}, opset {report.opset}, target {report.target}"),
+            ("", f"{size}, opset {report.opset}, target {report.target}{self._only_batch()}"),
             ("runtime", made_for(report.target)),
             ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
             ("", f"calibrated in {self.seconds:.1f} s"),
@@ -111,6 +113,9 @@ class Summary:
         lines = [line for word, text in rows for line in wrapped(word, printable(text))]
         evaluate, inspect = (printable(command) for command in self.next_commands())  # whole, to be copied
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
+
+    def _only_batch(self) -> str:
+        return "" if self.file_batch is None else f", takes batches of {self.file_batch} only"
 
     def next_commands(self) -> tuple[str, str]:
         """Return the commands to go on with."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import timm.data
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq4vit_fx.api import calibrate, load_calibration
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.errors import failure, foreign
-from ptq4vit_fx.export.metadata import PLAN_KEY, provenance
+from ptq4vit_fx.data.pictures import check_float_shape, evenly_spread
+from ptq4vit_fx.data.preprocessing import at_size, transform_of
+from ptq4vit_fx.data.reading import load_named
+from ptq4vit_fx.data.sources import open_images
+from ptq4vit_fx.errors import failure, foreign, quoted
+from ptq4vit_fx.export.metadata import PLAN_KEY, PROVENANCE_KEY, provenance
 from ptq4vit_fx.export.model_files import load_file
+from ptq4vit_fx.export.preprocessing import SIZE, recorded
+from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named
+from ptq4vit_fx.tools.image_options import ImageOptions
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tuning.mixing import model_of_plan
@@ -49,10 +56,10 @@ def explain(
     if not isinstance(name, str):
         do = "pass --model"
         raise failure("why", str(file), expected="the name of its model", got="none", do=do)
-    named = load_model(Asked(name, weights, entry, arguments=arguments or _arguments(facts)))
-    network = named.network
+    asked = Asked(name, weights, entry, arguments=arguments or _arguments(facts))
+    network, preprocessing = _as_recorded(asked, facts, str(file))
     with status("read images"):
-        pixels = _pixels(data, named.preprocessing, images + (0 if calibration is not None else CALIBRATED))
+        pixels = _pixels(data, preprocessing, images + (0 if calibration is not None else CALIBRATED))
     prepared = model_of_plan(network, plan, pixels[:1])
     if calibration is None:
         count = min(CALIBRATED, len(pixels) // 2)
@@ -81,7 +88,25 @@ def _arguments(facts: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, said)) if isinstance(said, list) else ()
 
 
+def _as_recorded(asked: Asked, facts: dict[str, Any], file: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model, and how its images are prepared, at the size and as the file says, else as the model does."""
+    named = load_model(asked)
+    known = recorded({PROVENANCE_KEY: json.dumps(facts)}, file, "why")
+    own = tuple(named.preprocessing[SIZE])
+    if known is None:
+        return named.network, named.preprocessing
+    size = facts["preprocessing"].get(SIZE, own)
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(x, int) and x > 0 for x in size):
+        do = "pass a file that quantize wrote, or a calibration"
+        raise failure("why", file, expected="channels, height and width of its images", got=quoted(size), do=do)
+    check_memory("why", file, COPIES * FLOAT_BYTES * math.prod(size), what="an image", do="pass another file")
+    if tuple(size) != own:  # built with --img-size
+        named = ImageOptions(size=(size[1], size[2])).build(asked)
+    return named.network, at_size(known, tuple(size))
+
+
 def _pixels(data: Path, preprocessing: dict[str, Any], count: int) -> Tensor:
-    transform = timm.data.create_transform(**preprocessing)
-    paths = evenly_spread(list_images(data).paths, count)
-    return load_named(paths, transform, [], preprocessing["input_size"][0])[1]
+    listed = open_images(data)
+    check_float_shape(listed, tuple(preprocessing[SIZE]), data)
+    taken = [listed.items[number] for number in evenly_spread(len(listed.items), count)]
+    return load_named(taken, transform_of(preprocessing), [], preprocessing[SIZE][0])[1]

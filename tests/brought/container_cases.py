@@ -217,7 +217,9 @@ def pillow_as_example() -> None:
     ptq.prepare_fx(vit(), QUICK, Image.new("RGB", (32, 32)))
 
 
-@brought("data", "a path as data", refused="got 'photos/'; read and preprocess the images first")
+@brought(
+    "data", "a path that leads nowhere", refused="read images: photos: expected a folder of images, got no such fo"
+)
 def path_as_data() -> None:
     calibrated("photos/")
 

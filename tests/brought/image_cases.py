@@ -12,13 +12,18 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import ptq4vit_fx as ptq
 from brought import brought
 from brought.command import VIT, command, vit_checkpoint
 from brought.pipeline import QUICK, pictures, vit
-from ptq4vit_fx.tools.models import list_images, load_named
+from ptq4vit_fx.data.folders import list_images
+from ptq4vit_fx.data.pictures import evenly_spread
+from ptq4vit_fx.data.preprocessing import data_config, transform_of
+from ptq4vit_fx.data.reading import load_named
+from ptq4vit_fx.data.sources import open_images
 
 SHADES = np.kron(np.random.default_rng(0).integers(0, 65536, (4, 4)), np.ones((8, 8))).astype(np.uint16)
 TRANSFORMS = {
@@ -48,7 +53,7 @@ def folder(**files: Any) -> Iterator[Path]:
 def loaded(root: Path, channels: int = 3) -> Tensor:
     """Return the images of a folder, none of which may be skipped."""
     skipped: list[str] = []
-    images = load_named(list_images(root, limit=100).paths, TRANSFORMS[channels], skipped, channels)[1]
+    images = load_named(list_images(root).items, TRANSFORMS[channels], skipped, channels)[1]
     assert not skipped
     return images
 
@@ -68,7 +73,7 @@ def sixteen_bits() -> None:
             torch.testing.assert_close(loaded(root), expected, rtol=0, atol=1e-6)
     with folder(a_tif=unit - 7, b_png=right) as root:
         skipped: list[str] = []
-        assert len(load_named(list_images(root, limit=9).paths, TRANSFORM, skipped)[1]) == 1
+        assert len(load_named(list_images(root).items, TRANSFORM, skipped)[1]) == 1
         assert "what is black and white is not known" in skipped[0]
 
 
@@ -105,7 +110,7 @@ def broken_files() -> None:
         (root / "e.png").write_bytes(whole[: len(whole) // 2])
         (root / "f.png").symlink_to(root / "nowhere.png")
         skipped: list[str] = []
-        assert len(load_named(list_images(root, limit=9).paths, TRANSFORM, skipped)[1]) == 1
+        assert len(load_named(list_images(root).items, TRANSFORM, skipped)[1]) == 1
         assert [Path(line.split(":")[0]).name for line in skipped] == ["b.png", "c.jpg", "d.png", "e.png", "f.png"]
         assert "exceeds limit" in skipped[2]
 
@@ -113,7 +118,7 @@ def broken_files() -> None:
 @brought("data", "nothing but broken files", refused="expected one readable image or more, got none of 2, the first: ")
 def all_broken() -> None:
     with folder(a_png="not an image", b_png="nor this") as root:
-        load_named(list_images(root, limit=9).paths, TRANSFORM, [])[1]
+        load_named(list_images(root).items, TRANSFORM, [])[1]
 
 
 @brought("data", "hidden files and folders, and what programs leave behind", quick=True)
@@ -127,7 +132,7 @@ def hidden_folders() -> None:
             image.save(path)
         listed = list_images(root, labelled=True)
         assert listed.labels == (0, 1, 2, 3, 4, 6)
-        assert len(list_images(root).paths) == 6
+        assert len(list_images(root).items) == 6
 
 
 @brought("data", "class folders that are links, linked images, links in a circle", quick=True)
@@ -139,8 +144,8 @@ def links() -> None:
         (root / "sub" / "b" / "up").symlink_to(root / "sub")
         listed = list_images(root / "sub", labelled=True)
         assert listed.classes == ("a", "b", "c")
-        assert {path.name: label for path, label in zip(listed.paths, listed.labels, strict=True)}["2.png"] == 1
-        assert len(list_images(root / "sub").paths) == 3
+        assert {path.name: label for path, label in zip(listed.items, listed.labels, strict=True)}["2.png"] == 1
+        assert len(list_images(root / "sub").items) == 3
 
 
 @brought("data", "a class folder without images")
@@ -150,18 +155,57 @@ def empty_class() -> None:
         assert list_images(root, labelled=True).labels == (0, 2)
 
 
-@brought("data", "an archive of images", refused="got an archive; unpack it and pass the folder")
+@brought("data", "an archive of images that is none", refused="images.zip: expected a zip archive, got BadZipFile")
 def archive() -> None:
     with folder(images_zip="PK") as root:
-        list_images(root / "images.zip")
+        open_images(root / "images.zip")
+
+
+@brought("data", "an archive that nothing here unpacks", refused="got an archive; unpack it and pass the folder")
+def other_archive() -> None:
+    with folder(images_7z="7z") as root:
+        open_images(root / "images.7z")
 
 
 @brought(
-    "data", "an array file of images", refused="got a file of arrays; pass preprocessed arrays to ptq4vit_fx.quant"
+    "data", "an array file of images that is none", refused="images.npy: expected an array of NumPy, got ValueError"
 )
 def array_file() -> None:
     with folder(images_npy="x") as root:
-        list_images(root / "images.npy")
+        open_images(root / "images.npy")
+
+
+@brought("data", "a folder, by its path, and the pictures themselves, in Python", quick=True)
+def pictures_in_python() -> None:
+    shades = [picture(10 * number) for number in range(40)]
+    with folder(**{f"{number:02}_png": shade for number, shade in enumerate(shades)}) as root:
+        transform = transform_of(data_config(vit()))
+        pixels = torch.stack([transform(shades[number]) for number in evenly_spread(40, 32)])
+        expected = ptq.quantize(vit(), pixels, qconfig_mapping=QUICK, progress=False).calibration.fingerprint()
+        prepared = ptq.prepare_fx(vit(), QUICK, pixels[:1])
+        items = [{"image": shade, "label": 3} for shade in shades]
+        array = np.stack([np.asarray(shade) for shade in shades])
+        for data in (root, str(root), shades, [str(path) for path in list_images(root).items], items, array):
+            assert ptq.calibrate(prepared, data, progress=False, memory_limit="2GiB").fingerprint() == expected
+        converted = ptq.quantize(vit(), shades, qconfig_mapping=QUICK, progress=False, transform=transform)
+        assert converted.calibration.fingerprint() == expected
+        named = [{"pixel_values": batch} for batch in pixels.split(8)]
+        assert ptq.calibrate(prepared, named, progress=False).fingerprint() == expected
+        plain = DataLoader(TensorDataset(pixels), batch_size=8)
+        doubled = ptq.calibrate(prepared, plain, progress=False, transform=lambda x: x * 2)
+        assert doubled.fingerprint() == calibrated(pixels * 2)
+
+
+def calibrated(pixels: Tensor) -> str:
+    prepared = ptq.prepare_fx(vit(), QUICK, pixels[:1])
+    return ptq.calibrate(prepared, pixels, progress=False).fingerprint()
+
+
+@brought(
+    "data", "pictures for a model that says nothing of them", refused="expected transform= beside pictures, got a m"
+)
+def pictures_without_transform() -> None:
+    ptq.quantize(nn.Sequential(vit()).eval(), [picture(), picture(7)], qconfig_mapping=QUICK, progress=False)
 
 
 @brought("data", "a folder without images", refused="got 1 other files, such as table.csv")

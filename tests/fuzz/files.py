@@ -24,12 +24,12 @@ import ptq4vit_fx as ptq
 from fuzz.models import IMAGES, prepared
 from fuzz.mutations import changed_bytes
 from fuzz.target import Target
+from ptq4vit_fx.data.reading import read_images
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.inspection import inspect_file
 from ptq4vit_fx.export.scales import read_scales
 from ptq4vit_fx.tools.checkpoints import load_weights
 from ptq4vit_fx.tools.evaluation import evaluate_file
-from ptq4vit_fx.tools.models import read_images
 from ptq4vit_fx.tools.phases import Phases
 
 TRANSFORM = timm.data.create_transform((3, 16, 16))
@@ -69,7 +69,7 @@ def image_reader() -> Target:
     """Return the reader of a folder's images, on images of every format with bytes changed, and other bytes."""
     wholes = [picture(kind) for kind in FORMATS]
     inputs = st.one_of(*map(changed_bytes, wholes), st.binary(max_size=200))
-    return Target("images", "images, `tools/image_files.py`", inputs, from_file(read_picture, "a.png"))
+    return Target("images", "images, `data/image_files.py`", inputs, from_file(read_picture, "a.png"))
 
 
 def read_onnx(path: Path, images: Path) -> None:

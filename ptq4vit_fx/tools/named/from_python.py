@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from ptq4vit_fx.data.preprocessing import data_config
 from ptq4vit_fx.errors import PTQError, failure, near_names, reason_of
 from ptq4vit_fx.files import not_a_file
-from ptq4vit_fx.tools.models import data_config, parse_arguments
+from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.model import CREATE, Asked, NamedModel, guessed_preprocessing, with_weights
 
 #: Folders of code that is not the user's: its lines say nothing to him.

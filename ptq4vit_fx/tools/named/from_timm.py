@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ptq4vit_fx.data.preprocessing import data_config
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.inputs.records import Place, read_json
 from ptq4vit_fx.inputs.sizes import check_memory
-from ptq4vit_fx.tools.models import check_name, data_config, timm_model, translated
+from ptq4vit_fx.tools.models import check_name, timm_model, translated
 from ptq4vit_fx.tools.named.model import CREATE, Asked, NamedModel, with_weights
 
 LOCAL = "local-dir:"
