@@ -188,7 +188,7 @@ def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -
     if request.agreement is None:
         calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
     else:
-        prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **options)
+        prepared = tuned_model(request, prepared, batches, source.tuned_on, say, kind=source.kind, **options)
     if request.twins == "auto":
         prepared, choice = choose_twins(prepared, batches, **options)
         say(str(choice))
