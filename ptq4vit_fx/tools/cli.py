@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 
 
 def _version(asked: bool) -> None:
@@ -99,7 +98,7 @@ def quantize(
     bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     layout: Annotated[
         str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
     ] = "file",
@@ -116,7 +115,7 @@ def quantize(
     config: options.Config = None,
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
-    report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
+    report: options.Report = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     with readable_errors(checkpoint) as heard:
@@ -193,20 +192,17 @@ def evaluate(
         str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
     output_kind: Annotated[
         str | None,
         typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
     with readable_errors():
@@ -247,23 +243,23 @@ def report(
     subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
     data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare and time with")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
     calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
     images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
     bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
     with readable_errors():
+        from ptq4vit_fx.tools.named.model import Asked
         from ptq4vit_fx.tools.reporting import ReportRequest, report_on
 
-        given = (weights, weights_entry, tuple(model_arg or ()))
-        request = ReportRequest(subject, out, data, against, *given, calibration, images, bench)
+        reference = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
+        request = ReportRequest(subject, out, data, reference, calibration, images, bench)
         found = report_on(request, complaints.status)
         if as_json:
             say_json(found.to_dict())
