@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ptq4vit_fx.errors import failure, unknown_name
@@ -14,6 +14,7 @@ from ptq4vit_fx.inputs.changes import Change, listed
 from ptq4vit_fx.names import is_inside, is_meant
 from ptq4vit_fx.product_forms import FORMS
 from ptq4vit_fx.quantizers import Quantizer, Uniform, check_bits
+from ptq4vit_fx.views.rules import rules_of
 from ptq4vit_fx.views.tabular import Tabular
 
 #: Object types that users may name, and the kind of product that each stands for.
@@ -162,13 +163,8 @@ class QConfigMapping(Tabular):
     def set_object_type(self, object_type: Any, qconfig: QConfig | None) -> QConfigMapping:
         """Use `qconfig` for every product of this type; raises PTQError if products have no such type."""
         if object_type not in OBJECT_KINDS:
-            raise failure(
-                "set_object_type",
-                repr(object_type),
-                expected="one of nn.Linear, nn.Conv2d, torch.matmul",
-                got=repr(object_type),
-                do="name the modules instead, with set_module_name or set_module_name_regex",
-            )
+            expected, do = "one of nn.Linear, nn.Conv2d, torch.matmul", "call set_module_name or set_module_name_regex"
+            raise failure("set_object_type", repr(object_type), expected=expected, got=repr(object_type), do=do)
         self.object_types[object_type] = qconfig
         return self
 
@@ -177,13 +173,8 @@ class QConfigMapping(Tabular):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise failure(
-                "set_module_name_regex",
-                repr(pattern),
-                expected="a regular expression",
-                got=str(error),
-                do="escape it or use set_module_name",
-            ) from error
+            expected, do = "a regular expression", "escape it or use set_module_name"
+            raise failure("set_module_name_regex", repr(pattern), expected=expected, got=str(error), do=do) from error
         self.module_name_regexes[pattern] = qconfig
         return self
 
@@ -198,18 +189,7 @@ class QConfigMapping(Tabular):
 
     def records(self) -> list[dict[str, Any]]:
         """Return a dictionary per rule, JSON-ready, lowest precedence first; without quantizers: it leaves float."""
-        rules: list[tuple[str, str, QConfig | None]] = [("global", "", self.global_qconfig)][
-            : bool(self.global_qconfig)
-        ]
-        rules += [("object type", OBJECT_KINDS[key], qconfig) for key, qconfig in self.object_types.items()]
-        rules += [("module name pattern", key, qconfig) for key, qconfig in self.module_name_regexes.items()]
-        rules += [("module name", key, qconfig) for key, qconfig in self.module_names.items()]
-        named = [entry.name for entry in fields(QConfig) if entry.name != "search"]
-        return [
-            {"rule": rule, "key": key}
-            | {name: own and own.describe() for name in named for own in [getattr(qconfig, name, None)]}
-            for rule, key, qconfig in rules
-        ]
+        return rules_of(self)
 
     def resolve(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
         """Return the QConfig of a product and the rule that gave it (None if no rule matches)."""

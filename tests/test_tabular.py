@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def shown(small_converted, small_images, small_vit) -> dict[str, Tabular]:
     return {
         "Calibration": small_converted.calibration,
         "QuantPlan": small_converted.plan,
-        "QConfigMapping": ptq.recipes.best(4, 8).set_module_name("head", None),
+        "QConfigMapping": ptq.recipes.best(4, 8).set_module_name("head", None).with_bits("blocks.0", w=8),
         "ExportReport": ptq.ExportReport(Path("m.onnx"), 2_000_000, 8_000_000, {"MatMul": 3}, 16, 20, "generic"),
         "VerifyReport": layers,
         "AgainstFloat": against_float(logits, logits),
@@ -33,7 +34,7 @@ def shown(small_converted, small_images, small_vit) -> dict[str, Tabular]:
 BRIEFS = {
     "Calibration": "Calibration(28 of 28 sites, 12 images, recipe best(8, 8, weights='channel', twins='exact'))",
     "QuantPlan": "QuantPlan(14 products, 28 sites, 0 left float, recipe best(8, 8, weights='channel', twins='exact'))",
-    "QConfigMapping": "QConfigMapping(best(4, 8, weights='channel', twins='exact'), 2 rules)",
+    "QConfigMapping": "QConfigMapping(best(4, 8, weights='channel', twins='exact'), 3 rules)",
     "ExportReport": "ExportReport(m.onnx, 2.00 MB, opset 20, target generic, 16 sites)",
     "VerifyReport": "VerifyReport(the file computes the simulation, bit-equal on 100.0% of 12 images)",
     "AgainstFloat": "AgainstFloat(same class on 12 of 12 images: 100.0% (95%: 75.8% to 100.0%))",
@@ -51,9 +52,13 @@ def test_a_value_is_one_line_and_a_table(shown, name):
 
 
 def test_what_the_tables_say(shown):
-    first, *_, last = shown["QConfigMapping"].records()
+    first, last, change = shown["QConfigMapping"].records()
     assert (first["rule"], first["weight"], first["softmax"]) == ("global", "uniform4/channel", "twin8/softmax")
     assert (last["rule"], last["key"], last["weight"]) == ("module name", "head", None)
+    assert (change["rule"], change["key"], change["weight"]) == ("bits w8", "blocks.0", None)
+    assert {"activation", "weight", "matmul", "softmax", "gelu", "kernel", "image", "search"} == {
+        entry.name for entry in fields(ptq.QConfig)
+    }  # whoever adds an operand adds its column
     assert "<td>head</td><td></td>" in shown["QConfigMapping"]._repr_html_()
     assert [row["site"] for row in shown["Calibration"].records()] == list(shown["Calibration"].params)
     assert shown["AgainstFloat"].records()[0]["snr"] == float("inf")

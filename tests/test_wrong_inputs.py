@@ -370,7 +370,7 @@ CASES = {
     "a report beside nothing": Case("report three.onnx -o r.html --against no.onnx", "no.onnx"),
     "a report beside an unknown model": Case(f"report three.onnx -o r.html --against {TYPO}", f"did you mean {MODEL}"),
     "a report with weights of nothing": Case(
-        "report three.onnx -o r.html --weights good.safetensors", "expected a timm model in --against, got none"
+        "report three.onnx -o r.html --weights good.safetensors", "expected a model's name in --against, got none"
     ),
     "no images for a report": Case("report three.onnx -o r.html --data images --images 0", "--images", 2),
     # bench

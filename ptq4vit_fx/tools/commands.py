@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ptq4vit_fx.tools import options
+from ptq4vit_fx.tools.options import AsJson
 from ptq4vit_fx.tools.terminal import FAILED, console, readable_errors, say, say_json, showing
 
-AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")]
 
 
@@ -59,29 +60,30 @@ def bench(
 def report(
     subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
-    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file or timm model to compare and time with")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    data: Annotated[Path | None, typer.Option(help="images, as for quantize: values at every site; agreement")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
     calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
     images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
     bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
     with readable_errors():
-        phases = showing(not as_json)
+        phases = showing(not (quiet or as_json))
+        from ptq4vit_fx.tools.named.model import Asked
         from ptq4vit_fx.tools.reporting import ReportRequest, report_on
 
-        given = (weights, weights_entry, tuple(model_arg or ()))
-        request = ReportRequest(subject, out, data, against, *given, calibration, images, bench)
+        reference = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
+        request = ReportRequest(subject, out, data, reference, calibration, images, bench)
         found = report_on(request, phases)
         if as_json:
             say_json(found.to_dict())
-        else:
+        elif not quiet:
             say("\n".join(found.lines(out)))
 
 

@@ -1,4 +1,4 @@
-"""Options that are declared outside of their commands, a type each, as typer reads it there; most of `quantize`."""
+"""Options that are declared outside of the function of their command: a type each, as typer reads it there."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ Agreement = Annotated[
 Minimize = Annotated[str, typer.Option(help="what --agreement makes small: time, size or bits")]
 TimingsFile = Annotated[Path | None, typer.Option(help="of `ptq4vit timings` (default: products are timed here)")]
 Advise = Annotated[bool, typer.Option("--advise", help="print what int8 would save here, and write nothing")]
+Report = Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")]
+
+AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 ImgSize = Annotated[str | None, typer.Option(help="pixels, as 384 or 384x256: height and width (default: the model's)")]
 Mean = Annotated[
     str | None, typer.Option(help="of values from 0 to 1, as 0.5,0.5,0.5 (default: the model's, or file's)")
@@ -55,3 +58,12 @@ Mean = Annotated[
 Std = Annotated[str | None, typer.Option(help="of values from 0 to 1, as --mean")]
 CropPct = Annotated[float | None, typer.Option(help="share of the scaled image that is seen")]
 Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest, box, hamming or lanczos")]
+
+# Of eval and report: the float model beside the file.
+Against = Annotated[
+    str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with")
+]
+AgainstWeights = Annotated[Path | None, typer.Option("--weights", help="of the model in --against, as for quantize")]
+AgainstEntry = Annotated[str | None, typer.Option("--weights-entry", help="of the model in --against, as for quantize")]
+AgainstEma = Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")]
+AgainstArg = Annotated[list[str] | None, typer.Option("--model-arg", help="of the model in --against, as for quantize")]

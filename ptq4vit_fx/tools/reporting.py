@@ -32,15 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What `ptq4vit report` is asked for, by the names of its options."""
+    """What `ptq4vit report` is asked for, by the names of its options; against: the float model, of no name: none."""
 
     subject: str
     out: str
     data: Path | None
-    against: str | None
-    weights: Path | None
-    weights_entry: str | None
-    model_args: tuple[str, ...]
+    against: Asked
     calibration: Path | None
     images: int
     bench: bool
@@ -49,17 +46,17 @@ class ReportRequest:
 def report_on(request: ReportRequest, phases: Phases) -> Report:
     """Write the page; return what it says. Raises PTQError on anything that cannot be read, fitted or written."""
     check_writable(request.out, "report --out")
-    of_model = (request.weights, request.weights_entry, request.model_args)
-    if any(of_model) and (request.against is None or is_file(request.against)):
-        expected, do = "a timm model in --against", "leave out --weights, --weights-entry and --model-arg"
-        raise failure("report", "options", expected=expected, got=request.against or "none", do=do)
+    reference = request.against
+    if len(reference.origin()) > 1 and (not reference.name or is_file(reference.name)):
+        expected, do = "a model's name in --against", "leave out --weights, --weights-entry, --ema and --model-arg"
+        raise failure("report", "options", expected=expected, got=reference.name or "none", do=do)
     if is_calibration(request.subject):
         return report(
             request.subject,
             request.out,
             calibration=request.calibration,
             data=request.data,
-            reference=request.against,
+            reference=reference.name or None,
         )
     with phases(READ):
         pixels, names = _images(request)
@@ -69,7 +66,7 @@ def report_on(request: ReportRequest, phases: Phases) -> Report:
             request.out,
             calibration=request.calibration,
             data=pixels,
-            reference=_float_model(request),
+            reference=_float_model(reference),
             names=names,
             bench=request.bench,
         )
@@ -92,10 +89,9 @@ def _images(request: ReportRequest) -> tuple[Tensor | None, Sequence[str]]:
     return pixels, [short_name(picture, request.data) for picture in pictures]
 
 
-def _float_model(request: ReportRequest) -> nn.Module | str | None:
-    if request.against is None or is_file(request.against):
-        return request.against
-    asked = Asked(request.against, request.weights, request.weights_entry, arguments=tuple(request.model_args))
+def _float_model(asked: Asked) -> nn.Module | str | None:
+    if not asked.name or is_file(asked.name):
+        return asked.name or None
     return load_model(asked).network
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ptq4vit_fx.tools.options import AsJson
 from ptq4vit_fx.tools.terminal import complaints, console, readable_errors, say, say_json
 
 ModelArg = Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")]
@@ -20,6 +22,7 @@ def timings(
     ] = "onnxruntime",
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 1,
     advise: Annotated[bool, typer.Option("--advise", help="print what int8 saves here, in place of the file")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print how long each product of a model takes here, float and int8, as the file that quantize --timings reads."""
     with readable_errors():
@@ -27,18 +30,23 @@ def timings(
 
         with complaints.status("measure"):
             shapes, found = time_model(model, model_arg or [], target, batch)
-        say("\n".join(advice_of(shapes, found)) if advise else found.to_json(), highlight=False)
+        if not advise:
+            say(found.to_json(), highlight=False)
+        elif as_json:
+            say_json({"advice": advice_of(shapes, found), "timings": json.loads(found.to_json())})
+        else:
+            say("\n".join(advice_of(shapes, found)), highlight=False)
 
 
 def why(
     file: Annotated[Path, typer.Argument(help="calibration (--checkpoint of quantize), or ONNX file")],
-    data: Annotated[Path, typer.Option(help="folder of images, others than those of the calibration")],
+    data: Annotated[Path, typer.Option(help="images, as for quantize, others than those of the calibration")],
     model: Annotated[str | None, typer.Option(help="timm model that it is of (default: the file says)")] = None,
     weights: Annotated[Path | None, typer.Option(help="as for quantize")] = None,
     weights_entry: Annotated[str | None, typer.Option(help="as for quantize")] = None,
     model_arg: ModelArg = None,
     images: Annotated[int, typer.Option(min=8, help="to measure on")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Name the products, operands, channels and tokens that a quantized model loses by, and measure what would help."""
     with readable_errors():
