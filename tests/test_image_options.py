@@ -29,6 +29,7 @@ from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.request import batch_of_calibration, gibibytes
+from ptq4vit_fx.tools.why_command import _arguments, _as_recorded, _of_file
 
 
 @pytest.fixture
@@ -129,12 +130,25 @@ def test_all_of_it_is_in_the_file_and_eval_goes_by_it(tmp_path, monkeypatch):
     assert json.loads(own.stdout)["images"] == 40, own.output
     same = CliRunner().invoke(app, ["eval", "m.onnx", "--data", "photos.npz", "--json", *options.split()[:-2]])
     assert same.stdout == own.stdout
+    why = ["why", "m.onnx", "--data", "photos.npz", "--weights", "w.safetensors", "--images", "8", "--json"]
+    assert CliRunner().invoke(app, why).exit_code == 0  # of the model at that size
+    page = CliRunner().invoke(app, ["report", "m.onnx", "--data", "photos.npz", "--out", "m.html", "--no-bench"])
+    assert page.exit_code == 0, page.output
     other = CliRunner().invoke(app, ["eval", "m.onnx", "--data", "photos.npz", "--json", "--mean", "0", "--std", "1"])
     assert other.exit_code == 0
     config = preprocessing_of_file(
         open_session("m.onnx"), Path("m.onnx"), None, options=image_options("eval", None, "0", "0.5")
     )
     assert (config["mean"], config["std"], config["crop_pct"]) == ((0,) * 3, (0.5,) * 3, 1.0)
+    facts = _of_file(Path("m.onnx"))[1]
+    model_asked = Asked(facts["model"], Path("w.safetensors"), arguments=_arguments(facts))
+    network, config = _as_recorded(model_asked, facts, "m.onnx")
+    assert network(torch.zeros(1, 3, 32, 48)).shape == (1, 3)
+    assert {key: list(config[key]) for key in ("input_size", "mean", "std")} == {
+        "input_size": [3, 32, 48],
+        "mean": wanted["mean"],
+        "std": wanted["std"],
+    }
 
 
 def test_the_deployed_script_sees_what_calibration_saw(tmp_path):

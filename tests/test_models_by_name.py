@@ -89,3 +89,19 @@ def test_an_embedding_of_timm(place):
     assert (found["kind"], found["images"], found["alone"]) == ("embeddings", 20, 1)
     assert found["cosine"] > 0.99
     assert found["score"]["top1"]["of"] == 20
+
+
+def test_another_size_of_what_takes_any(place):
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    torch.manual_seed(0)
+    transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)).save_pretrained("any")
+    transformers.ViTModel(transformers.ViTConfig(**SIZES)).save_pretrained("one")
+    for folder in ("any", "one"):
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    line = ["--data", "images", "--out", "any.onnx", "--img-size", "48x64", *FAST]
+    run("quantize", "./any", *line)
+    assert [side.dim_value for side in onnx.load("any.onnx").graph.input[0].type.tensor_type.shape.dim[2:]] == [48, 64]
+    assert json.loads(facts("any.onnx")["provenance"])["preprocessing"]["input_size"] == [3, 48, 64]
+    refused = CliRunner().invoke(app, [str(part) for part in ("quantize", "./one", *line)])
+    assert refused.exit_code == 1
+    assert "--img-size 48x64: expected a size that the model takes, got " in refused.stderr.replace("\n", " ")

@@ -21,6 +21,8 @@ from ptq4vit_fx.tools.named.model import Asked, NamedModel
 INTERPOLATIONS: tuple[str, ...] = get_args(get_type_hints(Preprocessing)["interpolation"])
 #: A number of pixels that a side may have: digits, few enough.
 SIDE = "([1-9][0-9]{0,4})"
+#: What a file calls the size that was asked for.
+IMG_SIZE = "img_size"
 #: Kinds of names of which some are models of timm, which may be built at a size.
 SIZED = ("timm", "huggingface")
 #: How models that are built at none say it: those of timm, and configurations of transformers.
@@ -36,6 +38,10 @@ class ImageOptions:
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
+
+    def origin(self) -> dict[str, Any]:
+        """Return what has to be said beside the model's name to build it again, JSON-ready; read by `image_options`."""
+        return {} if self.size is None else {IMG_SIZE: _written(self.size)}
 
     def applied(self, config: dict[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:
         """Return a data config with what was asked for in it.

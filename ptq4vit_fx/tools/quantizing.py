@@ -166,7 +166,8 @@ def _loss_of(source: Source) -> str:
 
 
 def _origin(request: Request, source: Source) -> dict[str, Any]:
-    facts = request.asked().origin() | {"recipe": request.recipe, "preprocessing": source.preprocessing}
+    facts = request.asked().origin() | request.image_options.origin()
+    facts |= {"recipe": request.recipe, "preprocessing": source.preprocessing}
     return facts if source.kind is None else facts | {"output": source.kind}
 
 

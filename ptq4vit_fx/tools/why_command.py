@@ -17,14 +17,13 @@ from ptq4vit_fx.data.pictures import check_float_shape, evenly_spread
 from ptq4vit_fx.data.preprocessing import at_size, transform_of
 from ptq4vit_fx.data.reading import load_named
 from ptq4vit_fx.data.sources import open_images
-from ptq4vit_fx.errors import failure, foreign, quoted
+from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.metadata import PLAN_KEY, PROVENANCE_KEY, provenance
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.preprocessing import SIZE, recorded
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.tools.image_options import ImageOptions
-from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.image_options import IMG_SIZE, image_options
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tuning.mixing import model_of_plan
 from ptq4vit_fx.tuning.why import Why, why
@@ -90,19 +89,13 @@ def _arguments(facts: dict[str, Any]) -> tuple[str, ...]:
 
 def _as_recorded(asked: Asked, facts: dict[str, Any], file: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model, and how its images are prepared, at the size and as the file says, else as the model does."""
-    named = load_model(asked)
-    known = recorded({PROVENANCE_KEY: json.dumps(facts)}, file, "why")
-    own = tuple(named.preprocessing[SIZE])
-    if known is None:
-        return named.network, named.preprocessing
-    size = facts["preprocessing"].get(SIZE, own)
-    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(x, int) and x > 0 for x in size):
-        do = "pass a file that quantize wrote, or a calibration"
-        raise failure("why", file, expected="channels, height and width of its images", got=quoted(size), do=do)
-    check_memory("why", file, COPIES * FLOAT_BYTES * math.prod(size), what="an image", do="pass another file")
-    if tuple(size) != own:  # built with --img-size
-        named = ImageOptions(size=(size[1], size[2])).build(asked)
-    return named.network, at_size(known, tuple(size))
+    size = facts.get(IMG_SIZE)
+    options = image_options("why", size if isinstance(size, str) else None)
+    named, known = options.build(asked), recorded({PROVENANCE_KEY: json.dumps(facts)}, file, "why")
+    config = options.applied(named.preprocessing, asked.arguments)
+    one = COPIES * FLOAT_BYTES * math.prod(config[SIZE])
+    check_memory("why", file, one, what="an image of its size", do="pass another file")
+    return named.network, config if known is None else at_size(known, config[SIZE])
 
 
 def _pixels(data: Path, preprocessing: dict[str, Any], count: int) -> Tensor:
