@@ -68,7 +68,8 @@ def test_every_option_has_a_name_in_a_file():
     }
     assert (options["images"].low, options["fail-under"].high) == (1, 1)
     shown = run("--help").output
-    assert all(f"--{option.name}"[:12] in shown for option in options.values() if option.parameter != "model")
+    unseen = ("model", "batch-size")  # an argument, and the older name of calibration-batch
+    assert all(f"--{name}"[:12] in shown for name in options if name not in unseen)
 
 
 def test_a_file_is_read_beside_itself_and_the_command_line_wins(place, monkeypatch):
