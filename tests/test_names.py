@@ -55,7 +55,15 @@ SLICERS = {"partition", "rpartition", "split", "rsplit", "removesuffix", "remove
 #: What separates or ends the names of the grammar.
 GRAMMAR = {":", "/", "_fine", "_coarse", "_head", "_part", ".scale", ".codes", ".zero_point", "fine", "coarse"}
 #: Not names of this project.
-OTHERS = {"export/proof/instructions.py": "lines of /proc/cpuinfo"}
+OTHERS = {
+    "export/proof/instructions.py": "lines of /proc/cpuinfo",
+    "ptq4vit_fx/data/archives.py": "paths inside of archives",
+    "ptq4vit_fx/data/sources.py": "FILE:NAME of an array or a column",
+    "ptq4vit_fx/tools/config_file.py": "--ema/--no-ema, both spellings of a switch",
+    "ptq4vit_fx/tools/named/from_python.py": "file.py:Class",
+    "ptq4vit_fx/tools/named/from_torchvision.py": "torchvision:NAME",
+    "ptq4vit_fx/tools/named/kinds.py": "names of models by their kind",
+}
 SOURCES = [path for room in ("passes", "export", "ptq4vit_fx") for path in sorted((ROOT / room).rglob("*.py"))]
 
 
