@@ -15,11 +15,10 @@ files for CPUs without VNNI (target onnxruntime-avx2).
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,23 +28,23 @@ import onnx
 import timm
 import torch
 import typer
-from onnxruntime import InferenceSession
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.progress import track
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.model_files import load_file, message_of
-from ptq4vit_fx.export.proof.runtime import quiet_options
+from ptq4vit_fx.export.proof.latency import Opened, in_turn
+from ptq4vit_fx.export.proof.openvino_runtime import compile_openvino
 from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
+from ptq4vit_fx.export.proof.static_baseline import BASELINES, write_static
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Run = Callable[[Tensor], Any]
 #: The peers in ONNX Runtime. The best peer is the fastest of them and, in OpenVINO, of NNCF.
-PEERS = ("quantize_static", "quantize_static u8s8 per channel")
+PEERS = tuple(BASELINES)
 #: Kind of twins -> the file's name.
 OURS = {
     "uniform": "ours, uniform",
@@ -58,49 +57,6 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|"""
 #: The search that costs least: what it chooses does not change the speed.
 QUICKEST = {"n": 2, "rounds": 1, "screen_rows": 32, "confirm": 1, "max_shift": 1}
-
-
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands images to `quantize_static`, one at a time."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.feeds: Iterator[dict[str, Any]] = ({"image": image[None].numpy()} for image in images)
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self.feeds, None)
-
-
-def write_float(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Export the float model with a dynamic batch."""
-    torch.onnx.export(
-        model,
-        (images[:2],),
-        path,
-        dynamo=True,
-        opset_version=20,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        external_data=False,
-        verbose=False,
-    )
-
-
-def write_peers(folder: Path, images: Tensor) -> None:
-    """Let ONNX Runtime quantize the float file: with its defaults, and with int8 weights per channel."""
-    prepared = folder / "prepared.onnx"
-    quant_pre_process(folder / "float.onnx", prepared, skip_symbolic_shape=True)
-    quantize_static(prepared, folder / f"{PEERS[0]}.onnx", Reader(images))
-    quantize_static(
-        prepared,
-        folder / f"{PEERS[1]}.onnx",
-        Reader(images),
-        quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-    )
-    prepared.unlink()
 
 
 def write_ours(model: nn.Module, images: Tensor, search: dict[str, Any], folders: dict[str, Path]) -> None:
@@ -138,35 +94,22 @@ def write_nncf(folder: Path, images: Tensor) -> None:
 
 
 def in_onnxruntime(path: Path, threads: int) -> Run:
-    """Return a function that runs the file in ONNX Runtime, whose threads sleep while another file runs.
-
-    They spin after a run otherwise, and whatever is measured next has a core less.
-    """
-    options = quiet_options(threads)
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"image": images.numpy()})[0]
+    """Return a function that runs the file in ONNX Runtime, whose threads sleep while another file runs."""
+    session = Opened.of(str(path), threads).session
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images.numpy()})[0]
 
 
 def in_openvino(path: Path, threads: int) -> Run:
     """Return a function that runs the file in OpenVINO's CPU plugin, float parts in float32."""
-    import openvino
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = compile_openvino(path, threads=threads)
     return lambda images: compiled(images.numpy())[0]
 
 
-def interleaved_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, float]:
-    """Return the median seconds of each, all of them run once per round after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in track(range(rounds + 1), "rounds"):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run(images)
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def median_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, float]:
+    """Return the median seconds of each, all of them run in turn."""
+    found = in_turn({name: partial(run, images) for name, run in runs.items()}, rounds=rounds)
+    return {name: found.spread(name).median / 1000 for name in runs}
 
 
 def measure_rates(threads: int) -> tuple[float, float]:
@@ -188,8 +131,8 @@ def measure_rates(threads: int) -> tuple[float, float]:
         multiply = in_onnxruntime(Path(folder) / "product.onnx", threads)
     codes, source = torch.ones((rows, inner), dtype=torch.uint8), torch.zeros(2**21)
     target = torch.empty_like(source)
-    (product,) = interleaved_seconds({"multiply": multiply}, codes, 15).values()
-    (copy,) = interleaved_seconds({"copy": lambda _: target.copy_(source)}, codes, 15).values()
+    (product,) = median_seconds({"multiply": multiply}, codes, 15).values()
+    (copy,) = median_seconds({"copy": lambda _: target.copy_(source)}, codes, 15).values()
     return rows * inner * columns / product, 2 * source.nbytes / copy
 
 
@@ -246,8 +189,9 @@ def main(
         folder = Path(name)
         for_openvino = folder / "openvino"
         for_openvino.mkdir()
-        write_float(network, calibration_images, folder / "float.onnx")
-        write_peers(folder, calibration_images)
+        export_float(network, folder / "float.onnx", calibration_images[:1])
+        feeds = [image[None].numpy() for image in calibration_images]
+        write_static(folder / "float.onnx", folder, "image", feeds)
         folders = {"onnxruntime-avx2" if exact else "onnxruntime": folder}
         peers = [folder / f"{file}.onnx" for file in ("float", *PEERS)]
         runtimes = {"ONNX Runtime": (in_onnxruntime, [*peers, *(folder / f"{file}.onnx" for file in OURS.values())])}
@@ -270,7 +214,7 @@ def main(
             print(f"\n{model}, batch {size}, {threads} threads, medians of {rounds} rounds\n")
             print(HEADER)
             for runtime, runs in opened.items():
-                seconds = interleaved_seconds(runs, images[:size], rounds)
+                seconds = median_seconds(runs, images[:size], rounds)
                 best = min(seconds[name] for name in (*PEERS, "NNCF") if name in seconds)
                 for path in runtimes[runtime][1]:
                     spent, products, floor, right = seconds[path.stem], "", "", ""

@@ -2,7 +2,8 @@
 
 What they read of it (optimum-onnx 0.1, transformers 4.57, @huggingface/transformers 4.3): `model_type` of config.json
 finds the class, id2label the names; preprocessor_config.json the image processor; `onnx/model_quantized.onnx` is what
-`dtype: "q8"` means; it takes `pixel_values` and gives `logits` or `last_hidden_state`.
+`dtype: "q8"` means, and `onnx/model.onnx` what "fp32" does; each takes `pixel_values` and gives `logits` or
+`last_hidden_state`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ptq4vit_fx.passes.graph.staged_model import model_at
 from ptq4vit_fx.passes.graph.stages import Stage
 
 OPERATION = "export_huggingface"
-FILE = Path("onnx", "model_quantized.onnx")
+FILE, FLOAT_FILE = Path("onnx", "model_quantized.onnx"), Path("onnx", "model.onnx")
 PIXELS, HIDDEN = "pixel_values", "last_hidden_state"
 #: The type of which every reader has a class for classes and one without; weights and layers are the file's own.
 MODEL_TYPE = "vit"

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ptq4vit_fx.plan import QuantPlan
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
     from ptq4vit_fx.quantizers import TwinUniform, Uniform
+    from ptq4vit_fx.tuning.sensitivity import Sensitivity
+    from ptq4vit_fx.tuning.study import sensitivity
+    from ptq4vit_fx.tuning.tune import Tuned, tune
+    from ptq4vit_fx.tuning.why import Why, why
     from ptq4vit_fx.twins import TwinReport, choose_twins
 
 __version__ = "0.1.0"
@@ -36,12 +40,15 @@ __all__ = [
     "QuantPlan",
     "Report",
     "SearchSettings",
+    "Sensitivity",
     "TracedModule",
     "Transforms",
+    "Tuned",
     "TwinReport",
     "TwinUniform",
     "Uniform",
     "VerifyReport",
+    "Why",
     "calibrate",
     "choose_twins",
     "compare_float",
@@ -53,7 +60,10 @@ __all__ = [
     "quantize",
     "recipes",
     "report",
+    "sensitivity",
+    "tune",
     "verify_onnx",
+    "why",
 ]
 
 #: Module -> the public names that it defines. They are imported when they are used: the command line answers --help
@@ -73,6 +83,10 @@ _MODULES = {
     "plan": ("QuantPlan",),
     "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
     "quantizers": ("TwinUniform", "Uniform"),
+    "tuning.sensitivity": ("Sensitivity",),
+    "tuning.study": ("sensitivity",),
+    "tuning.tune": ("Tuned", "tune"),
+    "tuning.why": ("Why", "why"),
     "twins": ("TwinReport", "choose_twins"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

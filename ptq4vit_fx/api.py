@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ptq4vit_fx.calibrating.calibrator import CalibrationOptions, run_calibration
+from ptq4vit_fx.calibrating.calibrator import run_calibration
 from ptq4vit_fx.calibrating.fit import check_fits, check_weights
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
+from ptq4vit_fx.calibrating.options import CalibrationOptions
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.batches import first_item
 from ptq4vit_fx.inputs.containers import check_containers
 from ptq4vit_fx.inputs.example import check_batch_dimension, example_of, first_example, without_labels
 from ptq4vit_fx.inputs.plausible import NORMALIZATION, normalization_of
+from ptq4vit_fx.inputs.progress import Show
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.behaviour import check_behaviour
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, on_cpu
@@ -92,7 +94,7 @@ def calibrate(
     *,
     images: int | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Show = True,
     device: torch.device | str | None = None,
     search_device: torch.device | str | None = None,
     loss: str | Loss = DEFAULT_LOSS,
@@ -115,7 +117,8 @@ def calibrate(
     bytes that calibration may take beside the model (default: half of what is free); a smaller limit costs more passes
     over the images.
     checkpoint: a file that holds every finished product; if it exists, the calibration goes on from there, with the
-    result of an unbroken run. sequential: search each product on the values that the quantized products before it give,
+    result of an unbroken run. progress: draw a bar, in a terminal; or a function that is called with what is under way
+    (`UnderWay`). sequential: search each product on the values that the quantized products before it give,
     at one forward and backward per product; the default, parallel calibration on float values, is the paper's and is
     better on few images.
     Raises PTQError on a model that is not prepared or that another thread calibrates, on data without images or with

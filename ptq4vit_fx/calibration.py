@@ -222,7 +222,7 @@ class Calibration(Tabular):
     def report(self) -> str:
         """Return a text table per site: scales, threshold, distances of the product, signal-to-noise ratio in dB.
 
-        What is weak or was chosen without gradients follows below it, with every name.
+        The average bits, and what is weak or was chosen without gradients, follow below it, with every name.
         """
         lines = [f"{'site':44}{'scale':>24}{'threshold':>11}{'distance before':>17}{'after':>11}{'SNR':>8}"]
         for row in self.records():
@@ -231,7 +231,8 @@ class Calibration(Tabular):
             lines.append(
                 f"{row['site']:44}{row['scale']:>24}{threshold:>11}{before:17.4g}{after:11.4g}{row['snr']:8.1f}"
             )
-        return "\n".join([*lines, *(f"\n{remark.in_full()}" for remark in self.remarks())])
+        average = [f"average bits: {self.plan.average_bits()}"] if self.plan.multiplications else []
+        return "\n".join([*lines, *average, *(f"\n{remark.in_full()}" for remark in self.remarks())])
 
     def remarks(self) -> tuple[Remark, ...]:
         """Return what deserves a word; `calibrate` warns of it."""

@@ -265,7 +265,7 @@ def test_control_c_during_calibration_leaves_nothing(workspace):
     environment = os.environ | {"FORCE_COLOR": "1"}  # the progress bar is drawn into a pipe, too
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
         shown = b""
-        while b"calibrate blocks." not in shown:
+        while b"search and round: " not in shown:
             chunk = process.stdout.read1()
             assert chunk, shown.decode()
             shown += chunk

@@ -8,18 +8,42 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import ptq4vit_fx as ptq
+from ptq4vit_fx.export.proof import verify
+from ptq4vit_fx.export.targets import TARGETS
+from ptq4vit_fx.inputs import progress
+from ptq4vit_fx.inputs.progress import UnderWay
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.cli import app
 from ptq4vit_fx.tools.held_out import images_to_compare
 from ptq4vit_fx.tools.models import load_named
+from ptq4vit_fx.tools.phases import (
+    CALIBRATE,
+    COMPARE,
+    CONVERT,
+    EXPORT,
+    FLOAT,
+    IMPORT,
+    MEASURE,
+    READ,
+    TRACE,
+    VERIFY,
+)
+from ptq4vit_fx.tools.phases import (
+    MODEL as LOAD,
+)
+from ptq4vit_fx.tools.proving import full_batches, proved
+from ptq4vit_fx.tools.runtimes import made_for
 
 MODEL = "deit_tiny_patch16_224"
 SIZES = [part for size in ("img_size=32", "depth=1", "num_classes=50") for part in ("--model-arg", size)]
@@ -250,3 +274,76 @@ def test_version_and_python_m():
     assert not {"torch", "numpy", "timm", "onnx"} & imported
     refused = subprocess.run([*program[:1], "-m", "ptq4vit_fx", "inspect"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
+
+
+def test_every_command_answers_in_json(quantized, place):
+    assert quantized.exit_code == 0, quantized.output
+    targets = run("targets", "--json")
+    assert targets.exit_code == 0, targets.output
+    assert {"name", "flags", "note"} == set(json.loads(targets.stdout)["runtimes"][0])
+    inspected = run("inspect", "good.onnx", "--json")
+    assert json.loads(inspected.stdout)["cpu"]["cpu"]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert "--json" in options, name
+        assert "--quiet" in options or name in ("eval", "inspect", "targets"), name
+    help_text = run("--help").stdout
+    assert "--install-completion" in help_text
+
+
+def test_one_line_says_which_runtime_the_file_is_for(quantized):
+    (line,) = [line for line in report_of(quantized) if line.startswith("runtime ")]
+    assert line == "runtime     ONNX Runtime, x86; slower than float in OpenVINO: --target openvino"
+    assert all(made_for(name) != "see `ptq4vit targets`" for name in TARGETS)
+    assert all(len(made_for(name)) <= 68 for name in TARGETS)
+
+
+def test_the_proof_is_short_where_every_bit_is_the_same(quantized, place, monkeypatch, small_converted, small_images):
+    ptq.export_onnx(small_converted, place / "small.onnx", small_images[:1])
+    many = torch.cat([small_images] * 5)[:20]
+    seen = list[UnderWay]()
+    short = proved(place / "small.onnx", small_converted, full_batches(many, None, 8), seen.append)
+    assert short.ok
+    assert (short.images, short.same_functions.bit_equal) == (8, 1.0)
+    assert max(layer.images for layer in short.layers) == 1
+    monkeypatch.setattr(verify, "products_saturate", lambda: True)  # what a CPU without VNNI needs all images for
+    whole = proved(place / "small.onnx", small_converted, full_batches(many, None, 8), seen.append)
+    assert (whole.images, max(layer.images for layer in whole.layers)) == (20, 8)
+    monkeypatch.undo()
+    other = onnx.load(place / "small.onnx")
+    scale = next(x for x in other.graph.initializer if "scale" in x.name and "coarse" not in x.name and not x.dims)
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
+    onnx.save(other, place / "changed.onnx")
+    wrong = proved(place / "changed.onnx", small_converted, full_batches(many, None, 8), seen.append)
+    assert not wrong.ok
+    assert wrong.images == 20
+    assert wrong.first_divergence is not None
+
+
+def test_batches_of_a_fixed_size_are_filled_up_from_the_front():
+    pixels = torch.arange(5.0)[:, None]
+    assert [batch.flatten().tolist() for batch in full_batches(pixels, 4, 8)] == [[0, 1, 2, 3], [4, 0, 1, 2]]
+    assert [len(batch) for batch in full_batches(pixels, None, 2)] == [2, 2, 1]
+
+
+def test_seconds_of_every_phase_are_in_the_numbers(place):
+    done = run("quantize", *OPTIONS, "--out", "phases.onnx", "--json")
+    assert done.exit_code == 0, done.output
+    taken = json.loads(done.stdout)["phases"]
+    assert set(taken) == {IMPORT, LOAD, READ, TRACE, CALIBRATE, CONVERT, EXPORT, VERIFY, COMPARE, FLOAT, MEASURE}
+    assert all(seconds >= 0 for seconds in taken.values())
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal(place, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    done = run("quantize", *OPTIONS, "--out", "beats.onnx", "--no-bench")
+    assert done.exit_code == 0, done.output
+    lines = done.stderr.splitlines()
+    for phase in (TRACE, EXPORT):
+        assert any(line.startswith(f"{phase}, 0:0") for line in lines), lines
+    assert any(re.match(r"search and round: \d+ of 8 products, 0:0\d", line) for line in lines)
+    assert not [line for line in done.stdout.splitlines() if "to go" in line]
+    for option in ("--quiet", "--json"):
+        silent = run("quantize", *OPTIONS, "--out", "beats.onnx", "--no-bench", option)
+        assert not [line for line in silent.stderr.splitlines() if not line.startswith("warning: ")]

@@ -11,13 +11,15 @@ from rich.console import Console
 
 from ptq4vit_fx.tools import demo
 from ptq4vit_fx.tools.demo import RUNS, Run, run_demo
+from ptq4vit_fx.tools.phases import Phases
 
 
 @pytest.mark.parametrize("runs", [RUNS[-1:], pytest.param(RUNS, marks=pytest.mark.sweep)], ids=["one row", "all rows"])
 def test_demo_fills_its_table_and_saves_its_files(tmp_path, monkeypatch, runs: tuple[Run, ...]):
     monkeypatch.setattr(demo, "RUNS", runs)
     console = Console(record=True, width=120)
-    run_demo(tmp_path / "out", console)
+    found = run_demo(tmp_path / "out", Phases(console, shown=False))
+    console.print(found.table())
     text = console.export_text()
     rows = {
         (recipe, int(bits)): [float(value) for value in re.findall(r"([\d.]+)%", line)]

@@ -154,6 +154,21 @@ def test_the_command_line_writes_the_folder(workspace):
     assert again.exit_code == 0, again.output
 
 
+def test_the_command_line_puts_the_float_file_where_readers_look_for_it(workspace):
+    path, arguments = workspace
+    options = ["--layout", "huggingface", "--float-onnx", path / "out" / "onnx" / "model.onnx", "--no-bench"]
+    done = run("quantize", *arguments, "--out", path / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert names_in(path / "out") == FILES | {"onnx/model.onnx"}
+    for name in ("model.onnx", "model_quantized.onnx"):
+        graph = onnx.load(path / "out" / "onnx" / name).graph
+        assert [value.name for value in (*graph.input, *graph.output)] == ["pixel_values", "logits"]
+    twice = path / "out" / "onnx" / "model_quantized.onnx"
+    other = run("quantize", *arguments, "--out", path / "out", *options[:2], "--float-onnx", twice)
+    assert other.exit_code == 1
+    assert "--float-onnx: expected another file than --out" in other.stderr
+
+
 def test_the_command_line_writes_a_file_of_bytes(workspace):
     path, arguments = workspace
     done = run("quantize", *arguments, "--out", path / "out.onnx", "--uint8-input", "nhwc")
@@ -171,6 +186,8 @@ def test_the_command_line_writes_a_file_of_bytes(workspace):
         (["--layout", "huggingface", "--uint8-input", "nhwc"], "got --layout huggingface; leave one of them out"),
         (["--layout", "huggingface", "--out", "{path}/labels.txt"], "expected a folder, got a file"),
         (["--layout", "huggingface", "--out", "{path}/none/out"], "no such folder"),
+        (["--layout", "huggingface", "--float-onnx", "{path}/out/f.onnx"], "quantize --float-onnx"),
+        (["--layout", "huggingface", "--float-onnx", "{path}/out/onnx/model_quantized.onnx"], "quantize --float-onnx"),
         (["--labels", "{path}/none.txt"], "--labels"),
         (["--labels", "{path}/images"], "--labels"),
         (["--labels", "{path}/two.txt"], "expected 3 lines, one per class of the model, got 2"),

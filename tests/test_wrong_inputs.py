@@ -184,6 +184,34 @@ CASES = {
     "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
     "a plan of no images": quantize("--plan", "got no such folder", data="nowhere"),
     "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
+    "an agreement that float has not": quantize(
+        "--agreement 1.5", "--agreement: expected a share above 0 and at most 1"
+    ),
+    "an agreement of nothing": quantize("--agreement 0", "--agreement: expected a share above 0 and at most 1"),
+    "a quantity": quantize("--agreement 0.9 --minimize speed", "expected one of time, size, bits, got 'speed'"),
+    "a quantity without a budget": quantize("--minimize size", "--minimize: expected an agreement to keep"),
+    "timings without a budget": quantize("--timings t.json", "--timings: expected an agreement to keep"),
+    "timings that are not there": quantize("--agreement 0.9 --timings t.json", "t.json: expected a file of `ptq4vit"),
+    "timings that are none": quantize("--agreement 0.9 --timings text/notes.txt", "text/notes.txt: expected JSON"),
+    "a choice that tuning makes": quantize("--agreement 0.9 --twins auto", "expected --twins exact and another recipe"),
+    "distances that compare nothing": quantize("--agreement 0.9 --recipe base", "--agreement: expected --twins exact"),
+    "bits that tuning chooses": quantize(
+        "--agreement 0.9 --set blocks.*=w8a8", "--set: expected bits that --agreement"
+    ),
+    "no image left": quantize("--agreement 0.9", "--agreement: expected images that calibration does not take"),
+    "a model to time": Case(f"timings {TYPO}", f"did you mean {MODEL}"),
+    "a target that is not timed": Case(
+        f"timings {MODEL} {' '.join(SIZES)} --target tensorrt", "expected timings of its"
+    ),
+    "a target to time": Case(f"timings {MODEL} {' '.join(SIZES)} --target onx", "expected one of onnxruntime"),
+    "why of nothing": Case("why nowhere.safetensors --data images", "nowhere.safetensors: expected a safetensors file"),
+    "why of weights": Case("why good.safetensors --data images", "good.safetensors: expected ptq4vit_fx calibration 2"),
+    "why of a damaged file": Case("why garbage.onnx --data images", "garbage.onnx: expected an ONNX"),
+    "why of no model": Case("why three.onnx --data images", "three.onnx: expected the name of its model, got none"),
+    "why of another model": Case(
+        f"why three.onnx --data images --model {MODEL} --weights good.safetensors {' '.join(SIZES)}",
+        "model: expected the one that was calibrated",
+    ),
     # What is written
     "a folder that is not there": quantize("--out nowhere/m.onnx", "an existing, writable folder"),
     "a folder": quantize("--out images", "an existing, writable folder"),
@@ -274,6 +302,23 @@ CASES = {
         "report three.onnx -o r.html --weights good.safetensors", "expected a model's name in --against, got none"
     ),
     "no images for a report": Case("report three.onnx -o r.html --data images --images 0", "--images", 2),
+    # bench
+    "bench of no file": Case("bench no.onnx", "no.onnx"),
+    "bench of garbage": Case("bench garbage.onnx", "expected an ONNX model"),
+    "bench of a folder": Case("bench images", "images: expected an ONNX model"),
+    "bench beside itself": Case("bench three.onnx --against three.onnx", "expected another file, got one that is"),
+    "bench beside nothing": Case("bench three.onnx --against no.onnx", "no.onnx"),
+    "bench beside garbage": Case("bench three.onnx --against garbage.onnx", "garbage.onnx: expected an ONNX model"),
+    "bench beside an unknown model": Case(f"bench three.onnx --against {TYPO}", f"did you mean {MODEL}"),
+    "bench beside a model of another size": Case(
+        f"bench three.onnx --against {MODEL}", "expected a size that the model accepts"
+    ),
+    "bench in an unknown runtime": Case("bench three.onnx --runtime tflite", "expected one of onnxruntime, openvino"),
+    "bench of no float file": Case("bench three.onnx --against two.onnx --static", "expected a float file to quantize"),
+    "bench of one round": Case("bench three.onnx --rounds 1", "--rounds", 2),
+    "bench of threads below none": Case("bench three.onnx --threads=-1", "--threads", 2),
+    "bench of no images": Case("bench three.onnx --batch 0", "--batch", 2),
+    "a batch of a bench that no memory holds": Case(f"bench three.onnx --batch {10**12}", "choose a smaller one"),
     "coverage of nothing": Case("coverage --family vitt --out empty", "did you mean"),
     "a demo in a file": Case("demo --out three.onnx", "demo --out"),
     **{name: quantize(*given) for name, given in OPTIONS.items()},

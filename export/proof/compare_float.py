@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ptq4vit_fx.export.proof.outputs import fixed_batch, outputs_of_file, output
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.batches import FIXED_BATCH, batches_of
 from ptq4vit_fx.inputs.items import Input, model_inputs
+from ptq4vit_fx.inputs.progress import Show, counted, show_nothing
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.float_model import float_model
 from ptq4vit_fx.passes.graph.model_call import call_of
@@ -50,6 +51,7 @@ def compare_float(
     images: int | None = None,
     names: Sequence[str] = (),
     unseen: bool | None = None,
+    progress: Show = show_nothing,
 ) -> AgainstFloat:
     """Run a quantized model and the float model on the same images; return how far they are apart.
 
@@ -58,13 +60,17 @@ def compare_float(
     calibration has not seen (`unseen` says so in the report). names: of the images, for the report. kind: "classes",
     "embeddings" or "values", what the output is; by default the model's own `num_classes` decides where it has one
     (timm: 0 for embeddings), else names and shapes (`AgainstFloat.decided` says which).
+    progress: is called with what is under way.
 
     Raises PTQError on files that cannot be read or run, on outputs that are not float's, and on images that do not fit.
     """
     wanted, fixed = inputs_of(quantized, reference)
     batches = batches_of(wanted, data, OPERATION, images=images, fixed=fixed)
-    actual = _outputs(quantized, batches, wanted, None)
-    expected = _outputs(reference, batches, wanted, list(actual))
+    count = sum(len(batch[0]) for batch in batches)
+    own = counted(batches, progress, "compare with float: the file", count)
+    actual = _outputs(quantized, own, wanted, None)
+    others = counted(batches, progress, "compare with float: float", count)
+    expected = _outputs(reference, others, wanted, list(actual))
     if not set(actual) <= set(expected):
         if len(actual) != len(expected):
             do = "compare it with the model that it was made from"
@@ -84,7 +90,7 @@ def _says(model: Any, widths: set[int]) -> str | None:
     return "embeddings" if classes == 0 else "classes" if classes in widths else None
 
 
-def _outputs(model: Any, batches: list[Inputs], wanted: Sequence[Input], own: list[str] | None) -> dict[str, Array]:
+def _outputs(model: Any, batches: Iterable[Inputs], wanted: Sequence[Input], own: list[str] | None) -> dict[str, Array]:
     """Return name -> (images, ...) of what a model or a file gives; own: the names that a file's are to have."""
     if isinstance(model, (str, os.PathLike)):
         path, session = os.fspath(model), open_session(model)

@@ -54,10 +54,17 @@ def cpu_instructions() -> Instructions:
     """Return what this CPU has. ONNX Runtime does not tell which kernels it takes; it chooses by these flags."""
     flags = _flags()
     return Instructions(
-        cpu=platform.machine() or "unknown",
+        cpu=_name(),
         found=None if flags is None else instruction_sets(flags),
         saturates=products_saturate(),
     )
+
+
+def _name() -> str:
+    """Return the machine's architecture, behind the processor's own name where Linux tells it."""
+    machine = platform.machine() or "unknown"
+    name = cpuinfo_field(CPUINFO.read_text(), "model name") if CPUINFO.is_file() else None
+    return f"{name} ({machine})" if name else machine
 
 
 def instruction_sets(flags: Collection[str]) -> tuple[str, ...]:
@@ -75,8 +82,14 @@ def _flags() -> Collection[str] | None:
 
 def cpuinfo_flags(text: str) -> Collection[str] | None:
     """Return the flags of the first processor in the text of /proc/cpuinfo; None if it lists none."""
+    flags = cpuinfo_field(text, "flags", "Features")
+    return None if flags is None else flags.split()
+
+
+def cpuinfo_field(text: str, *keys: str) -> str | None:
+    """Return what the first processor in the text of /proc/cpuinfo has under one of these keys; None if nothing."""
     for line in text.splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return value.split()
+        if key.strip() in keys:
+            return value.strip()
     return None

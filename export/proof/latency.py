@@ -1,13 +1,13 @@
-"""How long a file takes beside its float file in ONNX Runtime on this machine, in turn."""
+"""How long files take on this machine, run in turn: the one way in which this package times a file."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from ptq4vit_fx.export.proof.outputs import fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import open_model, quiet_options
 
 OPERATION = "measure"
-#: Rounds that are measured, at least and at most; between the two, SECONDS decide.
-FEWEST, MOST, SECONDS = 5, 50, 2.0
+#: Rounds that are measured, at least and at most; between the two, SECONDS of each file decide.
+FEWEST, MOST, SECONDS = 5, 50, 1.0
 #: ONNX Runtime's spelling of the types of inputs that are measured.
 TYPES = {
     "tensor(float)": np.float32,
@@ -28,6 +28,72 @@ TYPES = {
     "tensor(int64)": np.int64,
     "tensor(float16)": np.float16,
 }
+Array = NDArray[Any]
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some numbers, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """Return that of two numbers or more."""
+        low, median, high = statistics.quantiles(values, n=4)
+        return Spread(median, low, high)
+
+
+@dataclass(frozen=True)
+class InTurn(Generic[Name]):
+    """Milliseconds of each run, round by round: every round ran each once, so that a slow moment hit all of them."""
+
+    milliseconds: Mapping[Name, Sequence[float]]
+
+    @property
+    def rounds(self) -> int:
+        return min(map(len, self.milliseconds.values()))
+
+    def spread(self, name: Name) -> Spread:
+        """Return the milliseconds of a run."""
+        return Spread.of(self.milliseconds[name])
+
+    def ratio(self, slow: Name, fast: Name) -> Spread:
+        """Return how many times longer one run takes than another, of the ratios of each round."""
+        pairs = zip(self.milliseconds[slow], self.milliseconds[fast], strict=True)
+        return Spread.of([one / other for one, other in pairs])
+
+
+def in_turn(
+    runs: Mapping[Name, Callable[[], Any]],
+    *,
+    rounds: int | None = None,
+    seconds: float = SECONDS,
+    show: Callable[[int, int], None] | None = None,
+) -> InTurn[Name]:
+    """Run each once per round, after a round that does not count, in which each allocates.
+
+    rounds: so many, 2 or more; None: FEWEST to MOST, as long as `seconds` of each run last. show: is called with the
+    number of the round and that of all rounds, as far as it is known.
+    """
+    for execute in runs.values():
+        execute()
+    taken: dict[Name, list[float]] = {name: [] for name in runs}
+    least, most = (FEWEST, MOST) if rounds is None else (rounds, rounds)
+    until = time.perf_counter() + seconds * len(runs)
+    for number in range(most):
+        if number >= least and time.perf_counter() > until:
+            break
+        for name, execute in runs.items():
+            started = time.perf_counter()
+            execute()
+            taken[name].append(1000 * (time.perf_counter() - started))
+        if show is not None:
+            show(number + 1, most)
+    return InTurn(taken)
 
 
 @dataclass(frozen=True)
@@ -66,49 +132,55 @@ def measure_latency(
 ) -> Latency:
     """Run both files in turn on random inputs, as ONNX Runtime's CPU provider does by default; return what it took.
 
-    Every round runs each once, so that a slow moment of the machine hits both. images: at a time; of a file of a fixed
-    batch it is that. Raises PTQError on files that cannot be read or run, and on inputs whose sizes they do not say.
+    images: at a time; of a file of a fixed batch it is that. Raises PTQError on files that cannot be read or run, and
+    on inputs whose sizes they do not say.
     """
-    paths = [os.fspath(file), os.fspath(float_file)]
-    sessions = [_session(path, threads) for path in paths]
-    fixed = [fixed_batch(OPERATION, path, session) for path, session in zip(paths, sessions, strict=True)]
-    count = next((size for size in fixed if size is not None), images)
-    feeds = [random_inputs(path, session, count) for path, session in zip(paths, sessions, strict=True)]
-    runs = list(zip(paths, sessions, feeds, strict=True))
-    for path, session, feed in runs:  # the first run of each allocates
-        run(OPERATION, path, session, feed)
-    taken: list[list[float]] = [[], []]
-    until = time.perf_counter() + seconds
-    while len(taken[1]) < FEWEST or (len(taken[1]) < MOST and time.perf_counter() < until):
-        for side, (path, session, feed) in zip(taken, runs, strict=True):
-            started = time.perf_counter()
-            run(OPERATION, path, session, feed)
-            side.append(1000 * (time.perf_counter() - started))
-    ratios = [theirs / mine for mine, theirs in zip(*taken, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    mine, theirs = (statistics.median(side) for side in taken)
-    return Latency(mine, theirs, middle, low, high, count, len(ratios), threads)
+    opened = [Opened.of(os.fspath(path), threads) for path in (file, float_file)]
+    count = next((one.fixed for one in opened if one.fixed is not None), images)
+    mine, theirs = (one.runs(count) for one in opened)
+    found = in_turn({"file": mine, "float": theirs}, seconds=seconds)
+    ratio = found.ratio("float", "file")
+    medians = [found.spread(name).median for name in ("file", "float")]
+    return Latency(medians[0], medians[1], ratio.median, ratio.low, ratio.high, count, found.rounds, threads)
 
 
-def _session(path: str, threads: int) -> InferenceSession:
-    """Open a file as it is, with threads that sleep while the other file runs: else that has a core less."""
-    options = quiet_options(threads)
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = load_file(path)
-    with unreadable(OPERATION, path, "a model that ONNX Runtime opens"):
-        return open_model(model, options=options)
+@dataclass(frozen=True)
+class Opened:
+    """A file in ONNX Runtime, as it is; fixed: the only number of images that it takes, None if it takes any."""
 
+    path: str
+    session: InferenceSession
+    fixed: int | None
 
-def random_inputs(path: str, session: InferenceSession, images: int) -> Sequence[NDArray[Any]]:
-    """Return inputs of a file: images between -1 and 1, integers 0 to 255 where it takes bytes, else 0."""
-    generator = np.random.default_rng(0)
-    feed = []
-    for entry in session.get_inputs():
-        shape = [images, *entry.shape[1:]]
-        if entry.type not in TYPES or not all(isinstance(size, int) for size in shape):
-            expected, do = "an input of a known type and sizes", "export it again with fixed image sizes"
-            raise failure(OPERATION, f"{path}: {entry.name}", expected=expected, got=f"{entry.type} {shape}", do=do)
-        kind = np.dtype(TYPES[entry.type])
-        values = generator.uniform(-1, 1, shape) if kind.kind == "f" else generator.integers(0, 256, shape)
-        feed.append((values * (kind != np.int64)).astype(kind))
-    return feed
+    @staticmethod
+    def of(path: str, threads: int = 0) -> Opened:
+        """Open a file with threads that sleep while another one runs: else that has a core less.
+
+        threads: 0 lets the runtime choose. Raises PTQError on a file that cannot be read or that the runtime refuses.
+        """
+        options = quiet_options(threads)
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        model = load_file(path)
+        with unreadable(OPERATION, path, "a model that ONNX Runtime opens"):
+            session = open_model(model, options=options)
+        return Opened(path, session, fixed_batch(OPERATION, path, session))
+
+    def runs(self, images: int) -> Callable[[], Any]:
+        """Return what runs the file on so many random images; raises PTQError if it does not say their sizes."""
+        feed = self.random(images)
+        return lambda: run(OPERATION, self.path, self.session, feed)
+
+    def random(self, images: int) -> list[Array]:
+        """Return inputs of the file: images between -1 and 1, integers 0 to 255 where it takes bytes, else 0."""
+        generator = np.random.default_rng(0)
+        feed = []
+        for entry in self.session.get_inputs():
+            shape = [images, *entry.shape[1:]]
+            if entry.type not in TYPES or not all(isinstance(size, int) for size in shape):
+                expected, do = "an input of a known type and sizes", "export it again with fixed image sizes"
+                subject = f"{self.path}: {entry.name}"
+                raise failure(OPERATION, subject, expected=expected, got=f"{entry.type} {shape}", do=do)
+            kind = np.dtype(TYPES[entry.type])
+            values = generator.uniform(-1, 1, shape) if kind.kind == "f" else generator.integers(0, 256, shape)
+            feed.append((values * (kind != np.int64)).astype(kind))
+        return feed

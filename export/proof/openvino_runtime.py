@@ -84,9 +84,10 @@ def _read_back(graph: ir.Graph, path: str | os.PathLike[str], device: str) -> Op
     )
 
 
-def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
+def compile_openvino(path: str | os.PathLike[str], device: str = "CPU", threads: int = 0) -> Any:
     """Return OpenVINO's compiled model of a file; raises PTQError if OpenVINO is missing or refuses the file.
 
+    threads: 0 lets it choose.
     What is not integer runs in float32, as in every other runtime: on CPUs with bf16 the plugin's default is bf16, for
     some quantized products as well.
     """
@@ -103,8 +104,9 @@ def compile_openvino(path: str | os.PathLike[str], device: str = "CPU") -> Any:
     check_readable(path, "openvino", "an ONNX model")
     with unreadable("openvino", path, "an ONNX model"):
         load_file(path).graph.sort()  # on a cycle OpenVINO 2025.1 does not end, and takes all memory
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     try:
-        return openvino.Core().compile_model(os.fspath(path), device, FLOAT32)
+        return openvino.Core().compile_model(os.fspath(path), device, FLOAT32 | settings)
     except Exception as error:
         weights = " and ".join(sorted(data.name for data in data_files(Path(path))))
         with_data = f" (its weights are in {weights})" if weights else ""

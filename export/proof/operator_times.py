@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq4vit_fx.export.model_files import load_file, unreadable
-from ptq4vit_fx.export.proof.latency import random_inputs
+from ptq4vit_fx.export.proof.latency import Opened
 from ptq4vit_fx.export.proof.outputs import fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import open_model, quiet_options
 from ptq4vit_fx.files import scratch
@@ -57,8 +57,9 @@ def operator_times(
         options.profile_file_prefix = str(folder / "profile")
         with unreadable(OPERATION, path, "a model that ONNX Runtime opens"):
             session = open_model(model, options=options)
-        count = fixed_batch(OPERATION, path, session) or images
-        feed = random_inputs(path, session, count)
+        opened = Opened(path, session, fixed_batch(OPERATION, path, session))
+        count = opened.fixed or images
+        feed = opened.random(count)
         for _ in range(runs + 1):
             run(OPERATION, path, session, feed)
         profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Images:
         return np.concatenate([row[:kept] for row, kept in zip(rows, self.kept, strict=True)])
 
 
-def outputs_of_model(run: Any, batches: list[Inputs], device: torch.device) -> dict[str, Array]:
+def outputs_of_model(run: Any, batches: Iterable[Inputs], device: torch.device) -> dict[str, Array]:
     """Return every output of a converted model, or of an interpreter of it, image by image."""
     images = Images("the model")
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def as_array(x: Tensor) -> Array:
 
 
 def outputs_of_file(
-    path: str, session: InferenceSession, batches: list[Inputs], own: list[str], operation: str = "verify_onnx"
+    path: str, session: InferenceSession, batches: Iterable[Inputs], own: list[str], operation: str = "verify_onnx"
 ) -> dict[str, Array]:
     """Return every output of a file, image by image, under the names `own` of the converted model.
 
@@ -139,7 +139,7 @@ def own_names(path: str, session: InferenceSession, own: list[str], operation: s
     raise failure(operation, path, expected=f"outputs {', '.join(own)}", got=", ".join(found), do=do)
 
 
-def pieces(batches: list[Inputs], size: int | None) -> Iterator[tuple[Inputs, int]]:
+def pieces(batches: Iterable[Inputs], size: int | None) -> Iterator[tuple[Inputs, int]]:
     """Yield batches as a file of such a fixed batch takes them, with the number of images that count."""
     for batch in batches:
         for start in (0,) if size is None else range(0, len(batch[0]), size):

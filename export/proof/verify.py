@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
 from ptq4vit_fx.inputs.batches import batches_for
+from ptq4vit_fx.inputs.progress import Show, UnderWay, counted, show_nothing
+from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.contract import on_cpu
 from ptq4vit_fx.passes.graph.running import run
 from ptq4vit_fx.passes.graph.staged_model import model_at
@@ -177,14 +179,33 @@ def _check_sizes(path: str, simulated: Mapping[str, Array], actual: Mapping[str,
             raise failure("verify_onnx", subject, expected=f"the model's shape {mine.shape}", got=got, do=do)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The batches, and who is told how many of their images each side has seen."""
+
+    batches: list[Inputs]
+    progress: Show
+
+    def __call__(self, side: str) -> Iterator[Inputs]:
+        count = sum(len(batch[0]) for batch in self.batches)
+        return counted(self.batches, self.progress, f"verify: {side}", count)
+
+
 @independent_of_caller()
 def verify_onnx(
-    path: str | os.PathLike[str], converted: GraphModule, data: Any, *, layers: int = 8, images: int | None = None
+    path: str | os.PathLike[str],
+    converted: GraphModule,
+    data: Any,
+    *,
+    layers: int = 8,
+    images: int | None = None,
+    progress: Show = show_nothing,
 ) -> VerifyReport:
     """Run the file in ONNX Runtime and the converted model in PyTorch on the same images; return the comparison.
 
     data, images: as for `calibrate`. layers: number of images, the first ones, on which the integer codes of every
-    site are compared too, 0 for none. Raises PTQError if the file cannot be read or the images do not fit.
+    site are compared too, 0 for none. progress: is called with what is under way. Raises PTQError if the file cannot be
+    read or the images do not fit.
     """
     converted = model_at(Stage.CONVERTED, converted, "verify_onnx", "call convert_fx(prepared) first")
     batches = batches_for(converted, data, "verify_onnx", images=images)
@@ -195,15 +216,17 @@ def verify_onnx(
     if pixels is not None and all(map(pixels.fit, batches)):
         batches, rounded = pixels.rounded(batches)
     device = next((buffer.device for buffer in converted.buffers()), torch.device("cpu"))
-    simulated = outputs_of_model(lambda *inputs: run(converted, inputs, "verify_onnx"), batches, device)
+    seen = _Seen(batches, progress)
+    simulated = outputs_of_model(lambda *x: run(converted, x, "verify_onnx"), seen("the simulation"), device)
     here = on_cpu(converted)
-    alike = outputs_of_model(RuntimeFunctions(here).run, batches, torch.device("cpu"))
-    actual = outputs_of_file(str(path), session, batches, list(simulated))
+    alike = outputs_of_model(RuntimeFunctions(here).run, seen("the runtime's functions"), torch.device("cpu"))
+    actual = outputs_of_file(str(path), session, seen("the file"), list(simulated))
     plain = open_session(path, exact=False) if saturating else None
     default = actual if plain is None else outputs_of_file(str(path), plain, batches, list(simulated))
     _check_sizes(str(path), simulated, actual)
     with unreadable("verify_onnx", path, "a graph of products"):
         graph = runtime_graph(load_file(path))
+    progress(UnderWay("verify: layer by layer"))
     return VerifyReport(
         simulation=compare_outputs(simulated, actual),
         same_functions=compare_outputs(alike, actual),

@@ -80,6 +80,6 @@ def has_constant_bias(node: Node) -> bool:
 
 
 def distinct(x: Tensor) -> Tensor:
-    """Return the distinct values of x, or its distinct rows if it has several dimensions of pairs, sorted."""
+    """Return the distinct numbers of x, or its distinct rows if it has several dimensions of pairs, sorted."""
     found: Tensor = torch.unique(x, dim=0 if x.ndim == 2 and x.shape[1] == 2 else None)
     return found

@@ -95,6 +95,8 @@ class Groups:
 
     def firsts(self, numbers: Tensor) -> Tensor:
         """Return the smallest number of the group of each channel, in the shape of the numbers."""
+        if not self._smaller:
+            return numbers
         found, places = torch.unique(numbers, return_inverse=True)
         return torch.tensor([self.first(number) for number in found.tolist()], dtype=numbers.dtype)[places]
 

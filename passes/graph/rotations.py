@@ -31,11 +31,12 @@ class Rotation:
 
     def turn(self, x: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """Return x R along a dimension that holds `blocks` times all channels, each rotated alone; float64."""
-        turned = x.double().movedim(dim, -1)
-        turned = turned.reshape(*turned.shape[:-1], blocks, -1)
+        rows = x.double().movedim(dim, -1)
+        # Channels in front: what is then taken in another order are whole rows.
+        turned = rows.reshape(-1, blocks, rows.shape[-1] // blocks).movedim(-1, 0).contiguous()
         for order, size in zip(self.orders, self.sizes, strict=True):
-            turned = _reflected(turned[..., order], size)
-        return turned.flatten(-2).movedim(-1, dim)
+            turned = _reflected(turned[order], size)
+        return turned.movedim(0, -1).contiguous().reshape(rows.shape).movedim(-1, dim)
 
 
 def rotation(width: int, seed: int) -> Rotation:
@@ -57,18 +58,19 @@ def ordered_sum(x: Tensor) -> Tensor:
     """Return the sum along the last dimension, by halves: the order of the additions is that of no machine."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
-        rest = x[..., 2 * half :]
-        x = torch.cat([x[..., :half] + x[..., half : 2 * half], rest], -1)
+        added, rest = x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]
+        x = torch.cat([added, rest], -1) if rest.shape[-1] else added
     return x[..., 0]
 
 
 def _reflected(x: Tensor, size: int) -> Tensor:
+    """Reflect groups of neighbours along the first dimension."""
     if size == 1:
         return x
-    whole = x.shape[-1] // size * size
-    groups = x[..., :whole].reshape(*x.shape[:-1], -1, size)
-    reflected = ordered_sum(groups)[..., None] * (2 / size) - groups
-    return torch.cat([reflected.flatten(-2), x[..., whole:]], -1)
+    whole = len(x) // size * size
+    groups = x[:whole].reshape(-1, size, *x.shape[1:])
+    reflected = (ordered_sum(groups.movedim(1, -1))[:, None] * (2 / size) - groups).flatten(0, 1)
+    return torch.cat([reflected, x[whole:]]) if whole < len(x) else reflected
 
 
 def _factors(width: int) -> tuple[int, ...] | None:

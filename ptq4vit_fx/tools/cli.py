@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, inspect, report, targets, demo, coverage."""
+"""The command line: quantize, eval, bench, inspect, report, why, timings, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.tools import options
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, console, readable_errors, say, say_json, typed
+from ptq4vit_fx.tools import options, tuning_commands
+from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, report, targets
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing, typed
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -97,8 +98,8 @@ def quantize(
     ] = None,
     bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")] = False,
-    as_json: options.AsJson = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
     layout: Annotated[
         str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
     ] = "file",
@@ -106,6 +107,10 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    agreement: options.Agreement = None,
+    minimize: options.Minimize = "time",
+    timings: options.TimingsFile = None,
+    advise: options.Advise = False,
     settings: options.Settings = None,
     weights_granularity: options.WeightsGranularity = None,
     device: options.Device = "cpu",
@@ -115,9 +120,13 @@ def quantize(
     config: options.Config = None,
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
-    report: options.Report = None,
+    report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
+    if advise:
+        tuning_commands.timings(model, model_arg, target, batch or 1, advise=True)
+        return
+    shown = not (quiet or as_json)
     with readable_errors(checkpoint) as heard:
         from ptq4vit_fx.tools.config_file import as_toml
 
@@ -125,6 +134,7 @@ def quantize(
         if print_config:
             say(repeat, highlight=False)
             return
+        phases = showing(shown)
         from ptq4vit_fx.tools.layouts import Destination
         from ptq4vit_fx.tools.mappings import mapping_of
         from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
@@ -158,20 +168,21 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            agreement=agreement,
+            minimize=minimize,
+            timings=timings,
             device=device,
             sequential=sequential,
             settings=tuple(settings or ()),
             report=report,
             command=typed(context),
         )
-        shown = not (quiet or as_json)
         speak = say if shown else lambda text: None
         if plan:
-            planned = plan_folder(request, speak, complaints.status)
+            planned = plan_folder(request, speak, phases)
             say_json(planned.to_dict()) if as_json else say("\n".join(planned.lines()), highlight=False)
             return
-        drawn = shown and console.is_terminal
-        summary = quantize_folder(request, speak, complaints.status, progress=drawn, heard=heard)
+        summary = quantize_folder(request, speak, phases, heard=heard)
         for complaint in summary.complaints():
             say(f"warning: {complaint}", to=complaints)
         if as_json:
@@ -192,17 +203,20 @@ def evaluate(
         str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
-    against: options.Against = None,
-    weights: options.AgainstWeights = None,
-    weights_entry: options.AgainstEntry = None,
-    ema: options.AgainstEma = None,
-    model_arg: options.AgainstArg = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
     output_kind: Annotated[
         str | None,
         typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
     with readable_errors():
@@ -212,13 +226,14 @@ def evaluate(
                 "add --against",
             )
             raise failure("eval", "options", expected=expected, got="none", do=do)
+        phases = showing(not as_json)
         from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
         from ptq4vit_fx.tools.named.model import Asked
 
         asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
         reference = float_outputs(asked) if against else None
-        found = evaluate_file(file, data, model, batch_size, complaints, reference, output_kind)
+        found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind)
         if as_json:
             say_json(found.to_dict())
         else:
@@ -228,7 +243,7 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
     with readable_errors():
@@ -238,63 +253,5 @@ def inspect(
         say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
-@app.command()
-def report(
-    subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
-    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
-    against: options.Against = None,
-    weights: options.AgainstWeights = None,
-    weights_entry: options.AgainstEntry = None,
-    ema: options.AgainstEma = None,
-    model_arg: options.AgainstArg = None,
-    calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
-    images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
-    bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
-    as_json: options.AsJson = False,
-) -> None:
-    """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
-    with readable_errors():
-        from ptq4vit_fx.tools.named.model import Asked
-        from ptq4vit_fx.tools.reporting import ReportRequest, report_on
-
-        reference = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
-        request = ReportRequest(subject, out, data, reference, calibration, images, bench)
-        found = report_on(request, complaints.status)
-        if as_json:
-            say_json(found.to_dict())
-        else:
-            say("\n".join(found.lines(out)))
-
-
-@app.command()
-def targets() -> None:
-    """Print which flags of quantize belong to which runtime."""
-    from ptq4vit_fx.tools.runtimes import as_text
-
-    say(as_text(min(console.width, 100)), highlight=False)
-
-
-@app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the ONNX files and the picture")] = Path("out")) -> None:
-    """Quantize the embedded digits ViT at 8, 6 and 4 bits with both recipes; needs no network."""
-    with readable_errors():
-        from ptq4vit_fx.tools.demo import run_demo
-
-        run_demo(out, console)
-
-
-@app.command()
-def coverage(
-    family: Annotated[list[str] | None, typer.Option(help="family to try, repeatable (default: all)")] = None,
-    out: Annotated[Path, typer.Option(help="folder for coverage.md and coverage.json")] = Path("out"),
-) -> None:
-    """Take a model of every family, random weights, through tracing, quantization, export and ONNX Runtime."""
-    with readable_errors():
-        from ptq4vit_fx.tools.coverage import run_coverage
-        from ptq4vit_fx.tools.families import FAMILIES, find_family
-
-        families = [find_family(name) for name in family] if family else FAMILIES
-        rows = run_coverage(families, out, say)
-    if any(row.problem for row in rows):
-        raise typer.Exit(1)
+for command in (bench, report, tuning_commands.why, tuning_commands.timings, targets, demo, coverage):
+    app.command()(command)

@@ -6,15 +6,14 @@ import io
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.fx import GraphModule
@@ -23,13 +22,14 @@ from ptq4vit_fx import recipes
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
 from ptq4vit_fx.calibrating.capture import capture
 from ptq4vit_fx.calibrating.losses import pseudo_label
-from ptq4vit_fx.errors import printable
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.files import check_writable, make_folder, write_file
+from ptq4vit_fx.inputs.progress import UnderWay
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.quantizers import TwinUniform, Uniform, UniformParams
 from ptq4vit_fx.tools.digits import load_digits_images, load_digits_model
+from ptq4vit_fx.tools.phases import DEMO, Phases
 
 CALIBRATION_IMAGES = 32
 PICTURE = "twin_grids.png"
@@ -50,38 +50,59 @@ class Run:
 RUNS = tuple(Run(recipe, bits) for bits in (8, 6, 4) for recipe in ("base_ptq", "ptq4vit"))
 
 
-def run_demo(folder: Path, console: Console) -> None:
-    """Quantize at W8A8, W6A6 and W4A4 with both recipes, export, run, print the table, save twin_grids.png.
+@dataclass(frozen=True)
+class Demo:
+    """The rows of the demo's table, top-1 of the float model on the test images, and the picture that was drawn."""
+
+    runs: tuple[Run, ...]
+    float_top1: float
+    test_images: int
+    picture: Path
+
+    def table(self) -> Table:
+        """Return what a terminal shows."""
+        title = f"digits ViT, {self.test_images} test images, {CALIBRATION_IMAGES} calibration images"
+        table = Table(title=title)
+        for column in ("recipe", "bits", "float", "simulated", "ONNX Runtime", "file", "calibrated in"):
+            table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
+        for run in self.runs:
+            table.add_row(
+                run.recipe,
+                f"W{run.bits}A{run.bits}",
+                f"{self.float_top1:.2%}",
+                f"{run.simulated:.2%}",
+                f"{run.deployed:.2%}",
+                f"{run.file_bytes / 1e3:.0f} kB",
+                f"{run.seconds:.1f} s",
+            )
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every number, JSON-ready."""
+        return asdict(self)
+
+
+def run_demo(folder: Path, phases: Phases) -> Demo:
+    """Quantize at W8A8, W6A6 and W4A4 with both recipes, export, run, save twin_grids.png; return the table.
 
     Export is single-threaded Python, so the runs are spread over processes, one thread each.
     """
     make_folder(folder, "demo --out")
     check_writable(folder / PICTURE, "demo --out")
     test, labels = load_digits_images("test")
-    table = Table(title=f"digits ViT, {len(test)} test images, {CALIBRATION_IMAGES} calibration images")
-    for column in ("recipe", "bits", "float", "simulated", "ONNX Runtime", "file", "calibrated in"):
-        table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     float_top1 = _top1(load_digits_model()(test), labels)
     workers = min(len(RUNS) + 1, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+    with phases(DEMO), ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
         try:
             picture = pool.submit(draw_grids, folder / PICTURE)
-            runs = list(track(pool.map(_quantize, RUNS, repeat(folder)), "demo", total=len(RUNS), console=console))
+            runs = list[Run]()
+            for run in pool.map(_quantize, RUNS, repeat(folder)):
+                runs.append(run)
+                phases.show(UnderWay(DEMO, len(runs), len(RUNS), "models"))
             picture.result()
         finally:  # an error or Ctrl-C does not wait for what has not started
             pool.shutdown(cancel_futures=True)
-    for run in runs:
-        table.add_row(
-            run.recipe,
-            f"W{run.bits}A{run.bits}",
-            f"{float_top1:.2%}",
-            f"{run.simulated:.2%}",
-            f"{run.deployed:.2%}",
-            f"{run.file_bytes / 1e3:.0f} kB",
-            f"{run.seconds:.1f} s",
-        )
-    console.print(table)
-    console.print(printable(f"picture: {folder / PICTURE}"), markup=False, emoji=False)
+    return Demo(tuple(runs), float_top1, len(test), folder / PICTURE)
 
 
 def _start_worker() -> None:

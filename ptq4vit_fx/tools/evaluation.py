@@ -12,8 +12,6 @@ import numpy as np
 import onnxruntime
 import timm
 import timm.data
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ptq4vit_fx.errors import failure, some_names, unknown_name, warn
@@ -37,6 +35,7 @@ from ptq4vit_fx.tools.models import (
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.neighbours import vectors_of
+from ptq4vit_fx.tools.phases import CLASSIFY, Phases, calls
 from ptq4vit_fx.tools.scores import Evaluation, classified, ranks, retrieved
 from ptq4vit_fx.torch_state import independent_of_caller
 
@@ -49,17 +48,17 @@ def evaluate_file(
     data: Path,
     model: str | None,
     batch_size: int,
-    console: Console,
+    phases: Phases,
     reference: Runs | None = None,
     kind: str | None = None,
 ) -> Evaluation:
     """Classify every image of `data`, one sub-folder per class, with the preprocessing that the file records.
 
-    model: whose preprocessing to use instead, by a name as for `quantize`. reference: the float model, which sees the
-    same images. kind: what the output is, None for what the file says; of embeddings each image is looked for among the
-    others. Raises PTQError if no preprocessing is known, if the file takes something else than images, or if the number
-    of sub-folders is not the number of classes (unless the sub-folders are named by class number). Warns (PTQWarning)
-    of sub-folders without images.
+    model: whose preprocessing to use instead, by a name as for `quantize`. phases: shows how many images are done.
+    reference: the float model, which sees the same images. kind: what the output is, None for what the file says; of
+    embeddings each image is looked for among the others. Raises PTQError if no preprocessing is known, if the file
+    takes something else than images, or if the number of sub-folders is not the number of classes (unless the
+    sub-folders are named by class number). Warns (PTQWarning) of sub-folders without images.
     """
     session = open_session(file)
     channels = image_channels(session, file, "eval")
@@ -67,26 +66,26 @@ def evaluate_file(
     embedding = embedding_in(_shapes(session), _kind(session, file, kind))
     folder = list_images(data, labelled=True)
     transform = timm.data.create_transform(**preprocessing_of_file(session, file, model))
+    transform = calls(transform, phases.show, CLASSIFY, len(folder.paths))
     _warn_of_empty(folder, data)
     labels, skipped = np.asarray(folder.labels), list[str]()
     seen = list[tuple[list[int], Array, Array | None]]()  # the numbers of the images, and what both give
-    # A bar that is switched off prints an empty line in older releases of rich.
-    bar = track(folder.paths, "eval", console=console) if console.is_terminal else folder.paths
     size = fixed_batch("eval", str(file), session) or batch_size
-    for numbers, pixels in _batches(read_images(bar, transform, skipped, channels), size):
-        own, beside = runs(pixels), None if reference is None else reference(pixels)
-        if embedding is not None:
-            seen.append((numbers, *_vectors(embedding, own, beside)))
-            continue
-        logits = logits_of(own, str(file))
-        _check_classes(folder, logits.shape[1], data)
-        others = None if beside is None else logits_of(beside, "--against")
-        if others is not None and others.shape != logits.shape:
-            expected, do = f"logits of the shape {logits.shape}, as the file's", "pass the model that it was made from"
-            raise failure("eval", "--against", expected=expected, got=str(others.shape), do=do)
-        found = [_in_short(side, labels[numbers]) for side in (logits, others) if side is not None]
-        seen.append((numbers, found[0], found[1] if others is not None else None))
-        classes = logits.shape[1]
+    with phases(CLASSIFY):
+        for numbers, pixels in _batches(read_images(folder.paths, transform, skipped, channels), size):
+            own, beside = runs(pixels), None if reference is None else reference(pixels)
+            if embedding is not None:
+                seen.append((numbers, *_vectors(embedding, own, beside)))
+                continue
+            logits = logits_of(own, str(file))
+            _check_classes(folder, logits.shape[1], data)
+            others = None if beside is None else logits_of(beside, "--against")
+            if others is not None and others.shape != logits.shape:
+                expected, do = f"logits of the shape {logits.shape}, as the file's", "pass the model of the file"
+                raise failure("eval", "--against", expected=expected, got=str(others.shape), do=do)
+            found = [_in_short(side, labels[numbers]) for side in (logits, others) if side is not None]
+            seen.append((numbers, found[0], found[1] if others is not None else None))
+            classes = logits.shape[1]
     if not seen:
         return Evaluation(0, tuple(skipped))
     images = np.concatenate([one[0] for one in seen])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, foreign, quoted
-from ptq4vit_fx.export.huggingface import export_huggingface, write_card
+from ptq4vit_fx.export.huggingface import FILE as FILE_IN_FOLDER
+from ptq4vit_fx.export.huggingface import FLOAT_FILE, PIXELS, export_huggingface, write_card
 from ptq4vit_fx.export.interface import interface_of
 from ptq4vit_fx.export.onnx_export import ExportReport, export_onnx
 from ptq4vit_fx.export.pixels import LAYOUTS
@@ -92,6 +93,19 @@ class Destination:
         if self.layout == FOLDER:
             return export_huggingface(converted, self.out, example, **said)
         return export_onnx(converted, self.out, example, uint8_input=self.uint8_input, **self.names, **said)
+
+    @property
+    def file(self) -> str:
+        """Where the quantized file is written."""
+        return os.path.join(self.out, FILE_IN_FOLDER) if self.layout == FOLDER else self.out
+
+    def interface(self, report: ExportReport) -> dict[str, Any]:
+        """Return the names of the float file, arguments of `export_float`: in a folder those of the file in it."""
+        return {"input_names": [PIXELS], "output_names": report.outputs} if self.layout == FOLDER else self.names
+
+    def holds(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether a path is the place of the float file in the folder, where readers look for it."""
+        return self.layout == FOLDER and os.path.realpath(path) == os.path.realpath(os.path.join(self.out, FLOAT_FILE))
 
     def note(self, report: ExportReport, verified: VerifyReport, figures: dict[str, str]) -> None:
         """Write what is known of the file into its model card, if it has one."""

@@ -6,11 +6,11 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm.data
 import torch
 from torch import Tensor, nn
@@ -20,30 +20,32 @@ from ptq4vit_fx.api import calibrate, convert_fx, load_calibration, prepare_fx
 from ptq4vit_fx.calibrating.losses import has_logits
 from ptq4vit_fx.errors import PTQError, foreign
 from ptq4vit_fx.export.float_export import export_float
-from ptq4vit_fx.export.proof.against_float import Kind
+from ptq4vit_fx.export.onnx_export import ExportReport
+from ptq4vit_fx.export.proof.against_float import AgainstFloat, Kind
 from ptq4vit_fx.export.proof.compare_float import compare_float
-from ptq4vit_fx.export.proof.latency import Latency, measure_latency
+from ptq4vit_fx.export.proof.latency import SECONDS, Latency, measure_latency
 from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
-from ptq4vit_fx.export.proof.verify import verify_onnx
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.outputs import plain_outputs
+from ptq4vit_fx.tools import phases as phase
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.devices import check_device
-from ptq4vit_fx.tools.held_out import Compared, images_to_compare
+from ptq4vit_fx.tools.held_out import MOST, Compared, images_to_compare
 from ptq4vit_fx.tools.mappings import said_of, set_apart
 from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
 from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.phases import Phases, calls
 from ptq4vit_fx.tools.planning import Planned, planned
+from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
+from ptq4vit_fx.tools.tuned_request import tuned_model
 from ptq4vit_fx.twins import choose_twins
 
 Say = Callable[[str], None]
-#: Shows what is under way while it lasts.
-Status = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Source:
     skipped: tuple[str, ...]
     compared: Compared
     kind: Kind | None
+    tuned_on: Compared | None = None
 
 
 @dataclass(frozen=True)
@@ -75,29 +78,28 @@ class FloatFile:
     times: OperatorTimes | None = None
 
 
-def quantize_folder(request: Request, say: Say, status: Status, *, progress: bool, heard: Sequence[str]) -> Summary:
+def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequence[str]) -> Summary:
     """Quantize, write, verify and compare with float; return what came of it.
 
-    say: prints a line that cannot wait. progress: show that of the calibration. heard: the warnings so far, a list that
-    grows. Raises PTQError on anything that cannot be done; what can be checked is checked before the work.
+    say: prints a line that cannot wait. phases: shows what is under way. heard: the warnings so far, a list that grows.
+    Raises PTQError on anything that cannot be done; what can be checked is checked before the work.
     """
     check_request(request)
-    source = _source(request, say, status)
-    prepared = _calibrated(request, source, say, progress=progress)
-    converted = convert_fx(prepared)
+    source = _source(request, say, phases)
+    prepared = _calibrated(request, source, say, phases)
+    with phases(phase.CONVERT):
+        converted = convert_fx(prepared)
     example, target, opset, batch = source.pixels[:1], request.target, request.opset, request.batch
-    with status("export to ONNX"):
+    with phases(phase.EXPORT):
         options = {"target": target, "opset": opset, "batch": batch}
         exported = request.destination.write(converted, example, source.labels, source.preprocessing, **options)
-    with status("verify in ONNX Runtime"):
-        verified = verify_onnx(exported.path, converted, _full_batches(source.pixels, request))
-    compared = source.compared
-    with status("compare with float"):
-        batches = list(torch.split(compared.pixels, request.batch_size))
-        kind, names = request.kind, [os.path.relpath(name, request.data) for name in compared.names]
-        against = compare_float(exported.path, source.network, batches, kind=kind, names=names, unseen=compared.unseen)
+    with phases(phase.VERIFY):
+        batches = full_batches(source.pixels, request.batch, request.batch_size)
+        verified = proved(exported.path, converted, batches, phases.show)
+    with phases(phase.COMPARE):
+        against = _against_float(request, source, exported, phases)
     request.destination.note(exported, verified, _figures(request, source) | {"against float": against.headline()})
-    float_file = _float_file(request, source, exported.path, status)
+    float_file = _float_file(request, source, exported, phases)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
     summary = Summary(
@@ -112,32 +114,46 @@ def quantize_folder(request: Request, say: Say, status: Status, *, progress: boo
         exported=exported,
         verified=verified,
         against=against,
-        why_seen=compared.reason,
+        why_seen=source.compared.reason,
         latency=float_file.latency,
         why_no_latency=float_file.problem,
         float_file=request.float_onnx,
         float_bytes=float_file.bytes or exported.float_bytes,
         expensive=most_expensive(calibration),
-        flags=helpful_flags(request, compared.others),
+        flags=helpful_flags(request, source.compared.others),
         warnings=tuple(heard),
         report=request.report,
+        phases=phases.seconds,
     )
     if request.report is not None:
-        with status("write the report"):
-            report_of_summary(summary, float_file.times, compared.pixels, request)
+        with phases(phase.REPORT):
+            report_of_summary(summary, float_file.times, source.compared.pixels, request)
     return summary
 
 
-def plan_folder(request: Request, say: Say, status: Status) -> Planned:
+def _against_float(request: Request, source: Source, exported: ExportReport, phases: Phases) -> AgainstFloat:
+    compared = source.compared
+    batches = list(torch.split(compared.pixels, request.batch_size))
+    names = [os.path.relpath(name, request.data) for name in compared.names]
+    known: dict[str, Any] = {"kind": request.kind, "names": names, "unseen": compared.unseen}
+    return compare_float(exported.path, source.network, batches, **known, progress=phases.show)
+
+
+def plan_folder(request: Request, say: Say, phases: Phases) -> Planned:
     """Return what `quantize_folder` would do, without doing it; raises PTQError on what it would refuse."""
     check_request(request)
-    return planned(request, _source(request, say, status))
+    source = _source(request, say, phases)
+    with phases(phase.TRACE):
+        return planned(request, source)
 
 
-def _source(request: Request, say: Say, status: Status) -> Source:
+def _source(request: Request, say: Say, phases: Phases) -> Source:
     """Read the model and the images; calibration takes some, evenly spread over the folder, a comparison others."""
     listed = list_images(request.data)
-    named = load_model(request.asked())
+    if not phases.drawn:
+        huggingface_hub.utils.disable_progress_bars()  # the hub's own bars are for terminals
+    with phases(phase.MODEL, drawn=False):
+        named = load_model(request.asked())
     for line in named.said:
         say(line)
     preprocessing = named.preprocessing
@@ -153,19 +169,27 @@ def _source(request: Request, say: Say, status: Status) -> Source:
         mean, std = (preprocessing[key][0] for key in ("mean", "std"))
         say(f"images are read as gray, mean {mean:g} and std {std:g}: the averages of the three channels")
     transform, skipped = timm.data.create_transform(**preprocessing), list[str]()
-    with status("read images"):
+    with phases(phase.READ):
         taken = evenly_spread(listed.paths, request.images)
+        total = len(taken) + min(MOST, len(listed.paths) - len(taken))
+        transform = calls(transform, phases.show, phase.READ, total)
         calibrated = load_named(taken, transform, skipped, channels)
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
+        tuned_on = None
+        if request.agreement is not None:  # others than those of the last comparison, where there are enough
+            seen = (*taken, *map(Path, compared.names))
+            tuned_on = images_to_compare(listed.paths, seen, calibrated, transform, channels)
+            tuned_on = tuned_on if tuned_on.unseen else compared
     if skipped:
         say(said_of_skipped(skipped))
     kind = request.kind or named.kind
-    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind)
+    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind, tuned_on)
 
 
-def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -> GraphModule:
+def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
     """Return the prepared model with its scales, which say in their provenance what they are of."""
-    prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
+    with phases(phase.TRACE, phase.PER_MODULE * len(list(source.network.modules()))):
+        prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
     for line in said_of(request.settings, request.skip, plan_of(prepared)):
         say(line)
     request.destination.check_names(prepared)
@@ -176,11 +200,17 @@ def _calibrated(request: Request, source: Source, say: Say, *, progress: bool) -
         "memory_limit": None if request.memory_limit is None else round(request.memory_limit * 2**30),
         "device": check_device(request.device),
         "sequential": request.sequential,
-        "progress": progress,
+        "progress": phases.show,
     }
-    calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
+    if request.agreement is None:
+        with phases(phase.CALIBRATE):
+            calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
+    else:
+        with phases(phase.TUNE):
+            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **options)
     if request.twins == "auto":
-        prepared, choice = choose_twins(prepared, batches, **options)
+        with phases(phase.TWINS):
+            prepared, choice = choose_twins(prepared, batches, **options)
         say(str(choice))
     calibration = calibration_of(prepared)
     assert calibration is not None
@@ -209,15 +239,7 @@ def _figures(request: Request, source: Source) -> dict[str, str]:
     return {"model": request.model, "bits": bits}
 
 
-def _full_batches(pixels: Tensor, request: Request) -> list[Tensor]:
-    """Return the images in batches that the file takes: of a fixed batch, the first images fill up the last one."""
-    if request.batch is None:
-        return list(torch.split(pixels, request.batch_size))
-    count = -(-len(pixels) // request.batch) * request.batch
-    return list(torch.split(pixels[torch.arange(count) % len(pixels)], request.batch))
-
-
-def _float_file(request: Request, source: Source, file: Path, status: Status) -> FloatFile:
+def _float_file(request: Request, source: Source, exported: ExportReport, phases: Phases) -> FloatFile:
     """Write the float file where it is asked for, else into a temporary folder, and measure the file beside it.
 
     That a measurement does not work out is no error: the file is written. Raises PTQError if a float file is asked for
@@ -228,17 +250,17 @@ def _float_file(request: Request, source: Source, file: Path, status: Status) ->
     size = sum(tensor.nbytes for tensor in source.network.state_dict().values())
     with contextlib.nullcontext() if request.float_onnx else scratch("quantize", size) as folder:
         path = request.float_onnx or f"{folder}/float.onnx"
-        example, facts = source.pixels[:1], _origin(request, source)
-        written = None
+        example, written = source.pixels[:1], None
+        known: dict[str, Any] = {"opset": request.opset, "batch": request.batch, "facts": _origin(request, source)}
+        known |= request.destination.interface(exported)
         try:
-            with status("write the float file"):
-                said: dict[str, Any] = {"opset": request.opset, "batch": request.batch, **request.destination.names}
-                written = export_float(source.network, path, example, facts=facts, **said)
+            with phases(phase.FLOAT):
+                written = export_float(source.network, path, example, **known)
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
-            with status("measure"):
+            with phases(phase.MEASURE, 2 * SECONDS):
                 times = None if request.report is None else operator_times(path)
-                return FloatFile(written, measure_latency(file, path), times=times)
+                return FloatFile(written, measure_latency(exported.path, path), times=times)
         except PTQError as error:
             if request.float_onnx is not None and written is None:
                 raise

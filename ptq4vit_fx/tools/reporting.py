@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import timm.data
 from torch import Tensor, nn
@@ -22,13 +21,11 @@ from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
 from ptq4vit_fx.tools.models import evenly_spread, list_images, load_named, said_of_skipped
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
+from ptq4vit_fx.tools.phases import MEASURE, READ, Phases
 
 if TYPE_CHECKING:
     from ptq4vit_fx.tools.request import Request
     from ptq4vit_fx.tools.summary import Summary
-
-#: Shows what is under way while it lasts.
-Status = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class ReportRequest:
     bench: bool
 
 
-def report_on(request: ReportRequest, status: Status) -> Report:
+def report_on(request: ReportRequest, phases: Phases) -> Report:
     """Write the page; return what it says. Raises PTQError on anything that cannot be read, fitted or written."""
     check_writable(request.out, "report --out")
     reference = request.against
@@ -59,9 +56,9 @@ def report_on(request: ReportRequest, status: Status) -> Report:
             data=request.data,
             reference=reference.name or None,
         )
-    with status("read images"):
+    with phases(READ):
         pixels, names = _images(request)
-    with status("measure"):
+    with phases(MEASURE):
         return report(
             request.subject,
             request.out,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 #: What the table says where nothing is to be added to the command.
 DEFAULT = "none"
@@ -66,6 +67,22 @@ RUNTIMES = (
 )
 
 
+#: Target -> the runtime that its file is for, and what to do for another one that somebody may have in mind.
+MADE_FOR = {
+    "onnxruntime": "ONNX Runtime, x86; slower than float in OpenVINO: --target openvino",
+    "onnxruntime-avx2": "ONNX Runtime, x86 without VNNI; with VNNI or AMX leave --target out",
+    "onnxruntime-arm": "ONNX Runtime on ARM; on x86 leave --target out",
+    "openvino": "OpenVINO; for ONNX Runtime leave --target out",
+    "tensorrt": "TensorRT; for CPUs leave --target tensorrt and its --recipe out",
+    "generic": "plain QDQ; ONNX Runtime, OpenVINO, TensorRT have their own targets",
+}
+
+
+def made_for(target: str) -> str:
+    """Return which runtime the file of a target is for, and which option another one needs."""
+    return MADE_FOR.get(target, "see `ptq4vit targets`")
+
+
 def as_text(width: int = 80) -> str:
     """Return the table for a terminal: a runtime, its flags and the note below, in lines of at most `width`."""
     blocks = []
@@ -73,6 +90,11 @@ def as_text(width: int = 80) -> str:
         note = textwrap.fill(runtime.note, width - 4, initial_indent="    ", subsequent_indent="    ")
         blocks.append(f"{runtime.name}\n  {runtime.flags or '(no file from here)'}\n{note}")
     return "\n".join(["Add to `ptq4vit quantize MODEL --data FOLDER --out PATH`:", *blocks])
+
+
+def as_dict() -> dict[str, Any]:
+    """Return the table, JSON-ready."""
+    return {"runtimes": [asdict(runtime) for runtime in RUNTIMES], "made_for": MADE_FOR}
 
 
 def as_markdown() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from ptq4vit_fx.export.onnx_export import ExportReport
 from ptq4vit_fx.export.proof.against_float import BOUND, AgainstFloat
 from ptq4vit_fx.export.proof.latency import Latency
 from ptq4vit_fx.export.proof.verify import VerifyReport
+from ptq4vit_fx.tools.runtimes import made_for
 
 #: Columns of a terminal, and those of the word that a line starts with.
 WIDTH, INDENT = 80, 12
@@ -25,7 +27,7 @@ class Summary:
     reason` of those that it could not read; seconds: it took. why_seen: why the images of the comparison are those of
     the calibration, "" if they are not. float_file: the float model's file, None if it was not kept; float_bytes: of
     that file, or of its weights. expensive: product -> share of the distance of all products. flags: options that would
-    help. warnings: those on the way. report: the page that was written.
+    help. warnings: those on the way. phases: seconds of each. report: the page that was written.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Summary:
     expensive: dict[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
     set_apart: int = 0
     report: str | None = None
 
@@ -97,6 +100,7 @@ class Summary:
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
             ("", f"{size}, opset {report.opset}, target {report.target}"),
+            ("runtime", made_for(report.target)),
             ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
             ("", f"calibrated in {self.seconds:.1f} s"),
         ]
@@ -116,7 +120,9 @@ class Summary:
 
     def in_full(self) -> str:
         """Return everything that is known of the file: what each step wrote, parity layer by layer, every operator."""
-        return "\n".join(map(str, (self.exported, *self.exported.rewrites, self.verified, self.against)))
+        seconds = ", ".join(f"{name} {taken:.1f}" for name, taken in self.phases.items())
+        parts = (self.exported, *self.exported.rewrites, self.verified, self.against, f"seconds: {seconds}")
+        return "\n".join(map(str, parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers behind every line, JSON-ready."""
@@ -127,6 +133,7 @@ class Summary:
             "verified": self.verified.to_dict(),
             "against": self.against.to_dict(),
             "latency": None if self.latency is None else self.latency.to_dict(),
+            "runtime": made_for(self.exported.target),
             "complaints": self.complaints(),
             "next": self.next_commands(),
         }

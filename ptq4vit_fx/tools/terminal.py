@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from ptq4vit_fx.errors import PTQError, PTQWarning, printable
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.tools.phases import Phases
 
 #: How a command ends; 2 is that of a command line that cannot be read.
 DONE, FAILED, MISUSED, POOR, INTERRUPTED = 0, 1, 2, 3, 130
@@ -62,6 +65,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def showing(shown: bool = True) -> Phases:
+    """Return what shows on standard error which phase is under way; the first one is importing, and ends here."""
+    from ptq4vit_fx.tools.phases import IMPORT, IMPORTING, Phases
+
+    phases = Phases(complaints, shown=shown)
+    with phases(IMPORT, IMPORTING):
+        import onnxruntime  # noqa: F401
+        import timm  # noqa: F401
+    return phases
 
 
 @contextmanager
