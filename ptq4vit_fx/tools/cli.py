@@ -9,7 +9,7 @@ import typer
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tools import options, tuning_commands
-from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, report, targets
+from ptq4vit_fx.tools.commands import Quiet, bench, coverage, demo, report, targets
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing, typed
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def quantize(
     bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
     quiet: Quiet = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     layout: Annotated[
         str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
     ] = "file",
@@ -120,7 +120,7 @@ def quantize(
     config: options.Config = None,
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
-    report: Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")] = None,
+    report: options.Report = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
     if advise:
@@ -203,20 +203,17 @@ def evaluate(
         str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
     output_kind: Annotated[
         str | None,
         typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
     with readable_errors():
@@ -243,7 +240,7 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
     with readable_errors():

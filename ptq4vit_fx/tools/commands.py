@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ptq4vit_fx.tools import options
+from ptq4vit_fx.tools.options import AsJson
 from ptq4vit_fx.tools.terminal import FAILED, console, readable_errors, say, say_json, showing
 
-AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")]
 
 
@@ -60,13 +61,11 @@ def report(
     subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
     data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
     calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
     images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
     bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,

@@ -207,7 +207,8 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
             calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
     else:
         with phases(phase.TUNE):
-            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **options)
+            known = options | {"kind": source.kind}
+            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **known)
     if request.twins == "auto":
         with phases(phase.TWINS):
             prepared, choice = choose_twins(prepared, batches, **options)

@@ -10,7 +10,6 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, unknown_name
-from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.tools.held_out import Compared
 from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
@@ -50,8 +49,6 @@ class TunedRequest(Protocol):
     def batch_size(self) -> int: ...
     @property
     def checkpoint(self) -> Path | None: ...
-    @property
-    def kind(self) -> Kind | None: ...
 
 
 def check_tuning(request: TunedRequest) -> None:
@@ -108,7 +105,6 @@ def tuned_model(
         batch=request.batch,
         forms=forms,
         timings=request.timings,
-        kind=request.kind,
         cache=None if request.checkpoint is None else f"{request.checkpoint}.forms",
         **calibrate_kwargs,
     )
