@@ -114,7 +114,8 @@ class Latency:
 
     def __str__(self) -> str:
         images = "one image" if self.images == 1 else f"{self.images} images"
-        times = f"{self.milliseconds:.3g} ms, float {self.float_milliseconds:.3g}"
+        mine, theirs = (f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in (self.milliseconds, self.float_milliseconds))
+        times = f"{mine} ms, float {theirs}"
         return f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f}) times float here: {images} {times}"
 
     def to_dict(self) -> dict[str, Any]:

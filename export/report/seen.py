@@ -138,6 +138,8 @@ class _Watched:
 
     def seen(self) -> Seen:
         values, threshold = np.concatenate(self.kept), self.quantizer.threshold(self.params)
+        if len(values) < self.total:  # the farthest values stand in the histogram whether they were kept or not
+            values = np.append(values, (self.low, self.high))
         ratio = 10 * np.log10(self.signal / self.noise) if self.noise and self.signal else float("inf")
         ends = [(self.low, self.high)]
         if isinstance(self.quantizer, TwinUniform) and threshold is not None:
