@@ -5,8 +5,8 @@ PYTEST := -m pytest -n auto --dist loadfile
 # What runs before each commit: the whole pipeline on one small model, and the mathematics on tensors alone.
 QUICK := pipeline quantizers search screening operators qconfig passes canonical_forms golden_graphs stages steps rooms
 # The oldest releases that installation accepts: every floor of pyproject.toml that is not a developer's tool.
-OLDEST := $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
-	-e 's/^[a-z]* = \["\([a-z-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml)
+OLDEST := $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
+	-e 's/^[a-z]* = \["\([a-z0-9-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml)
 
 .PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser browser-speed readers lint clean
 

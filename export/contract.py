@@ -57,11 +57,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime: the steps that make the file that it wants, in their order, and a check that raises PTQError."""
+    """A runtime: the steps that make the file that it wants, in their order, and a check that raises PTQError.
+
+    activation_bits: of the grids of activations that it holds. twins: whether two branches may stand behind a softmax.
+    packed_bits: weights of so many bits or fewer take half a byte in its files, 0 if none do. measured: whether ONNX
+    Runtime on this machine is what runs its files, so that their products can be timed here.
+    """
 
     name: str
     steps: tuple[Step, ...]
     check: Callable[[ir.Model], object]
+    activation_bits: tuple[int, ...] = tuple(range(2, 9))
+    twins: bool = True
+    packed_bits: int = 0
+    measured: bool = False
 
 
 def rewrite(*, nothing: str) -> Callable[[Callable[..., int]], Step]:

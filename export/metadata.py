@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -30,10 +33,23 @@ TARGET_KEY = "ptq4vit_fx.target"
 OUTPUTS_KEY = "ptq4vit_fx.outputs"
 #: The calibrated scales that no initializer holds: JSON, site -> base64 of little-endian float32.
 SCALES_KEY = "ptq4vit_fx.scales"
+#: What the search measured of every product and site, JSON (`Figures`).
+FIGURES_KEY = "ptq4vit_fx.figures"
 #: The names of the classes, JSON, in their order; only where they are known.
 LABELS_KEY = "ptq4vit_fx.labels"
 #: Layout of the images, nhwc or nchw, of a file that takes them as uint8 and scales them itself.
 UINT8_KEY = "ptq4vit_fx.uint8_input"
+#: Digits of figures: nobody computes with them.
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the search measured; each as in `Calibration`, an infinite signal-to-noise ratio as None."""
+
+    distances: dict[str, tuple[float, float]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    snr: dict[str, float | None] = field(default_factory=dict)
 
 
 def write_metadata(model: ir.Model, values: Mapping[str, str]) -> None:
@@ -85,6 +101,27 @@ def labels_of(metadata: Mapping[str, str], operation: str, file: str) -> tuple[s
     if LABELS_KEY not in metadata:
         return ()
     return cast("tuple[str, ...]", _entry(metadata, LABELS_KEY, tuple[str, ...], operation, file))
+
+
+def encode_figures(
+    distances: Mapping[str, tuple[float, float]], shares: Mapping[str, float], snr: Mapping[str, float]
+) -> str:
+    """Return the figures of a calibration as JSON, in DIGITS digits."""
+    figures = {
+        "distances": {name: [_short(before), _short(after)] for name, (before, after) in distances.items()},
+        "shares": {name: _short(share) for name, share in shares.items()},
+        "snr": {name: _short(ratio) if math.isfinite(ratio) else None for name, ratio in snr.items()},
+    }
+    return json.dumps(figures)
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.{DIGITS}g}")
+
+
+def figures_of(metadata: Mapping[str, str], operation: str, file: str) -> Figures:
+    """Return what the search measured, empty of a file that does not say it. operation, file: as for `own_outputs`."""
+    return cast("Figures", _entry(metadata, FIGURES_KEY, Figures, operation, file))
 
 
 def _entry(metadata: Mapping[str, str], key: str, kind: Any, operation: str, file: str) -> Any:

@@ -52,6 +52,7 @@ from ptq4vit_fx.passes.write_qdq import write_qdq
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import UniformParams
 from ptq4vit_fx.torch_state import independent_of_caller
+from ptq4vit_fx.views.tabular import Tabular
 
 #: What every file gets before the steps of its target, in this order.
 STEPS = (
@@ -67,8 +68,8 @@ STEPS = (
 )
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Tabular):
     """What was written: path, size in bytes (with the data file), size of the float weights, node counts, sites.
 
     rewrites: every step on the way from the exporter's graph to this file, what it did, or why there was nothing to do.
@@ -84,6 +85,14 @@ class ExportReport:
     target: str
     rewrites: tuple[Rewrite, ...] = ()
     outputs: tuple[str, ...] = ()
+
+    def brief(self) -> str:
+        """Return the path and what it takes."""
+        return f"{self.path}, {self.bytes / 1e6:.2f} MB, opset {self.opset}, target {self.target}, {self.sites} sites"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return how many nodes of each operator the file has."""
+        return [{"operator": name, "nodes": count} for name, count in sorted(self.operators.items())]
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items()))
@@ -178,6 +187,7 @@ def _add_metadata(
         metadata.PROVENANCE_KEY: json.dumps(provenance),
         metadata.TARGET_KEY: target,
         metadata.OUTPUTS_KEY: json.dumps({name: own for own, name in interface.outputs.items()}),
+        metadata.FIGURES_KEY: metadata.encode_figures(calibration.distances, calibration.shares, calibration.snr),
         metadata.SCALES_KEY: json.dumps(_scales_elsewhere(model, converted)),
         **described.entries(),
     }

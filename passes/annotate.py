@@ -32,7 +32,7 @@ from ptq4vit_fx.passes.graph.hidden_products import hidden_products
 from ptq4vit_fx.passes.graph.marks import kind_of, mark_product, put_in_scope, scope_of, scopes_of
 from ptq4vit_fx.passes.graph.own_names import RENAMED
 from ptq4vit_fx.passes.graph.rewriter import rename
-from ptq4vit_fx.passes.graph.shapes import shape_of
+from ptq4vit_fx.passes.graph.shapes import EXAMPLE_BATCH, MULTIPLIES, shape_of
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.transformed import TRANSFORMED
 from ptq4vit_fx.plan import FloatOp, QuantOp, QuantPlan
@@ -99,9 +99,15 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             (),
             graph_module.meta.get(TRANSFORMED, ()),
             mapping.recipe,
+            {op.name: _multiplications(graph_module, node) for node, op in products},
         ),
     )
     return len(ops)
+
+
+def _multiplications(graph_module: GraphModule, node: Node) -> int:
+    """Return how many multiplications a product takes for one image."""
+    return int(node.meta.get(MULTIPLIES) or 0) // max(1, int(graph_module.meta[EXAMPLE_BATCH]))
 
 
 def _warn_of(float_ops: list[FloatOp]) -> None:

@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import AgainstFloat
     from ptq4vit_fx.export.proof.compare_float import compare_float
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
+    from ptq4vit_fx.export.report.collect import report
+    from ptq4vit_fx.export.report.content import Report
     from ptq4vit_fx.passes.graph.traced_module import TracedModule
     from ptq4vit_fx.plan import QuantPlan
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
     from ptq4vit_fx.quantizers import TwinUniform, Uniform
+    from ptq4vit_fx.tuning.sensitivity import Sensitivity
+    from ptq4vit_fx.tuning.study import sensitivity
+    from ptq4vit_fx.tuning.tune import Tuned, tune
+    from ptq4vit_fx.tuning.why import Why, why
     from ptq4vit_fx.twins import TwinReport, choose_twins
 
 __version__ = "0.1.0"
@@ -32,13 +38,17 @@ __all__ = [
     "QConfig",
     "QConfigMapping",
     "QuantPlan",
+    "Report",
     "SearchSettings",
+    "Sensitivity",
     "TracedModule",
     "Transforms",
+    "Tuned",
     "TwinReport",
     "TwinUniform",
     "Uniform",
     "VerifyReport",
+    "Why",
     "calibrate",
     "choose_twins",
     "compare_float",
@@ -49,7 +59,11 @@ __all__ = [
     "prepare_fx",
     "quantize",
     "recipes",
+    "report",
+    "sensitivity",
+    "tune",
     "verify_onnx",
+    "why",
 ]
 
 #: Module -> the public names that it defines. They are imported when they are used: the command line answers --help
@@ -63,10 +77,16 @@ _MODULES = {
     "export.proof.against_float": ("AgainstFloat",),
     "export.proof.compare_float": ("compare_float",),
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
+    "export.report.collect": ("report",),
+    "export.report.content": ("Report",),
     "passes.graph.traced_module": ("TracedModule",),
     "plan": ("QuantPlan",),
     "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
     "quantizers": ("TwinUniform", "Uniform"),
+    "tuning.sensitivity": ("Sensitivity",),
+    "tuning.study": ("sensitivity",),
+    "tuning.tune": ("Tuned", "tune"),
+    "tuning.why": ("Why", "why"),
     "twins": ("TwinReport", "choose_twins"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

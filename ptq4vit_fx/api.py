@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ptq4vit_fx.calibrating.calibrator import CalibrationOptions, run_calibration
+from ptq4vit_fx.calibrating.calibrator import run_calibration
 from ptq4vit_fx.calibrating.fit import check_fits, check_weights
 from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
+from ptq4vit_fx.calibrating.options import CalibrationOptions
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.inputs.batches import first_item

@@ -23,6 +23,7 @@ from ptq4vit_fx.names import OPERANDS, Site, product_of, site, site_and_role, st
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import QParams
 from ptq4vit_fx.remarks import Remark, remarks
+from ptq4vit_fx.views.tabular import Tabular
 
 FORMAT = "ptq4vit_fx calibration 2"
 #: What files of before said. One bit that flips makes neither name of the other.
@@ -53,8 +54,8 @@ class SearchResult:
     codes: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Tabular):
     """Parameters per site, the plan that they belong to, what they do, and where they come from.
 
     distances: op name -> (at the initial scales, at the chosen scales), in the search's metric. snr: site, or op name
@@ -221,7 +222,7 @@ class Calibration:
     def report(self) -> str:
         """Return a text table per site: scales, threshold, distances of the product, signal-to-noise ratio in dB.
 
-        What is weak or was chosen without gradients follows below it, with every name.
+        The average bits, and what is weak or was chosen without gradients, follow below it, with every name.
         """
         lines = [f"{'site':44}{'scale':>24}{'threshold':>11}{'distance before':>17}{'after':>11}{'SNR':>8}"]
         for row in self.records():
@@ -230,12 +231,18 @@ class Calibration:
             lines.append(
                 f"{row['site']:44}{row['scale']:>24}{threshold:>11}{before:17.4g}{after:11.4g}{row['snr']:8.1f}"
             )
-        return "\n".join([*lines, *(f"\n{remark.in_full()}" for remark in self.remarks())])
+        average = [f"average bits: {self.plan.average_bits()}"] if self.plan.multiplications else []
+        return "\n".join([*lines, *average, *(f"\n{remark.in_full()}" for remark in self.remarks())])
 
     def remarks(self) -> tuple[Remark, ...]:
         """Return what deserves a word; `calibrate` warns of it."""
         without = tuple(op.name for op in self.plan.ops if op.name in self.without_gradient)  # not in order of arrival
         return remarks(self.snr, self.shares, without)
+
+    def brief(self) -> str:
+        """Return how many sites are calibrated, on how many images."""
+        sites = f"{len(self.params)} of {len(self.plan.quantizers)} sites"
+        return f"{sites}, {self.provenance.get('images', 'unknown')} images, recipe {self.plan.recipe}"
 
     def records(self) -> list[dict[str, Any]]:
         """Return the rows of `report`, JSON-ready, a dictionary per site."""
@@ -244,17 +251,9 @@ class Calibration:
             quantizer = self.plan.quantizers[key]
             threshold = quantizer.threshold(params)
             before, after = self.distances.get(product_of(key), (math.nan, math.nan))
-            rows.append(
-                {
-                    "site": key,
-                    "quantizer": quantizer.describe(),
-                    "scale": params.describe(),
-                    "threshold": None if threshold is None else float(threshold),
-                    "distance_before": before,
-                    "distance_after": after,
-                    "snr": self.snr.get(key, math.nan),
-                }
-            )
+            described: dict[str, Any] = {"site": key, "quantizer": quantizer.describe(), "scale": params.describe()}
+            figures = {"distance_before": before, "distance_after": after, "snr": self.snr.get(key, math.nan)}
+            rows.append(described | {"threshold": None if threshold is None else float(threshold)} | figures)
         return rows
 
 

@@ -49,6 +49,17 @@ def product_of(name: str) -> str:
     return name.partition(_OPERAND)[0]
 
 
+def block_and_role(product: str) -> tuple[str, str]:
+    """Return the block of a product and what it is there: ("blocks.3", "attn.qkv"); ("", itself) without a block.
+
+    A block is a path that ends in a number, the last one with something behind it.
+    """
+    parts = product.split(_MODULE)
+    numbers = [place for place, word in enumerate(parts[:-1]) if word.isdigit()]
+    end = numbers[-1] + 1 if numbers else 0
+    return _MODULE.join(parts[:end]), _MODULE.join(parts[end:])
+
+
 def operand_of(name: str) -> Operand | None:
     """Return the operand of a site, a branch or a head, None for any other name."""
     operand = name.partition(_OPERAND)[2].partition(_BRANCH)[0]

@@ -27,6 +27,7 @@ from ptq4vit_fx.passes.from_aten import from_aten
 from ptq4vit_fx.passes.graph.contract import history
 from ptq4vit_fx.passes.insert_observers import insert_observers
 from ptq4vit_fx.passes.insert_quantizers import insert_quantizers
+from ptq4vit_fx.passes.leave_float import leave_float
 from ptq4vit_fx.passes.lower_activations import lower_activations
 from ptq4vit_fx.passes.lower_linears import lower_linears
 from ptq4vit_fx.passes.lower_patch_convolution import lower_patch_convolution
@@ -143,6 +144,7 @@ def preparation(mapping: QConfigMapping, closed: Sequence[str] = ()) -> Pipeline
 CONVERSION = _pipeline(
     "convert",
     (apply_balances, "in front of the quantizers, whose scales stand on balanced channels"),
+    (leave_float, "behind the balances, whose places the products that it forgets still show"),
     (insert_quantizers, "what calibration simulated: every operand quantized, every product in float"),
     (round_weights, "in front of whatever moves or folds weights: from here on codes are what rounding gives"),
     (narrow_tokens, "while an operation is one node: behind lowering it would have to follow branches"),

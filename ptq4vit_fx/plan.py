@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import SearchSettings, Transforms
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_to_dict
+from ptq4vit_fx.views.tabular import Tabular
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,14 @@ class Transformed:
     note: str
 
 
-@dataclass(frozen=True)
-class QuantPlan:
+@dataclass(frozen=True, repr=False)
+class QuantPlan(Tabular):
     """What `annotate` decided: the products in execution order, a quantizer per site, the search per product.
 
     transforms: what the mapping asks for. balances: channels whose scales and shifts a calibration holds. transformed:
     where transforms were done, and where not, with the reason. recipe: the name of the mapping that it was made from;
-    rules that were added to it show in the quantizers alone.
+    rules that were added to it show in the quantizers alone. multiplications: product -> how many one image takes, of
+    float ones too; plans of before have none.
     Raises PTQError if two products have one name, or if the sites are not both operands of every product.
     """
 
@@ -107,6 +110,7 @@ class QuantPlan:
     balances: tuple[Balance, ...] = ()
     transformed: tuple[Transformed, ...] = field(default=(), compare=False)
     recipe: str = field(default="custom", compare=False)
+    multiplications: dict[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         names = [op.name for op in self.ops]
@@ -138,6 +142,7 @@ class QuantPlan:
             "balances": [asdict(balance) for balance in self.balances],
             "transformed": [asdict(place) for place in self.transformed],
             "recipe": self.recipe,
+            "multiplications": self.multiplications,
         }
         return json.dumps(record, indent=1)
 
@@ -150,13 +155,55 @@ class QuantPlan:
         place = Place(operation, subject)
         return cast("QuantPlan", read_as(QuantPlan, read_json(text, place), place))
 
+    def brief(self) -> str:
+        """Return how many products are quantized, and how many stay float."""
+        quantized = f"{len(self.ops)} products, {len(self.quantizers)} sites"
+        return f"{quantized}, {len(self.float_ops)} left float, recipe {self.recipe}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a dictionary per product, JSON-ready: its kind, the quantizer of each operand; why it stays float."""
+        rows: list[dict[str, Any]] = []
+        for op in self.ops:
+            described: dict[str, str] = {
+                operand: describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS
+            }
+            rows.append({"product": op.name, "kind": op.kind, **described})
+        return rows + [{"product": op.name, "kind": "float", "lhs": op.reason, "rhs": ""} for op in self.float_ops]
+
     def table(self) -> str:
         """Return a text table: product, kind, quantizer of each operand; then what is left, with the reason."""
-        rows = [("product", "kind", "lhs", "rhs")]
-        for op in self.ops:
-            described = [describe_quantizer(self.quantizers[site(op.name, operand)]) for operand in OPERANDS]
-            rows.append((op.name, op.kind, described[0], described[1]))
-        rows += [(op.name, "float", op.reason, "") for op in self.float_ops]
+        rows = [("product", "kind", "lhs", "rhs"), *(tuple(record.values()) for record in self.records())]
         rows += [(place.name, f"no {place.transform}", place.note, "") for place in self.transformed if not place.done]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows)
+        lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
+        return "\n".join([*lines, *([f"average bits: {self.average_bits()}"] if self.multiplications else [])])
+
+    def average_bits(self) -> AverageBits:
+        """Return the mean width of weights and of activations, each product weighted by its multiplications."""
+        weights, activations, planned = list[tuple[int, int]](), list[tuple[int, int]](), set[str]()
+        for op in self.ops:
+            planned.add(op.name)
+            for operand in OPERANDS:
+                into = weights if op.rhs_is_weight and operand == "rhs" else activations
+                into.append((self.multiplications.get(op.name, 0), self.quantizers[site(op.name, operand)].bits))
+        left = sum(count for name, count in self.multiplications.items() if name not in planned)
+        total = left + sum(self.multiplications.get(name, 0) for name in planned)
+        return AverageBits(_mean(weights), _mean(activations), left / total if total else 0.0)
+
+
+@dataclass(frozen=True)
+class AverageBits:
+    """Mean bits of the quantized weights and activations, by multiplications; left: their share in float products."""
+
+    weights: float
+    activations: float
+    left: float
+
+    def __str__(self) -> str:
+        told = f"weights {self.weights:.2f}, activations {self.activations:.2f}, weighted by multiplications"
+        return told + (f"; {self.left:.1%} of these are in float" if self.left else "")
+
+
+def _mean(weighted: list[tuple[int, int]]) -> float:
+    total = sum(count for count, _ in weighted)
+    return sum(count * bits for count, bits in weighted) / total if total else math.nan

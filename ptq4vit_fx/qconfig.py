@@ -14,6 +14,8 @@ from ptq4vit_fx.inputs.changes import Change, listed
 from ptq4vit_fx.names import is_inside, is_meant
 from ptq4vit_fx.product_forms import FORMS
 from ptq4vit_fx.quantizers import Quantizer, Uniform, check_bits
+from ptq4vit_fx.views.rules import rules_of
+from ptq4vit_fx.views.tabular import Tabular
 
 #: Object types that users may name, and the kind of product that each stands for.
 OBJECT_KINDS: dict[Any, str] = {
@@ -133,7 +135,7 @@ class QConfig:
         return replace(self, **changed)
 
 
-class QConfigMapping:
+class QConfigMapping(Tabular):
     """Rules from products to `QConfig`, in torch.ao's order of precedence, lowest first.
 
     `set_global`, `set_object_type` (nn.Linear, nn.Conv2d, torch.matmul), `set_module_name_regex` (`re.match` on the
@@ -161,13 +163,8 @@ class QConfigMapping:
     def set_object_type(self, object_type: Any, qconfig: QConfig | None) -> QConfigMapping:
         """Use `qconfig` for every product of this type; raises PTQError if products have no such type."""
         if object_type not in OBJECT_KINDS:
-            raise failure(
-                "set_object_type",
-                repr(object_type),
-                expected="one of nn.Linear, nn.Conv2d, torch.matmul",
-                got=repr(object_type),
-                do="name the modules instead, with set_module_name or set_module_name_regex",
-            )
+            expected, do = "one of nn.Linear, nn.Conv2d, torch.matmul", "call set_module_name or set_module_name_regex"
+            raise failure("set_object_type", repr(object_type), expected=expected, got=repr(object_type), do=do)
         self.object_types[object_type] = qconfig
         return self
 
@@ -176,13 +173,8 @@ class QConfigMapping:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise failure(
-                "set_module_name_regex",
-                repr(pattern),
-                expected="a regular expression",
-                got=str(error),
-                do="escape it or use set_module_name",
-            ) from error
+            expected, do = "a regular expression", "escape it or use set_module_name"
+            raise failure("set_module_name_regex", repr(pattern), expected=expected, got=str(error), do=do) from error
         self.module_name_regexes[pattern] = qconfig
         return self
 
@@ -190,6 +182,14 @@ class QConfigMapping:
         """Use `qconfig` for the product called `name`, or for every product inside the module called so."""
         self.module_names[name] = qconfig
         return self
+
+    def brief(self) -> str:
+        """Return the recipe's name, and how many rules there are."""
+        return f"{self.recipe}, {len(self.records())} rules"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a dictionary per rule, JSON-ready, lowest precedence first; without quantizers: it leaves float."""
+        return rules_of(self)
 
     def resolve(self, name: str, kind: str) -> tuple[QConfig | None, str | None]:
         """Return the QConfig of a product and the rule that gave it (None if no rule matches)."""

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from ptq4vit_fx.api import calibrate, load_calibration
+from ptq4vit_fx.api import calibrate
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_product
 from ptq4vit_fx.inputs.batches import batches_for
-from ptq4vit_fx.names import OPERANDS, Site, product_of, site
-from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of
-from ptq4vit_fx.passes.graph.marks import planned_products
+from ptq4vit_fx.names import OPERANDS, Site, site
+from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
-from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp, QuantPlan
-from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.torch_state import independent_of_caller
+from ptq4vit_fx.tuning.allocation import Option, allocate
+from ptq4vit_fx.tuning.form_search import planned
+from ptq4vit_fx.tuning.forms import Form, Pair, plan_with, uniform_in_place_of
+from ptq4vit_fx.tuning.mixing import mixed_calibration, product_shapes, with_calibration
 
 #: How much `auto` may add to the distance of the whole model: a tenth of a loss that is small to begin with.
 DEFAULT_TOLERANCE = 0.1
+#: The two forms of a product, whatever its bits are.
+TWIN, UNIFORM = Form(8, 8), Form(8, 8, twins=False)
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def choose_twins(
 ) -> tuple[TracedModule, TwinReport]:
     """Replace twins by uniform quantizers where that costs little and saves time; return a new model and the reasons.
 
-    Every product with a twin is searched once more with uniform quantizers. Those that add least per second saved
-    become uniform, until together they add `tolerance` times the distance of the whole model, the sum of
+    Every product with a twin is searched once more with uniform quantizers. Those become uniform that save most time
+    while together they add no more than `tolerance` times the distance of the whole model, the sum of
     sum((dL/dout)^2 (out^ - out)^2) over all products: to second order, that is the loss that quantization causes.
 
     prepared: a calibrated model whose plan has twins; it is not changed. data, images: what it was calibrated on.
@@ -110,18 +113,16 @@ def choose_twins(
     """
     plan, calibration, ops = _twin_ops(prepared)
     batches = batches_for(prepared, data, "choose_twins", images=images)
-    shapes = _product_shapes(prepared)
-    alternatives = {key: value for op in ops for key, value in _uniform(op, plan, shapes[op.name]).items()}
-    reduced = replace(plan, ops=ops, quantizers=_of(ops, plan.quantizers | alternatives))
-    result = attach(copy.deepcopy(prepared), plan=reduced)
-    searched = calibrate(result, batches, **calibrate_kwargs)
+    shapes = product_shapes(prepared)
+    pairs = {op.name: _uniform(op, plan, shapes[op.name]) for op in ops}
+    searched = calibrate(planned(prepared, plan_with(plan, pairs)), batches, **calibrate_kwargs)
     total = sum(after for _, after in calibration.distances.values())
     example_batch = shape_of(next(n for n in prepared.graph.nodes if n.op == "placeholder"))[0]
     timed = {key: timing(key) for key in dict.fromkeys(shapes[op.name] for op in ops)}
     choices = [
         TwinChoice(
             op.name,
-            tuple(key for key in _sites(op) if key in alternatives),
+            tuple(key for key in _sites(op) if isinstance(plan.quantizers[key], TwinUniform)),
             calibration.distances[op.name][1],
             searched.distances[op.name][1],
             tuple(seconds / example_batch for seconds in timed[shapes[op.name]]),
@@ -131,18 +132,9 @@ def choose_twins(
     ]
     names = _cheapest(choices, tolerance * total) if uniform is None else _matching(uniform, choices)
     report = TwinReport(tuple(replace(c, chosen="uniform") if c.op in names else c for c in choices), total)
-    changed = tuple(op for op in ops if op.name in names)
-    merged = replace(
-        calibration,
-        plan=replace(plan, quantizers=plan.quantizers | _of(changed, reduced.quantizers)),
-        params=calibration.params | _of(changed, searched.params),
-        distances=calibration.distances | {op.name: searched.distances[op.name] for op in changed},
-        snr=calibration.snr | {key: searched.snr[key] for op in changed for key in (*_sites(op), op.name)},
-        provenance=calibration.provenance | {"uniform_twins": sorted(names)},
-        codes={key: x for key, x in calibration.codes.items() if product_of(key) not in names}
-        | {key: x for key, x in searched.codes.items() if product_of(key) in names},
-    )
-    return load_calibration(attach(result, plan=merged.plan), merged), report
+    forms = {op.name: UNIFORM if op.name in names else TWIN for op in plan.ops}
+    merged = mixed_calibration(plan, {TWIN: calibration, UNIFORM: searched}, forms, {"uniform_twins": sorted(names)})
+    return with_calibration(prepared, merged), report
 
 
 def _twin_ops(prepared: GraphModule) -> tuple[QuantPlan, Calibration, tuple[QuantOp, ...]]:
@@ -172,46 +164,26 @@ def _sites(op: QuantOp) -> list[Site]:
     return [site(op.name, operand) for operand in OPERANDS]
 
 
-def _of(ops: Iterable[QuantOp], values: dict[Site, Any]) -> dict[Site, Any]:
-    return {key: values[key] for op in ops for key in _sites(op)}
-
-
-def _product_shapes(prepared: GraphModule) -> dict[str, ProductShapes]:
-    """Return op name -> shapes of its operands at the example input, as the converted model will have them."""
-    simulated = CONVERSION.until("narrow_tokens").run(copy.deepcopy(prepared))
-    found = {}
-    for node, name in planned_products(simulated.graph):
-        op = plan_of(prepared).op(name)
-        lhs, rhs = (shape_of(cast("Node", operand)) for operand in node.args[:2])
-        found[name] = ProductShapes(op.kind, lhs, rhs, op.rhs_is_weight)
-    return found
-
-
-def _uniform(op: QuantOp, plan: QuantPlan, shapes: ProductShapes) -> dict[Site, Quantizer]:
-    """Return the uniform quantizer of each operand that has a twin."""
-    return {
-        key: uniform_in_place_of(twin, per_head=op.kind == "matmul" and len(shape) == 4)
+def _uniform(op: QuantOp, plan: QuantPlan, shapes: ProductShapes) -> Pair:
+    """Return the quantizers of both operands, uniform ones in the place of twins."""
+    lhs, rhs = (
+        uniform_in_place_of(own, per_head=op.kind == "matmul" and len(shape) == 4)
+        if isinstance(own := plan.quantizers[key], TwinUniform)
+        else own
         for key, shape in zip(_sites(op), (shapes.lhs, shapes.rhs), strict=True)
-        if isinstance(twin := plan.quantizers[key], TwinUniform)
-    }
-
-
-def uniform_in_place_of(twin: TwinUniform, *, per_head: bool) -> Uniform:
-    """Return a uniform quantizer of as many bits, no code of which is wasted below the lowest value."""
-    if twin.form == "gelu":
-        return Uniform(twin.bits, signed=False, minimum=twin.minimum)
-    return Uniform(twin.bits, signed=False, granularity="head" if per_head else "tensor")
+    )
+    return lhs, rhs
 
 
 def _cheapest(choices: list[TwinChoice], allowed: float) -> set[str]:
-    """Return the products that add least per second saved, as long as together they add no more than `allowed`."""
-    saving = sorted((c for c in choices if c.saved > 0), key=lambda c: c.added / c.saved)
-    names, added = set(), 0.0
-    for choice in saving:
-        if added + choice.added <= allowed:
-            names.add(choice.op)
-            added += choice.added
-    return names
+    """Return the products that save most together, as long as together they add no more than `allowed`."""
+    options = {
+        choice.op: [Option("twin", 0.0, choice.seconds[0]), Option("uniform", choice.added, choice.seconds[1])]
+        for choice in choices
+        if choice.saved > 0
+    }
+    chosen = allocate(options, cost=allowed)
+    return {name for name, form in (chosen or {}).items() if form == "uniform"}
 
 
 def _matching(patterns: Sequence[str], choices: list[TwinChoice]) -> set[str]:

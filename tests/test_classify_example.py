@@ -20,7 +20,7 @@ from scripts import load_script
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.tools.evaluation import _preprocessing
+from ptq4vit_fx.tools.evaluation import preprocessing_of_file
 from ptq4vit_fx.tools.models import list_images, read_images
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "classify_onnxruntime.py"
@@ -95,7 +95,7 @@ def test_it_gives_the_classes_of_eval(tmp_path, deployed, photos):
     header, *lines = done.stdout.splitlines()
     assert header.split() == ["path", "class", "probability", "label"]
     session = open_session(deployed)
-    transform = timm.data.create_transform(**_preprocessing(session, deployed, None))
+    transform = timm.data.create_transform(**preprocessing_of_file(session, deployed, None))
     paths = list_images(photos).paths
     expected = []
     for number, pixels in read_images(paths, transform, []):

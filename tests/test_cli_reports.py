@@ -106,6 +106,45 @@ def test_the_end_of_quantize(quantized, place):
     assert (place / "float.onnx").stat().st_size > 2 * (place / "good.onnx").stat().st_size
 
 
+def test_the_page_at_the_end_of_quantize(place):
+    options = ["--out", "paged.onnx", "--report", "page.html", "--checkpoint", "scales.safetensors", "--no-bench"]
+    done = run("quantize", *OPTIONS, *options, "--w-bits", 3, "--a-bits", 3)
+    assert done.exit_code == 0, done.output
+    assert "report      page.html" in report_of(done)
+    page = (place / "page.html").read_text()
+    sizes = " ".join(SIZES)
+    command = f"ptq4vit quantize {MODEL} --data images --out paged.onnx --weights weights.safetensors {sizes}"
+    assert (
+        f"{command} --w-bits 3 --a-bits 3 --images 8 --checkpoint scales.safetensors --no-bench --report page.html"
+        in page
+    )
+    for part in (
+        "same class on ",
+        "images that calibration has not seen",
+        "not measured, --no-bench",
+        "<li>worse than float: same class on ",
+        "ptq4vit eval paged.onnx --data LABELLED",
+    ):
+        assert part in page, part
+
+
+def test_a_page_of_a_file_and_one_of_its_calibration(quantized, place):
+    assert quantized.exit_code == 0, quantized.output
+    against = ["--against", MODEL, "--weights", "weights.safetensors", *SIZES]
+    done = run("report", "good.onnx", "-o", "r.html", "--data", "images", *against, "--images", 6, "--json")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert figures["missing"] == {}
+    assert figures["against"]["images"] == 6
+    assert figures["against"]["worst"]["name"].endswith(".png")
+    assert figures["float_times"]["total"] > 0
+    assert len(figures["sites"]) == 16
+    alone = run("report", "good.onnx", "-o", "alone.html", "--no-bench")
+    assert alone.stdout.splitlines()[0] == "alone.html"
+    assert "add --data FOLDER of images and --against" in alone.stdout
+    assert (place / "alone.html").stat().st_size < (place / "r.html").stat().st_size
+
+
 def test_a_poor_file_is_said_to_be_so_first(place):
     bits = ["--w-bits", 3, "--a-bits", 3]
     poor = run("quantize", *OPTIONS, "--out", "poor.onnx", *bits, "--no-bench", "--fail-under", 0.95)

@@ -101,7 +101,7 @@ def floors() -> dict[str, str]:
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     bounds = [
-        re.fullmatch(r"([a-z-]+)>=([0-9.]+)", line)
+        re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", line)
         for line in [*project["dependencies"], *extras["hf"], *extras["openvino"]]
         if not line.endswith("; python_version < '3.11'")
     ]

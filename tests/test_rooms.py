@@ -20,14 +20,15 @@ FILES = {
 HALL = {NAME, f"{NAME}.api", f"{NAME}.pipeline", f"{NAME}.twins"}
 #: What `python -m` starts is a part of the command line.
 DOOR = f"{NAME}.__main__"
-ROOMS = {room: f"{NAME}.{room}" for room in ("search", "calibrating", "tools", "passes", "export")}
+ROOMS = {room: f"{NAME}.{room}" for room in ("search", "calibrating", "tools", "passes", "export", "tuning")}
 #: Room -> the rooms that it reaches neither itself nor through what it imports.
 NEVER = {
-    "values": ("search", "calibrating", "tools", "passes", "export"),
-    "search": ("calibrating", "tools", "passes", "export"),
-    "passes": ("search", "calibrating", "tools", "export"),
-    "export": ("search", "calibrating", "tools"),
-    "calibrating": ("tools", "export"),
+    "values": ("search", "calibrating", "tools", "passes", "export", "tuning"),
+    "search": ("calibrating", "tools", "passes", "export", "tuning"),
+    "passes": ("search", "calibrating", "tools", "export", "tuning"),
+    "export": ("search", "calibrating", "tools", "tuning"),
+    "calibrating": ("tools", "export", "tuning"),
+    "tuning": ("tools",),
     "hall": ("tools",),
 }
 

@@ -76,6 +76,8 @@ def write_files(folder) -> None:
         images = torch.randn(2, 3, 32, 32)
         converted = ptq.quantize(model.eval(), images, qconfig_mapping=mapping, progress=False)
         ptq.export_onnx(converted, folder / name, images[:1])
+        if name == "two.onnx":
+            converted.calibration.save(folder / "two.scales.safetensors")
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,42 @@ CASES = {
     "a config without a folder": Case(f"quantize {MODEL} --out m.onnx --config good.toml", "--data", 2),
     "a plan of no images": quantize("--plan", "got no such folder", data="nowhere"),
     "a batch that no memory holds": quantize(f"--batch {10**12}", "images at once; choose a smaller one"),
+    "an agreement that float has not": quantize(
+        "--agreement 1.5", "--agreement: expected a share above 0 and at most 1"
+    ),
+    "an agreement of nothing": quantize("--agreement 0", "--agreement: expected a share above 0 and at most 1"),
+    "a quantity": quantize("--agreement 0.9 --minimize speed", "expected one of time, size, bits, got 'speed'"),
+    "a quantity without a budget": quantize("--minimize size", "--minimize: expected an agreement to keep"),
+    "timings without a budget": quantize("--timings t.json", "--timings: expected an agreement to keep"),
+    "timings that are not there": quantize("--agreement 0.9 --timings t.json", "t.json: expected a file of `ptq4vit"),
+    "timings that are none": quantize("--agreement 0.9 --timings text/notes.txt", "text/notes.txt: expected JSON"),
+    "a choice that tuning makes": quantize("--agreement 0.9 --twins auto", "expected --twins exact and another recipe"),
+    "distances that compare nothing": quantize("--agreement 0.9 --recipe base", "--agreement: expected --twins exact"),
+    "bits that tuning chooses": quantize(
+        "--agreement 0.9 --set blocks.*=w8a8", "--set: expected bits that --agreement"
+    ),
+    "no image left": quantize("--agreement 0.9", "--agreement: expected images that calibration does not take"),
+    "a model to time": Case(f"timings {TYPO}", f"did you mean {MODEL}"),
+    "a target that is not timed": Case(
+        f"timings {MODEL} {' '.join(SIZES)} --target tensorrt", "expected timings of its"
+    ),
+    "a target to time": Case(f"timings {MODEL} {' '.join(SIZES)} --target onx", "expected one of onnxruntime"),
+    "why of nothing": Case("why nowhere.safetensors --data images", "nowhere.safetensors: expected a safetensors file"),
+    "why of weights": Case("why good.safetensors --data images", "good.safetensors: expected ptq4vit_fx calibration 2"),
+    "why of a damaged file": Case("why garbage.onnx --data images", "garbage.onnx: expected an ONNX"),
+    "why of no model": Case("why three.onnx --data images", "three.onnx: expected the name of its model, got none"),
+    "why of another model": Case(
+        f"why three.onnx --data images --model {MODEL} --weights good.safetensors {' '.join(SIZES)}",
+        "model: expected the one that was calibrated",
+    ),
     # What is written
     "a folder that is not there": quantize("--out nowhere/m.onnx", "an existing, writable folder"),
     "a folder": quantize("--out images", "an existing, writable folder"),
     "standard output": quantize("--out -", "standard output, which is not supported"),
     "over the weights": quantize("--out good.safetensors", "expected another file than --out, got good.safetensors"),
     "twice the same": quantize("--float-onnx ./m.onnx", "--float-onnx: expected another file than --out"),
+    "a report nowhere": quantize("--report nowhere/r.html", "quantize --report"),
+    "a report over the file": quantize("--report m.onnx", "--report: expected another file than --out, got m.onnx"),
     "the float file nowhere": quantize("--float-onnx nowhere/f.onnx", "quantize --float-onnx"),
     "the float file over the weights": quantize("--float-onnx good.safetensors", "expected another file than --float"),
     "a checkpoint that is a folder": quantize("--checkpoint images", "quantize --checkpoint"),
@@ -233,6 +265,43 @@ CASES = {
     "inspect of no file": Case("inspect no.onnx", "no.onnx"),
     "inspect of garbage": Case("inspect garbage.onnx --json", "expected an ONNX model"),
     "inspect of a folder": Case("inspect images", "images: expected an ONNX model"),
+    # report
+    "a report of no file": Case("report no.onnx -o r.html", "no.onnx: expected an ONNX file or a calibration"),
+    "a report of garbage": Case("report garbage.onnx -o r.html", "garbage.onnx: expected an ONNX model"),
+    "a report of nothing": Case("report none.onnx -o r.html", "none.onnx"),
+    "a report of a folder": Case("report images -o r.html", "images: expected an ONNX file or a calibration"),
+    "a report of weights": Case(
+        "report good.safetensors -o r.html", "good.safetensors: expected ptq4vit_fx calibration"
+    ),
+    "a report of a picture": Case("report flat/0.png -o r.html", "flat/0.png: expected an ONNX model"),
+    "a report without a place": Case("report three.onnx", "--out", 2),
+    "a report in no folder": Case("report three.onnx -o nowhere/r.html", "report --out"),
+    "a report over its file": Case("report three.onnx -o three.onnx", "expected another file than those it is about"),
+    "a report over its float": Case(
+        "report three.onnx -o two.onnx --against two.onnx", "another file than those it is"
+    ),
+    "a report on standard output": Case("report three.onnx -o -", "standard output, which is not supported"),
+    "a calibration of another file": Case(
+        "report three.onnx -o r.html --calibration two.scales.safetensors", "expected the calibration of three.onnx"
+    ),
+    "a calibration that is none": Case(
+        "report three.onnx -o r.html --calibration good.safetensors", "good.safetensors"
+    ),
+    "a calibration on images": Case(
+        "report two.scales.safetensors -o r.html --data images", "data: expected an ONNX file"
+    ),
+    "a calibration beside float": Case(
+        "report two.scales.safetensors -o r.html --against two.onnx", "pass the ONNX file, or leave reference out"
+    ),
+    "a report on nothing": Case(
+        "report three.onnx -o r.html --data nowhere", "got no such record; pass images in Python"
+    ),
+    "a report beside nothing": Case("report three.onnx -o r.html --against no.onnx", "no.onnx"),
+    "a report beside an unknown model": Case(f"report three.onnx -o r.html --against {TYPO}", f"did you mean {MODEL}"),
+    "a report with weights of nothing": Case(
+        "report three.onnx -o r.html --weights good.safetensors", "expected a model's name in --against, got none"
+    ),
+    "no images for a report": Case("report three.onnx -o r.html --data images --images 0", "--images", 2),
     # bench
     "bench of no file": Case("bench no.onnx", "no.onnx"),
     "bench of garbage": Case("bench garbage.onnx", "expected an ONNX model"),

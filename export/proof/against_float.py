@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ptq4vit_fx.errors import printable
+from ptq4vit_fx.views.tabular import Tabular
 
 Kind = Literal["classes", "embeddings", "values"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -95,8 +96,8 @@ class Closeness:
         )
 
 
-@dataclass(frozen=True)
-class AgainstFloat:
+@dataclass(frozen=True, repr=False)
+class AgainstFloat(Tabular):
     """A quantized model against the float model, on `images` images.
 
     kind: what the output called `output` is; `decided` says by what. same_class: images with the same largest logit.
@@ -130,6 +131,16 @@ class AgainstFloat:
     def ok(self, bound: float = BOUND) -> bool:
         """Return whether the score reaches a bound."""
         return self.score >= bound
+
+    def brief(self) -> str:
+        """Return the headline."""
+        return self.headline()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the figures of every output, JSON-ready, the one that decides first."""
+        return [
+            {"output": name} | asdict(found) for name, found in {self.output: self.closeness, **self.others}.items()
+        ]
 
     def headline(self) -> str:
         """Return the score as part of a sentence, at most 68 characters."""

@@ -64,7 +64,7 @@ def compare_float(
 
     Raises PTQError on files that cannot be read or run, on outputs that are not float's, and on images that do not fit.
     """
-    wanted, fixed = _wanted(quantized, reference)
+    wanted, fixed = inputs_of(quantized, reference)
     batches = batches_of(wanted, data, OPERATION, images=images, fixed=fixed)
     count = sum(len(batch[0]) for batch in batches)
     own = counted(batches, progress, "compare with float: the file", count)
@@ -115,7 +115,7 @@ def _names(path: str, session: onnxruntime.InferenceSession) -> list[str]:
     return [said.get(name, name) for name in found]
 
 
-def _wanted(quantized: Any, reference: Any) -> tuple[tuple[Input, ...], int | None]:
+def inputs_of(quantized: Any, reference: Any = None) -> tuple[tuple[Input, ...], int | None]:
     """Return the inputs that both take, and the only batch size that a converted model takes.
 
     Raises PTQError if neither says its sizes: a converted model does, and a file that was written from one.

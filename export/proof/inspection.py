@@ -36,16 +36,19 @@ class SiteRecord:
     threshold: float | None
     merged_with: str | None
 
-    def __str__(self) -> str:
+    @property
+    def scale_text(self) -> str:
+        """The scales in few characters."""
         first, second = (f"{scale:.4g}" for scale in self.scales)
         if self.threshold is not None:
-            scale = f"{first} | {second}"
-        else:
-            scale = first if self.scales[0] == self.scales[1] else f"{first} .. {second}"
+            return f"{first} | {second}"
+        return first if self.scales[0] == self.scales[1] else f"{first} .. {second}"
+
+    def __str__(self) -> str:
         note = "" if self.threshold is None else f"{self.threshold:.4g}"
         if self.merged_with is not None:
             note = f"{note} one quantizer with {self.merged_with}".strip()
-        return f"{self.site:40}{self.quantizer:24}{scale:>26}  {note}".rstrip()
+        return f"{self.site:40}{self.quantizer:24}{self.scale_text:>26}  {note}".rstrip()
 
 
 @dataclass(frozen=True)

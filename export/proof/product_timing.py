@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,13 @@ class ProductShapes:
 
 def measure_product(shapes: ProductShapes) -> tuple[float, float]:
     """Return the median seconds of the product with two branches on its left and with one, run in turn."""
-    sessions = [open_model(product_model(shapes, branches)) for branches in (2, 1)]
+    two, one = measure_branches(shapes, (2, 1))
+    return two, one
+
+
+def measure_branches(shapes: ProductShapes, branches: Sequence[int]) -> tuple[float, ...]:
+    """Return the median seconds of the product with so many branches on its left, 0 in float, all run in turn."""
+    sessions = [open_model(product_model(shapes, number)) for number in branches]
     feeds = [
         {entry.name: np.random.default_rng(0).random(entry.shape, np.float32) for entry in session.get_inputs()}
         for session in sessions
@@ -41,19 +48,18 @@ def measure_product(shapes: ProductShapes) -> tuple[float, float]:
     for session, feed in runs:
         session.run(None, feed)
     repeats = max(1, round(ROUND_SECONDS / (time.perf_counter() - started)))
-    seconds: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for taken, (session, feed) in zip(seconds, runs, strict=True):
             started = time.perf_counter()
             for _ in range(repeats):
                 session.run(None, feed)
             taken.append((time.perf_counter() - started) / repeats)
-    two, one = (statistics.median(taken) for taken in seconds)
-    return two, one
+    return tuple(statistics.median(taken) for taken in seconds)
 
 
 def product_model(shapes: ProductShapes, branches: int) -> ir.Model:
-    """Return x -> one QuantizeLinear, DequantizeLinear, MatMul per branch, and the sum, on uint8 codes.
+    """Return x -> one QuantizeLinear, DequantizeLinear, MatMul per branch, and the sum, on uint8 codes; 0: in float.
 
     A convolution is written as a linear layer with as many rows as the image has pixels.
     """
@@ -62,6 +68,8 @@ def product_model(shapes: ProductShapes, branches: int) -> ir.Model:
         lhs, rhs = (1, math.prod(lhs[2:]), math.prod(rhs[1:])), (math.prod(rhs[1:]), rhs[0])
     elif shapes.kind == "linear":
         lhs, rhs = (1, *lhs) if len(lhs) == 2 else lhs, (rhs[1], rhs[0])
+    if not branches:
+        return _float_product(lhs, rhs, is_weight=shapes.rhs_is_weight)
     values = {"scale": np.float32(0.01), "zero": np.uint8(0), "weight_zero": np.int8(0)}
     values |= {f"scale{number}": np.float32(0.004 + 0.001 * number) for number in range(branches)}
     if shapes.rhs_is_weight:
@@ -82,6 +90,18 @@ def product_model(shapes: ProductShapes, branches: int) -> ir.Model:
     nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": 20}, name="product")
     graph.initializers.update(constants)
+    return ir.Model(graph, ir_version=9)
+
+
+def _float_product(lhs: Sequence[int], rhs: Sequence[int], *, is_weight: bool) -> ir.Model:
+    """Return x -> MatMul with a weight, or x, y -> MatMul."""
+    x, y = ir.val("x", ir.DataType.FLOAT, lhs), ir.val("y", ir.DataType.FLOAT, rhs)
+    if is_weight:
+        y = ir.val("weight", const_value=ir.Tensor(np.random.default_rng(0).random(rhs, np.float32)))
+    node = ir.node("MatMul", [x, y])
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x] if is_weight else [x, y], node.outputs, nodes=[node], opset_imports={"": 20}, name="product")
+    graph.initializers.update({"weight": y} if is_weight else {})
     return ir.Model(graph, ir_version=9)
 
 

@@ -27,14 +27,15 @@ from ptq4vit_fx.passes.graph.running import run
 from ptq4vit_fx.passes.graph.staged_model import model_at
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.torch_state import independent_of_caller
+from ptq4vit_fx.views.tabular import Tabular
 
 #: The share of images with the simulation's class, and the cosine, from which on a file may be what was simulated
 #: though not every bit is: float convolutions of random networks went down to 0.9987 (tools/coverage.py).
 SAME_CLASS, SAME_COSINE = 0.998, 0.995
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Tabular):
     """How the file behaves in ONNX Runtime against the simulation in PyTorch.
 
     simulation: against the converted model as it runs in PyTorch. same_functions: against the converted model with
@@ -80,6 +81,16 @@ class VerifyReport:
             return ""
         which = f"{self.rounded} of them rounded to uint8 on both sides" if self.rounded else "all of them exactly such"
         return f"the file takes uint8 images: {which}"
+
+    def brief(self) -> str:
+        """Return whether the file computes what was simulated, and on how many images to the last bit."""
+        same = self.same_functions
+        says = "the file computes the simulation" if self.ok else "the file does NOT compute the simulation"
+        return f"{says}, bit-equal on {same.bit_equal:.1%} of {same.images} images"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the comparison of the codes of every site, JSON-ready; nothing if layers were not compared."""
+        return list(map(asdict, self.layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers behind the report, JSON-ready; the file's nodes and sites are those of `inspect`."""

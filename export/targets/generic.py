@@ -67,4 +67,4 @@ def _broken(node: ir.Node, expected: str, got: str) -> PTQError:
     return failure("export_onnx", f"node {node.name}", expected=expected, got=got, do="report this as a bug")
 
 
-TARGET = Target("generic", (pack_weights, keep_biases_out_of_gemm), check_generic)
+TARGET = Target("generic", (pack_weights, keep_biases_out_of_gemm), check_generic, packed_bits=INT4_BITS, measured=True)

@@ -114,11 +114,11 @@ FUSED = (
 )
 #: uint8 activations and int8 weights as they are: the fastest pair with VNNI and AMX. Source:
 #: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "Data type selection".
-X86 = Target("onnxruntime", FUSED, check_x86)
+X86 = Target("onnxruntime", FUSED, check_x86, measured=True)
 #: uint8 weights: without VNNI the u8 x s8 kernels saturate (same page; `products_saturate`).
-AVX2 = Target("onnxruntime-avx2", (to_unsigned_weights, *FUSED), check_avx2)
+AVX2 = Target("onnxruntime-avx2", (to_unsigned_weights, *FUSED), check_avx2, measured=True)
 #: int8 activations, symmetric where the grid is: zero point 0 for signed grids. ARM's dot product instructions multiply
 #: s8 by s8, and the QDQ fusion allows int8 activations there (QDQIsInt8Allowed in onnxruntime/core/optimizer/
 #: qdq_transformer/selectors_actions/qdq_selector_action_transformer.h). Unsigned codes 0 .. 255 do not fit int8 with
 #: zero point 0; a zero point of -128 holds the same values at the same cost: a kernel corrects for it once per row.
-ARM = Target("onnxruntime-arm", (to_signed, *FUSED), check_arm)
+ARM = Target("onnxruntime-arm", (to_signed, *FUSED), check_arm, measured=True)

@@ -38,4 +38,6 @@ def check_tensorrt(model: ir.Model) -> None:
         )
 
 
-TARGET = Target("tensorrt", (to_symmetric_int8, keep_biases_out_of_gemm), check_tensorrt)
+TARGET = Target(
+    "tensorrt", (to_symmetric_int8, keep_biases_out_of_gemm), check_tensorrt, activation_bits=(8,), twins=False
+)

@@ -48,6 +48,11 @@ def mark_product(node: Node, name: str) -> None:
     node.meta[_PRODUCT] = name
 
 
+def unmark_product(node: Node) -> None:
+    """Let a node be no product of the plan any more."""
+    del node.meta[_PRODUCT]
+
+
 def scope_of(node: Node) -> str:
     """Return the innermost scope of a node ("" for the root)."""
     scopes = scopes_of(node)

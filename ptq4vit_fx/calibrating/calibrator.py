@@ -7,18 +7,18 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
 from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weights_fingerprint
-from ptq4vit_fx.calibrating.losses import Loss, get_loss
+from ptq4vit_fx.calibrating.losses import get_loss
 from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
+from ptq4vit_fx.calibrating.options import CalibrationOptions, Devices
 from ptq4vit_fx.calibrating.ranges import measure_balances
 from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
 from ptq4vit_fx.errors import failure, warn
@@ -26,13 +26,14 @@ from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.inputs.items import model_inputs
 from ptq4vit_fx.inputs.plausible import NORMALIZATION, warn_of_implausible
-from ptq4vit_fx.inputs.progress import Display, Show, UnderWay, counted, show_nothing
+from ptq4vit_fx.inputs.progress import Show, UnderWay, counted, shown
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.graph.contract import plan_of, sharing_tensors
 from ptq4vit_fx.plan import QuantOp, QuantPlan
 from ptq4vit_fx.search.metrics import get_metric
+from ptq4vit_fx.search.products import Product
 from ptq4vit_fx.search.search_op import search_op
 from ptq4vit_fx.torch_state import intra_op_threads, single_threaded_pool
 
@@ -43,30 +44,15 @@ IDENTITY = ("images_fingerprint", WEIGHTS_FINGERPRINT, "seed", "loss", "sequenti
 GPU_SEARCHES = 2
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """The arguments of `ptq4vit_fx.calibrate`, which documents them."""
-
-    images: int | None
-    seed: int
-    progress: bool | Show
-    device: torch.device | str | None
-    search_device: torch.device | str | None
-    loss: str | Loss
-    memory_limit: int | None
-    checkpoint: str | os.PathLike[str] | None
-    sequential: bool
-
-
 def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOptions) -> Calibration:
     """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
     started = time.perf_counter()
-    devices = _Devices.of(prepared, options)
+    devices = Devices.of(prepared, options)
     batches = batches_for(prepared, data, "calibrate", images=options.images, progress=options.progress is True)
     warn_of_implausible(batches, model_inputs(prepared), "calibrate", prepared.meta.get(NORMALIZATION))
     run = _start(prepared, batches, options, devices)
     schedule = _schedule(run, batches)
-    with _model_at_work(run), _shown(options.progress) as show:
+    with _model_at_work(run), shown(options.progress) as show:
         if run.plan.balances:
             with run.timed("balance"):
                 run.balance(schedule.batches, show)
@@ -84,21 +70,6 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
     return run.results.with_provenance(seconds | {"capture_groups": len(schedule.groups)})
 
 
-@dataclass(frozen=True)
-class _Devices:
-    """Where the model is before and after, where it runs meanwhile, and where products are searched."""
-
-    home: torch.device
-    model: torch.device
-    search: torch.device
-
-    @staticmethod
-    def of(prepared: GraphModule, options: CalibrationOptions) -> _Devices:
-        home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-        model = torch.device(options.device) if options.device is not None else home
-        return _Devices(home, model, torch.device(options.search_device or model))
-
-
 @dataclass
 class _Run:
     """A calibration in progress. observed: what is captured, the prepared model or a copy with balanced channels."""
@@ -106,15 +77,20 @@ class _Run:
     prepared: GraphModule
     plan: QuantPlan
     options: CalibrationOptions
-    devices: _Devices
+    devices: Devices
     results: Calibration
     observed: GraphModule
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def left(self) -> list[QuantOp]:
-        """The products that have no result yet."""
-        return [op for op in self.plan.ops if op.name not in self.results.distances]
+        """The products that have no result yet, or lack one of a further search."""
+        further = self.options.further
+        return [
+            op
+            for op in self.plan.ops
+            if op.name not in self.results.distances or (further is not None and further.lacks(op))
+        ]
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -144,14 +120,25 @@ class _Run:
         if self.options.checkpoint is not None:
             self.results.save(self.options.checkpoint)
 
-    def add(self, op: QuantOp, result: SearchResult, seconds: float) -> None:
+    def add(self, op: QuantOp, result: SearchResult | None, seconds: float) -> None:
+        if result is None:
+            return
         self.results = self.results.with_result(op.name, result, seconds)
         self.save()
 
 
-def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, devices: _Devices) -> _Run:
+def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, devices: Devices) -> _Run:
     """Return an empty run, or the one that the checkpoint holds; raises PTQError if that is of something else."""
-    plan = plan_of(prepared)
+    results = empty_calibration(prepared, batches, options)
+    if options.known is not None and _identity(options.known) == _identity(results):
+        results = options.known
+    if options.checkpoint is not None:
+        results = resumed(prepared, results, options.checkpoint)
+    return _Run(prepared, plan_of(prepared), options, devices, results, prepared)
+
+
+def empty_calibration(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions) -> Calibration:
+    """Return a calibration without results, which says what it is going to be of."""
     loss = options.loss if isinstance(options.loss, str) else getattr(options.loss, "__qualname__", "custom")
     provenance = {
         "images": _images(batches),
@@ -160,17 +147,14 @@ def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOpt
         "seed": options.seed,
         "loss": loss,
         "sequential": options.sequential,
-        "device": str(devices.model),
+        "device": str(Devices.of(prepared, options).model),
         "torch": torch.__version__,
     }
-    results = Calibration(plan, {}, provenance=provenance)
-    if options.checkpoint is not None:
-        results = _resumed(prepared, results, options.checkpoint)
-    return _Run(prepared, plan, options, devices, results, prepared)
+    return Calibration(plan_of(prepared), {}, provenance=provenance)
 
 
-def _resumed(prepared: GraphModule, mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibration:
-    """Return what the checkpoint holds, or the empty calibration if there is none yet."""
+def resumed(prepared: GraphModule, mine: Calibration, checkpoint: str | os.PathLike[str]) -> Calibration:
+    """Return what the checkpoint holds, or `mine` if there is none yet; raises PTQError if it is of something else."""
     path = check_writable(checkpoint, "calibrate checkpoint=")
     if not path.exists():
         return mine
@@ -227,17 +211,6 @@ def _model_at_work(run: _Run) -> Iterator[None]:
         run.prepared.to(run.devices.home)
 
 
-@contextmanager
-def _shown(progress: bool | Show) -> Iterator[Show]:
-    """Give what is told how far the calibration is: the caller's function, a bar in a terminal, or nothing."""
-    if callable(progress):
-        yield progress
-        return
-    console = Console()
-    with Display(console) if progress and console.is_terminal else nullcontext(show_nothing) as show:
-        yield show
-
-
 def _capture(run: _Run, group: list[QuantOp], batches: list[Inputs], show: Show) -> dict[str, Captured]:
     """Return the operands and gradients of a group of products, on the device of the model."""
     on_device = (tuple(x.to(run.devices.model) for x in batch) for batch in batches)
@@ -271,14 +244,26 @@ def _search_all(run: _Run, ops: list[QuantOp], captured: dict[str, Captured], se
                 run.add(op, *future.result())
 
 
-def _search(run: _Run, op: QuantOp, captured: dict[str, Captured]) -> tuple[SearchResult, float]:
-    """Search one product where searches run; return its parameters beside the model, and the seconds it took."""
-    started = time.perf_counter()
+def _search(run: _Run, op: QuantOp, captured: dict[str, Captured]) -> tuple[SearchResult | None, float]:
+    """Search one product where searches run; return its parameters beside the model, and the seconds it took.
+
+    Of a product that the calibration has, only what else is asked for is searched, and there is no result.
+    """
+    started, further = time.perf_counter(), run.options.further
     product = captured_product(op, captured.pop(op.name)).to(run.devices.search)
-    op_seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
-    lhs, rhs = (run.plan.quantizers[site(op.name, operand)] for operand in OPERANDS)
-    result = search_op(op, product, lhs, rhs, run.plan.searches[op.name], seed=op_seed)
-    home, codes = run.devices.home, result.codes
-    codes = None if codes is None else codes.to(home)
-    result = replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home), codes=codes)
-    return result, time.perf_counter() - started
+    seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
+    result = None
+    if op.name not in run.results.distances:
+        result = search_product(run.plan, op, product, seed, run.devices.home)
+    seconds = time.perf_counter() - started
+    if further is not None:
+        further.search(op, product, seed)
+    return result, seconds
+
+
+def search_product(plan: QuantPlan, op: QuantOp, product: Product, seed: int, home: torch.device) -> SearchResult:
+    """Search a captured product as a plan says; return its parameters on the device `home`."""
+    lhs, rhs = (plan.quantizers[site(op.name, operand)] for operand in OPERANDS)
+    result = search_op(op, product, lhs, rhs, plan.searches[op.name], seed=seed)
+    codes = None if result.codes is None else result.codes.to(home)
+    return replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home), codes=codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -130,6 +131,17 @@ class Display:
     def _beat(self) -> None:
         while not self._closed.wait(self._every):
             self._console.print(self.line(), highlight=False)
+
+
+@contextmanager
+def shown(progress: bool | Show) -> Iterator[Show]:
+    """Give what is told how far something is: the caller's function, a bar in a terminal, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    console = Console()
+    with Display(console) if progress and console.is_terminal else nullcontext(show_nothing) as show:
+        yield show
 
 
 class _Line(ProgressColumn):

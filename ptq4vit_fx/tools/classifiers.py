@@ -51,13 +51,19 @@ def _filled(pixels: Array, size: int | None) -> Array:
     return np.concatenate([pixels, pixels[-1:].repeat(size - len(pixels), 0)]) if size else pixels
 
 
+def is_file(against: str) -> bool:
+    """Return whether a float model is named by its file, not by a model's name."""
+    return against.endswith(".onnx") or os.path.isfile(against)
+
+
 def float_outputs(asked: Asked) -> Runs:
     """Return what runs the float model: an ONNX file, or a model by name, as for `quantize`.
+
 
     Raises PTQError on a file that cannot be read and on a name that is unknown.
     """
     against = asked.name
-    if against.endswith(".onnx") or os.path.isfile(against):
+    if is_file(against):
         if len(asked.origin()) > 1:
             expected, do = "a model's name with --weights or --model-arg", "leave these out: the file holds its weights"
             raise failure("eval", "--against", expected=expected, got=f"the file {against}", do=do)

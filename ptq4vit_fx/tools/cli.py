@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, bench, inspect, targets, demo, coverage."""
+"""The command line: quantize, eval, bench, inspect, report, why, timings, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.tools import options
-from ptq4vit_fx.tools.commands import AsJson, Quiet, bench, coverage, demo, targets
-from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing
+from ptq4vit_fx.tools import options, tuning_commands
+from ptq4vit_fx.tools.commands import Quiet, bench, coverage, demo, report, targets
+from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing, typed
 
 if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.against_float import Kind
@@ -99,7 +99,7 @@ def quantize(
     bench: Annotated[bool, typer.Option(help="measure the file beside the float file")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="print all that is known of the file")] = False,
     quiet: Quiet = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     layout: Annotated[
         str, typer.Option(help="file, or huggingface: --out is a folder that optimum and transformers.js open")
     ] = "file",
@@ -107,6 +107,10 @@ def quantize(
         str | None, typer.Option(help="nhwc or nchw: the file takes uint8 images and scales them itself")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="text file, one class name per line, for the file")] = None,
+    agreement: options.Agreement = None,
+    minimize: options.Minimize = "time",
+    timings: options.TimingsFile = None,
+    advise: options.Advise = False,
     settings: options.Settings = None,
     weights_granularity: options.WeightsGranularity = None,
     device: options.Device = "cpu",
@@ -116,8 +120,12 @@ def quantize(
     config: options.Config = None,
     print_config: options.PrintConfig = False,
     plan: options.Plan = False,
+    report: options.Report = None,
 ) -> None:
     """Quantize a vision transformer, write it to ONNX, and compare it with the float model."""
+    if advise:
+        tuning_commands.timings(model, model_arg, target, batch or 1, advise=True)
+        return
     shown = not (quiet or as_json)
     with readable_errors(checkpoint) as heard:
         from ptq4vit_fx.tools.config_file import as_toml
@@ -160,9 +168,14 @@ def quantize(
             float_onnx=float_onnx,
             kind=cast("Kind | None", output_kind),
             bench=bench,
+            agreement=agreement,
+            minimize=minimize,
+            timings=timings,
             device=device,
             sequential=sequential,
             settings=tuple(settings or ()),
+            report=report,
+            command=typed(context),
         )
         speak = say if shown else lambda text: None
         if plan:
@@ -190,20 +203,17 @@ def evaluate(
         str | None, typer.Option(help="model whose preprocessing to use, as for quantize (default: the file's)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with in pairs"),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    weights_entry: Annotated[str | None, typer.Option(help="of the model in --against, as for quantize")] = None,
-    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")] = None,
-    model_arg: Annotated[list[str] | None, typer.Option(help="of the model in --against, as for quantize")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
     output_kind: Annotated[
         str | None,
         typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print the accuracy of an ONNX file in ONNX Runtime, and beside it that of the float model."""
     with readable_errors():
@@ -230,7 +240,7 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="ONNX file written by quantize")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print sites, bits, scales and thresholds, what ONNX Runtime runs as integers or in float, and on which CPU."""
     with readable_errors():
@@ -240,5 +250,5 @@ def inspect(
         say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
-for command in (bench, targets, demo, coverage):
+for command in (bench, report, tuning_commands.why, tuning_commands.timings, targets, demo, coverage):
     app.command()(command)

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ptq4vit_fx.tools import options
+from ptq4vit_fx.tools.options import AsJson
 from ptq4vit_fx.tools.terminal import FAILED, console, readable_errors, say, say_json, showing
 
-AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print warnings and errors alone")]
 
 
@@ -54,6 +55,35 @@ def bench(
             say("\n".join(report.verdict()))
         else:
             say(report)
+
+
+def report(
+    subject: Annotated[str, typer.Argument(metavar="FILE|CALIBRATION", help="ONNX file of quantize, or a calibration")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="PATH", help="HTML page to write")],
+    data: Annotated[Path | None, typer.Option(help="folder of images: what comes to every site; agreement")] = None,
+    against: options.Against = None,
+    weights: options.AgainstWeights = None,
+    weights_entry: options.AgainstEntry = None,
+    ema: options.AgainstEma = None,
+    model_arg: options.AgainstArg = None,
+    calibration: Annotated[Path | None, typer.Option(help="that of the file, for figures that it lacks")] = None,
+    images: Annotated[int, typer.Option(min=1, help="images of --data, evenly spread")] = 64,
+    bench: Annotated[bool, typer.Option(help="time the operators of the file")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page of what is known of a file or a calibration: costs, histograms, agreement, times."""
+    with readable_errors():
+        phases = showing(not as_json)
+        from ptq4vit_fx.tools.named.model import Asked
+        from ptq4vit_fx.tools.reporting import ReportRequest, report_on
+
+        reference = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
+        request = ReportRequest(subject, out, data, reference, calibration, images, bench)
+        found = report_on(request, phases)
+        if as_json:
+            say_json(found.to_dict())
+        else:
+            say("\n".join(found.lines(out)))
 
 
 def targets(as_json: AsJson = False) -> None:

@@ -39,6 +39,8 @@ from ptq4vit_fx.tools.phases import CLASSIFY, Phases, calls
 from ptq4vit_fx.tools.scores import Evaluation, classified, ranks, retrieved
 from ptq4vit_fx.torch_state import independent_of_caller
 
+MODEL_OF_FILE = "pass --model with the timm model that it was made from"
+
 
 @independent_of_caller()
 def evaluate_file(
@@ -59,11 +61,11 @@ def evaluate_file(
     sub-folders are named by class number). Warns (PTQWarning) of sub-folders without images.
     """
     session = open_session(file)
-    channels = _image_channels(session, file)
+    channels = image_channels(session, file, "eval")
     runs = file_outputs(session, file)
     embedding = embedding_in(_shapes(session), _kind(session, file, kind))
     folder = list_images(data, labelled=True)
-    transform = timm.data.create_transform(**_preprocessing(session, file, model))
+    transform = timm.data.create_transform(**preprocessing_of_file(session, file, model))
     transform = calls(transform, phases.show, CLASSIFY, len(folder.paths))
     _warn_of_empty(folder, data)
     labels, skipped = np.asarray(folder.labels), list[str]()
@@ -141,8 +143,10 @@ def _batches(items: Iterator[tuple[int, Tensor]], size: int) -> Iterator[tuple[l
         yield list(numbers), np.stack([tensor.numpy() for tensor in tensors])
 
 
-def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str | None) -> dict[str, Any]:
-    """Return timm's data config, at the input size of the file."""
+def preprocessing_of_file(
+    session: onnxruntime.InferenceSession, file: Path, model: str | None, operation: str = "eval"
+) -> dict[str, Any]:
+    """Return timm's data config, at the input size of the file. Raises PTQError if neither file nor model says it."""
     if model is not None:
         config = load_model(Asked(model, pretrained=False)).preprocessing
     else:
@@ -150,14 +154,14 @@ def _preprocessing(session: onnxruntime.InferenceSession, file: Path, model: str
         known = recorded(properties, str(file))
         if known is None:
             raise failure(
-                "eval",
+                operation,
                 str(file),
                 expected="a file that records its preprocessing, as `ptq4vit quantize` writes it",
                 got="no such record",
-                do="pass --model with the timm model that it was made from",
+                do=MODEL_OF_FILE if operation == "eval" else "pass images in Python: ptq.report(file, data=images)",
             )
         config = known
-    pixels = pixels_of(session, str(file), "eval")
+    pixels = pixels_of(session, str(file), operation)
     if pixels is not None:  # a file that scales its images itself does so by its own numbers
         config = config | {"mean": pixels.mean, "std": pixels.std}
     size: Any = tuple(image_shape(session, pixels)[1:])
@@ -212,20 +216,20 @@ def _warn_of_empty(folder: ImageFolder, data: Path) -> None:
         )
 
 
-def _image_channels(session: onnxruntime.InferenceSession, file: Path) -> int:
+def image_channels(session: onnxruntime.InferenceSession, file: Path, operation: str) -> int:
     """Return the channels of the only input, an image batch; raises PTQError if it is something else.
 
     Also on images that are too large for the memory.
     """
     shapes = [entry.shape for entry in session.get_inputs()]
     if len(shapes) == 1:
-        shapes = [image_shape(session, pixels_of(session, str(file), "eval"))]
+        shapes = [image_shape(session, pixels_of(session, str(file), operation))]
     sides = [side for shape in shapes for side in shape[2:] if isinstance(side, int) and side > 0]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in MODES or len(sides) != 2:
         expected = "a file of one input, images (batch, 1 or 3 channels, height, width)"
         do = "measure other models in Python"
-        raise failure("eval", str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
-    fixed_batch("eval", str(file), session)
+        raise failure(operation, str(file), expected=expected, got=" and ".join(map(str, shapes)), do=do)
+    fixed_batch(operation, str(file), session)
     size = COPIES * FLOAT_BYTES * math.prod(shapes[0][1:])
-    check_memory("eval", str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
+    check_memory(operation, str(file), size, what=f"an image of {sides[0]} x {sides[1]} pixels", do="pass another file")
     return int(shapes[0][1])

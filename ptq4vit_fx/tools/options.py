@@ -1,4 +1,4 @@
-"""Options of `ptq4vit quantize` that are declared outside of its function: a type each, as typer reads it there."""
+"""Options that are declared outside of the function of their command: a type each, as typer reads it there."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ Sequential = Annotated[
 ]
 InputName = Annotated[list[str] | None, typer.Option(help="name of the file's input, repeatable")]
 OutputName = Annotated[list[str] | None, typer.Option(help="name of each output of the file, repeatable")]
+Agreement = Annotated[
+    float | None, typer.Option(help="0.99: keep float's class on so many images, product by product, and no more")
+]
+Minimize = Annotated[str, typer.Option(help="what --agreement makes small: time, size or bits")]
+TimingsFile = Annotated[Path | None, typer.Option(help="of `ptq4vit timings` (default: products are timed here)")]
+Advise = Annotated[bool, typer.Option("--advise", help="print what int8 would save here, and write nothing")]
+Report = Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")]
+
+# Of eval and report: the float model beside the file.
+Against = Annotated[
+    str | None, typer.Option(metavar="FILE|MODEL", help="float ONNX file, or model as for quantize, to compare with")
+]
+AgainstWeights = Annotated[Path | None, typer.Option("--weights", help="of the model in --against, as for quantize")]
+AgainstEntry = Annotated[str | None, typer.Option("--weights-entry", help="of the model in --against, as for quantize")]
+AgainstEma = Annotated[bool | None, typer.Option("--ema/--no-ema", help="of the model in --against")]
+AgainstArg = Annotated[list[str] | None, typer.Option("--model-arg", help="of the model in --against, as for quantize")]
+AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]

@@ -201,6 +201,7 @@ def _files(request: Request) -> tuple[str, ...]:
     destination = request.destination
     what = f"the quantized model, opset {request.opset}, target {request.target}"
     paths = {"finished products": request.checkpoint, what: destination.out, "the float model": request.float_onnx}
+    paths["the report"] = request.report
     return tuple(f"{path} ({what})" for what, path in paths.items() if path is not None)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -23,6 +24,7 @@ from ptq4vit_fx.export.onnx_export import ExportReport
 from ptq4vit_fx.export.proof.against_float import AgainstFloat, Kind
 from ptq4vit_fx.export.proof.compare_float import compare_float
 from ptq4vit_fx.export.proof.latency import SECONDS, Latency, measure_latency
+from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
@@ -37,8 +39,10 @@ from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.phases import Phases, calls
 from ptq4vit_fx.tools.planning import Planned, planned
 from ptq4vit_fx.tools.proving import full_batches, proved
+from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.summary import Summary
+from ptq4vit_fx.tools.tuned_request import tuned_model
 from ptq4vit_fx.twins import choose_twins
 
 Say = Callable[[str], None]
@@ -58,15 +62,20 @@ class Source:
     skipped: tuple[str, ...]
     compared: Compared
     kind: Kind | None
+    tuned_on: Compared | None = None
 
 
 @dataclass(frozen=True)
 class FloatFile:
-    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none."""
+    """The float model as a file: its bytes, None of none; the latency of the file beside it, or why there is none.
+
+    times: of its operators, where a report asks for them.
+    """
 
     bytes: int | None = None
     latency: Latency | None = None
     problem: str = ""
+    times: OperatorTimes | None = None
 
 
 def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequence[str]) -> Summary:
@@ -93,7 +102,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
     float_file = _float_file(request, source, exported, phases)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
-    return Summary(
+    summary = Summary(
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
@@ -113,8 +122,13 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         expensive=most_expensive(calibration),
         flags=helpful_flags(request, source.compared.others),
         warnings=tuple(heard),
+        report=request.report,
         phases=phases.seconds,
     )
+    if request.report is not None:
+        with phases(phase.REPORT):
+            report_of_summary(summary, float_file.times, source.compared.pixels, request)
+    return summary
 
 
 def _against_float(request: Request, source: Source, exported: ExportReport, phases: Phases) -> AgainstFloat:
@@ -161,10 +175,15 @@ def _source(request: Request, say: Say, phases: Phases) -> Source:
         transform = calls(transform, phases.show, phase.READ, total)
         calibrated = load_named(taken, transform, skipped, channels)
         compared = images_to_compare(listed.paths, taken, calibrated, transform, channels)
+        tuned_on = None
+        if request.agreement is not None:  # others than those of the last comparison, where there are enough
+            seen = (*taken, *map(Path, compared.names))
+            tuned_on = images_to_compare(listed.paths, seen, calibrated, transform, channels)
+            tuned_on = tuned_on if tuned_on.unseen else compared
     if skipped:
         say(said_of_skipped(skipped))
     kind = request.kind or named.kind
-    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind)
+    return Source(named.network, labels, preprocessing, calibrated[1], tuple(skipped), compared, kind, tuned_on)
 
 
 def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
@@ -183,8 +202,13 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
         "sequential": request.sequential,
         "progress": phases.show,
     }
-    with phases(phase.CALIBRATE):
-        calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
+    if request.agreement is None:
+        with phases(phase.CALIBRATE):
+            calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
+    else:
+        with phases(phase.TUNE):
+            known = options | {"kind": source.kind}
+            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **known)
     if request.twins == "auto":
         with phases(phase.TWINS):
             prepared, choice = choose_twins(prepared, batches, **options)
@@ -236,7 +260,8 @@ def _float_file(request: Request, source: Source, exported: ExportReport, phases
             if not request.bench:
                 return FloatFile(written, problem="not measured, --no-bench")
             with phases(phase.MEASURE, 2 * SECONDS):
-                return FloatFile(written, measure_latency(exported.path, path))
+                times = None if request.report is None else operator_times(path)
+                return FloatFile(written, measure_latency(exported.path, path), times=times)
         except PTQError as error:
             if request.float_onnx is not None and written is None:
                 raise

@@ -15,6 +15,7 @@ from ptq4vit_fx.qconfig import QConfigMapping
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.layouts import Destination
 from ptq4vit_fx.tools.named.model import Asked
+from ptq4vit_fx.tools.tuned_request import check_tuning
 
 #: What torch takes as a seed.
 SEEDS = range(-(2**63), 2**64)
@@ -24,8 +25,9 @@ SEEDS = range(-(2**63), 2**64)
 class Request:
     """What `ptq4vit quantize` is asked for, by the names of its options; mapping: of recipe, twins and bits.
 
-    bench: measure the file beside the float file. kind: what the output is, None for `compare_float` to decide.
-    settings: what `--set` says, which is in the mapping.
+    bench: measure the file beside the float file. report: a page to write; command: what was typed, for that page.
+    kind: what the output is, None for `compare_float` to decide. settings: what `--set` says, which is in the mapping.
+    agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of a file or of this CPU.
     """
 
     model: str
@@ -53,9 +55,14 @@ class Request:
     float_onnx: str | None
     kind: Kind | None
     bench: bool
+    report: str | None
+    command: str
     device: str = "cpu"
     sequential: bool = False
     settings: tuple[str, ...] = ()
+    agreement: float | None = None
+    minimize: str = "time"
+    timings: Path | None = None
 
     def asked(self) -> Asked:
         """Return the float model that is asked for."""
@@ -84,6 +91,7 @@ def check_request(request: Request) -> None:
         raise unknown_name("quantize", "--output-kind", request.kind, KINDS)
     check_target(request.target, request.opset, request.batch)
     check_device(request.device)
+    check_tuning(request)
     if request.target == "tensorrt" and request.recipe in ("best", "ptq4vit"):
         expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
         raise failure("quantize", "--recipe", expected=expected, got=repr(request.recipe), do=do)
@@ -103,8 +111,9 @@ def _check_paths(request: Request) -> None:
         "--out": request.destination.file,
         "--checkpoint": request.checkpoint,
         "--float-onnx": request.float_onnx,
+        "--report": request.report,
     }
-    read = {"--weights": request.weights}
+    read = {"--weights": request.weights, "--timings": request.timings}
     taken: dict[str, str] = {}
     for option, path in (written | read).items():
         if path is None:

@@ -27,7 +27,7 @@ class Summary:
     reason` of those that it could not read; seconds: it took. why_seen: why the images of the comparison are those of
     the calibration, "" if they are not. float_file: the float model's file, None if it was not kept; float_bytes: of
     that file, or of its weights. expensive: product -> share of the distance of all products. flags: options that would
-    help. warnings: those on the way. phases: seconds of each.
+    help. warnings: those on the way. phases: seconds of each. report: the page that was written.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Summary:
     warnings: tuple[str, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
     set_apart: int = 0
+    report: str | None = None
 
     def complaints(self) -> tuple[str, ...]:
         """Return what the user must know first, a sentence each; nothing of a file that is as good as float."""
@@ -103,6 +104,8 @@ class Summary:
             ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
             ("", f"calibrated in {self.seconds:.1f} s"),
         ]
+        if self.report is not None:
+            rows.append(("report", self.report))
         if self.warnings:
             rows.append(("warnings", f"{len(self.warnings)} on the way, above"))
         lines = [line for word, text in rows for line in wrapped(word, printable(text))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,24 @@ def say(text: object, *, highlight: bool = True, to: Console = console) -> None:
     """Print lines in which names out of files stand: a terminal obeys nothing of them, and any encoding takes them."""
     shown = printable(str(text), keep="\n").encode(to.encoding, "backslashreplace").decode(to.encoding)
     to.print(shown, highlight=highlight)
+
+
+def typed(context: typer.Context) -> str:
+    """Return the command under way as one may type it again: its name, its arguments, the options that were given."""
+    words = ["ptq4vit", context.info_name or ""]
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if parameter.param_type_name == "argument":
+                words.append(str(one))
+            elif isinstance(one, bool):
+                words.append(parameter.opts[0] if one else parameter.secondary_opts[0])
+            else:
+                words += [parameter.opts[0], str(one)]
+    return shlex.join(words)
 
 
 def say_json(figures: Mapping[str, Any]) -> None:

@@ -1,0 +1,63 @@
+"""What a calibration is asked for, where it runs, and what else is searched on the operands that it captures."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.fx import GraphModule
+
+from ptq4vit_fx.calibrating.losses import Loss
+from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.inputs.progress import Show
+from ptq4vit_fx.plan import QuantOp
+from ptq4vit_fx.search.products import Product
+
+
+class FurtherSearch(Protocol):
+    """Further searches of a product while its operands are in memory; several threads call it at the same time."""
+
+    def lacks(self, op: QuantOp) -> bool:
+        """Return whether a product is still to be searched, though the calibration has it."""
+        ...
+
+    def search(self, op: QuantOp, product: Product, seed: int) -> None:
+        """Search a captured product, where searches run."""
+        ...
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The arguments of `ptq4vit_fx.calibrate`, which documents them.
+
+    further: what else is searched. known: an earlier calibration, used as far as it is one of the same.
+    """
+
+    images: int | None
+    seed: int
+    progress: bool | Show
+    device: torch.device | str | None
+    search_device: torch.device | str | None
+    loss: str | Loss
+    memory_limit: int | None
+    checkpoint: str | os.PathLike[str] | None
+    sequential: bool
+    further: FurtherSearch | None = None
+    known: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where the model is before and after, where it runs meanwhile, and where products are searched."""
+
+    home: torch.device
+    model: torch.device
+    search: torch.device
+
+    @staticmethod
+    def of(prepared: GraphModule, options: CalibrationOptions) -> Devices:
+        home = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+        model = torch.device(options.device) if options.device is not None else home
+        return Devices(home, model, torch.device(options.search_device or model))

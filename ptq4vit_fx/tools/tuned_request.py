@@ -1,0 +1,112 @@
+"""`quantize --agreement`: what `tune` is asked for, and the images that it measures on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.fx import GraphModule
+
+from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.passes.graph.traced_module import TracedModule
+from ptq4vit_fx.tools.held_out import Compared
+from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
+from ptq4vit_fx.tuning.timings import load_timings
+from ptq4vit_fx.tuning.tune import tune
+
+#: What --minimize calls the quantities of `tune`.
+MINIMIZED = {"time": "time", "size": "size", "bits": "average bits"}
+
+
+class TunedRequest(Protocol):
+    """The options of `ptq4vit quantize` that tuning reads."""
+
+    @property
+    def agreement(self) -> float | None: ...
+    @property
+    def minimize(self) -> str: ...
+    @property
+    def timings(self) -> Path | None: ...
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def settings(self) -> tuple[str, ...]: ...
+    @property
+    def twins(self) -> str: ...
+    @property
+    def w_bits(self) -> int: ...
+    @property
+    def a_bits(self) -> int: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def opset(self) -> int: ...
+    @property
+    def batch(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def checkpoint(self) -> Path | None: ...
+
+
+def check_tuning(request: TunedRequest) -> None:
+    """Raise PTQError on options of tuning that exclude others, and on timings that cannot be read."""
+    if request.minimize not in MINIMIZED:
+        raise unknown_name("quantize", "--minimize", request.minimize, MINIMIZED)
+    if request.agreement is None:
+        given = [("--minimize", request.minimize != "time"), ("--timings", request.timings is not None)]
+        for option in (name for name, there in given if there):
+            do = "add --agreement 0.99"
+            raise failure("quantize", option, expected="an agreement to keep", got="none", do=do)
+        return
+    if not 0 < request.agreement <= 1:
+        do, got = "ask for 0.99 of the classes", f"{request.agreement:g}"
+        expected = "a share above 0 and at most 1, which float itself has"
+        raise failure("quantize", "--agreement", expected=expected, got=got, do=do)
+    if request.twins != "exact" or request.recipe == "base":
+        expected, do = "--twins exact and another recipe than base, as tuning decides", "leave these options out"
+        got = f"--twins {request.twins} --recipe {request.recipe}"
+        raise failure("quantize", "--agreement", expected=expected, got=got, do=do)
+    bits = [setting for setting in request.settings if not setting.endswith("=float")]
+    if bits:
+        do = "leave out --set of bits, or --agreement"
+        raise failure("quantize", "--set", expected="bits that --agreement decides", got=bits[0], do=do)
+    if request.timings is not None:
+        load_timings(request.timings, "quantize")
+
+
+def tuned_model(
+    request: TunedRequest,
+    prepared: GraphModule,
+    batches: list[torch.Tensor],
+    compared: Compared | None,
+    say: Callable[[str], None],
+    **calibrate_kwargs: Any,
+) -> TracedModule:
+    """Return the model with the plan that keeps the agreement; raises PTQError if no image is left to measure on."""
+    if compared is None or not compared.unseen:
+        reason = "none" if compared is None else compared.reason
+        do = "put more images into the folder, or take fewer with --images"
+        expected = "images that calibration does not take"
+        raise failure("quantize", "--agreement", expected=expected, got=reason, do=do)
+    bits = f"w{request.w_bits}a{request.a_bits}"
+    quantity = MINIMIZED[request.minimize]
+    forms = [bits, f"{bits} uniform", "float"] if quantity == "time" else [f.name for f in DEFAULT_FORMS[quantity]]
+    tuned = tune(
+        prepared,
+        batches,
+        held_out=list(torch.split(compared.pixels, request.batch_size)),
+        agreement=request.agreement,
+        minimize=quantity,
+        target=request.target,
+        opset=request.opset,
+        batch=request.batch,
+        forms=forms,
+        timings=request.timings,
+        cache=None if request.checkpoint is None else f"{request.checkpoint}.forms",
+        **calibrate_kwargs,
+    )
+    say(tuned.report())
+    return tuned.prepared

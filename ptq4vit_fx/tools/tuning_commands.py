@@ -1,0 +1,52 @@
+"""The commands beside tuning: `timings` of a model's products, and `why` a file is worse than float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptq4vit_fx.tools.terminal import complaints, console, readable_errors, say, say_json
+
+ModelArg = Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")]
+
+
+def timings(
+    model: Annotated[str, typer.Argument(help="timm model name; its weights are not needed")],
+    model_arg: ModelArg = None,
+    target: Annotated[
+        str, typer.Option(help="onnxruntime, onnxruntime-avx2, onnxruntime-arm or generic")
+    ] = "onnxruntime",
+    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 1,
+    advise: Annotated[bool, typer.Option("--advise", help="print what int8 saves here, in place of the file")] = False,
+) -> None:
+    """Print how long each product of a model takes here, float and int8, as the file that quantize --timings reads."""
+    with readable_errors():
+        from ptq4vit_fx.tools.advise import advice_of, time_model
+
+        with complaints.status("measure"):
+            shapes, found = time_model(model, model_arg or [], target, batch)
+        say("\n".join(advice_of(shapes, found)) if advise else found.to_json(), highlight=False)
+
+
+def why(
+    file: Annotated[Path, typer.Argument(help="calibration (--checkpoint of quantize), or ONNX file")],
+    data: Annotated[Path, typer.Option(help="folder of images, others than those of the calibration")],
+    model: Annotated[str | None, typer.Option(help="timm model that it is of (default: the file says)")] = None,
+    weights: Annotated[Path | None, typer.Option(help="as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="as for quantize")] = None,
+    model_arg: ModelArg = None,
+    images: Annotated[int, typer.Option(min=8, help="to measure on")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")] = False,
+) -> None:
+    """Name the products, operands, channels and tokens that a quantized model loses by, and measure what would help."""
+    with readable_errors():
+        from ptq4vit_fx.tools.why_command import explain
+
+        source = (model, weights, weights_entry, tuple(model_arg or ()))
+        found = explain(file, data, source, images, complaints.status, progress=console.is_terminal)
+        if as_json:
+            say_json(found.to_dict())
+        else:
+            say(found, highlight=False)
