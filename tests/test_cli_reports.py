@@ -286,7 +286,7 @@ def test_every_command_answers_in_json(quantized, place):
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         options = {option for parameter in command.params for option in parameter.opts}
         assert "--json" in options, name
-        assert "--quiet" in options or name in ("eval", "inspect", "targets"), name
+        assert "--quiet" in options or name in ("eval", "inspect", "targets", "report", "why", "timings"), name
     help_text = run("--help").stdout
     assert "--install-completion" in help_text
 

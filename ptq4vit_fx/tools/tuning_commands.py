@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ptq4vit_fx.tools.terminal import complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.options import AsJson
+from ptq4vit_fx.tools.terminal import readable_errors, say, say_json, showing
 
 ModelArg = Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")]
 
@@ -20,14 +21,20 @@ def timings(
     ] = "onnxruntime",
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 1,
     advise: Annotated[bool, typer.Option("--advise", help="print what int8 saves here, in place of the file")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print how long each product of a model takes here, float and int8, as the file that quantize --timings reads."""
     with readable_errors():
+        phases = showing(not as_json)
         from ptq4vit_fx.tools.advise import advice_of, time_model
+        from ptq4vit_fx.tools.phases import MEASURE
 
-        with complaints.status("measure"):
+        with phases(MEASURE):
             shapes, found = time_model(model, model_arg or [], target, batch)
-        say("\n".join(advice_of(shapes, found)) if advise else found.to_json(), highlight=False)
+        if advise and as_json:
+            say_json({"advice": advice_of(shapes, found)})
+        else:
+            say("\n".join(advice_of(shapes, found)) if advise else found.to_json(), highlight=False)
 
 
 def why(
@@ -38,14 +45,15 @@ def why(
     weights_entry: Annotated[str | None, typer.Option(help="as for quantize")] = None,
     model_arg: ModelArg = None,
     images: Annotated[int, typer.Option(min=8, help="to measure on")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Name the products, operands, channels and tokens that a quantized model loses by, and measure what would help."""
     with readable_errors():
+        phases = showing(not as_json)
         from ptq4vit_fx.tools.why_command import explain
 
         source = (model, weights, weights_entry, tuple(model_arg or ()))
-        found = explain(file, data, source, images, complaints.status, progress=console.is_terminal)
+        found = explain(file, data, source, images, phases)
         if as_json:
             say_json(found.to_dict())
         else:
