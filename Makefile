@@ -8,7 +8,7 @@ QUICK := pipeline quantizers search screening operators qconfig passes canonical
 OLDEST := $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
 	-e 's/^[a-z]* = \["\([a-z0-9-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml)
 
-.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser readers lint clean
+.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser browser-speed readers lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -57,6 +57,11 @@ fuzz: setup
 browser: setup
 	cd examples/browser && npm install --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest -rs -s tests/test_browser.py
+
+# How long files take in WebAssembly, in node: make browser-speed FILES='float.onnx int8.onnx'.
+browser-speed:
+	cd examples/browser && npm install --ignore-scripts --omit=dev --no-audit --no-fund
+	node examples/browser/measure.mjs $(abspath $(FILES))
 
 # Who reads folders of export_huggingface: transformers.js in node, and optimum-onnx in an environment of its own, since
 # the transformers that it imports is an older one; torch and the rest are those of .venv.

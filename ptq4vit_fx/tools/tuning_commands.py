@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ptq4vit_fx.tools.options import AsJson
-from ptq4vit_fx.tools.terminal import complaints, console, readable_errors, say, say_json
+from ptq4vit_fx.tools.terminal import readable_errors, say, say_json, showing
 
 ModelArg = Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")]
 
@@ -26,9 +26,11 @@ def timings(
 ) -> None:
     """Print how long each product of a model takes here, float and int8, as the file that quantize --timings reads."""
     with readable_errors():
+        phases = showing(not as_json)
         from ptq4vit_fx.tools.advise import advice_of, time_model
+        from ptq4vit_fx.tools.phases import MEASURE
 
-        with complaints.status("measure"):
+        with phases(MEASURE):
             shapes, found = time_model(model, model_arg or [], target, batch)
         if not advise:
             say(found.to_json(), highlight=False)
@@ -50,10 +52,11 @@ def why(
 ) -> None:
     """Name the products, operands, channels and tokens that a quantized model loses by, and measure what would help."""
     with readable_errors():
+        phases = showing(not as_json)
         from ptq4vit_fx.tools.why_command import explain
 
         source = (model, weights, weights_entry, tuple(model_arg or ()))
-        found = explain(file, data, source, images, complaints.status, progress=console.is_terminal)
+        found = explain(file, data, source, images, phases)
         if as_json:
             say_json(found.to_dict())
         else:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.tools.image_options import IMG_SIZE, image_options
 from ptq4vit_fx.tools.named.model import Asked
+from ptq4vit_fx.tools.phases import CALIBRATE, READ, Phases
 from ptq4vit_fx.tuning.mixing import model_of_plan
 from ptq4vit_fx.tuning.why import Why, why
 
@@ -39,14 +38,13 @@ def explain(
     data: Path,
     source: Source,
     images: int,
-    status: Callable[[str], AbstractContextManager[Any]],
-    *,
-    progress: bool,
+    phases: Phases,
 ) -> Why:
     """Return where a quantized model loses.
 
     file: a calibration, or an ONNX file, whose scales are then searched again, as its plan says, on the first half of
-    the images; the other half is measured on. Raises PTQError on anything else, and if nothing says what model it is.
+    the images; the other half is measured on. phases: shows what is under way. Raises PTQError on anything
+    else, and if nothing says what model it is.
     """
     calibration = None if file.suffix == ".onnx" else Calibration.load(file)
     plan, facts = (calibration.plan, calibration.provenance) if calibration is not None else _of_file(file)
@@ -57,16 +55,17 @@ def explain(
         raise failure("why", str(file), expected="the name of its model", got="none", do=do)
     asked = Asked(name, weights, entry, arguments=arguments or _arguments(facts))
     network, preprocessing = _as_recorded(asked, facts, str(file))
-    with status("read images"):
+    with phases(READ):
         pixels = _pixels(data, preprocessing, images + (0 if calibration is not None else CALIBRATED))
     prepared = model_of_plan(network, plan, pixels[:1])
     if calibration is None:
         count = min(CALIBRATED, len(pixels) // 2)
-        calibrate(prepared, pixels[:count], progress=progress)
+        with phases(CALIBRATE):
+            calibrate(prepared, pixels[:count], progress=phases.show)
         pixels = pixels[count:]
     else:
         load_calibration(prepared, calibration)
-    with status("measure products one by one"):
+    with phases("measure products one by one"):
         return why(prepared, pixels)
 
 
