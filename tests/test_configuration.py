@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from ptq4vit_fx.errors import PTQError
 from ptq4vit_fx.export.metadata import PLAN_KEY
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.tools import cli
@@ -138,6 +139,15 @@ def test_options_of_several_names(tmp_path):
     values = read_config(tmp_path / "q.toml", made)
     assert values == {"kept": False, "batch": 4}
     assert as_toml(made, values).splitlines()[1:] == ["kept = false", "file-batch = 4"]
+
+
+def test_numbers_may_stand_without_quotes(tmp_path):
+    (tmp_path / "q.toml").write_text("memory-limit = 8\nimg-size = 224\nmean = 0.5\n")
+    values = read_config(tmp_path / "q.toml", cli.quantize)
+    assert values == {"memory_limit": 8, "img_size": 224, "mean": 0.5}
+    (tmp_path / "q.toml").write_text("recipe = 8\n")
+    with pytest.raises(PTQError, match="line 1: recipe: expected a string, got 8"):
+        read_config(tmp_path / "q.toml", cli.quantize)
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)

@@ -89,7 +89,10 @@ def quantize(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="that calibration may take: 8, 8GiB, 500MiB (default: half of what is free)")
+        str | None,
+        typer.Option(
+            metavar="NUMBER", help="that calibration may take: 8, 8GiB, 500MiB (default: half of what is free)"
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="module, product or pattern that stays float, repeatable")

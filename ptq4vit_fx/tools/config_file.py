@@ -37,7 +37,7 @@ class Option:
 
     off: the name of the switch that turns it off. kind: bool, int, float, str or Path. many: whether it is repeatable.
     path: whether it names a file or a folder; model: whether it is the argument, which may. low, high: bounds of a
-    number.
+    number; number: whether a text may be a number as well.
     """
 
     parameter: str
@@ -49,6 +49,7 @@ class Option:
     model: bool
     low: float | None
     high: float | None
+    number: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ class Option:
     def fits(self, value: object) -> bool:
         """Return whether a value out of a file is of this option's type."""
         accepted = {float: (int, float), Path: (str,)}.get(self.kind, (self.kind,))
+        accepted = (str, int, float) if self.number else accepted
         return isinstance(value, accepted) and (self.kind is bool or not isinstance(value, bool))
 
 
@@ -88,7 +90,8 @@ def options_of(command: Callable[..., Any]) -> list[Option]:
         names = [name.replace("--", "") for word in names for name in word.split("/")]
         off = names.pop() if any("/" in word for word in own) or (kind is bool and not own) else None
         path, model = kind is Path or "PATH" in (info.metavar or ""), isinstance(info, ArgumentInfo)
-        found.append(Option(parameter, tuple(names), off, kind, many, path, model, info.min, info.max))
+        number = kind is str and "NUMBER" in (info.metavar or "")
+        found.append(Option(parameter, tuple(names), off, kind, many, path, model, info.min, info.max, number))
     return found
 
 

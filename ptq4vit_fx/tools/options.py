@@ -51,11 +51,15 @@ Advise = Annotated[bool, typer.Option("--advise", help="print what int8 would sa
 Report = Annotated[str | None, typer.Option(metavar="PATH", help="write a page of all that is known, HTML")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="print everything as JSON, and nothing else")]
-ImgSize = Annotated[str | None, typer.Option(help="pixels, as 384 or 384x256: height and width (default: the model's)")]
-Mean = Annotated[
-    str | None, typer.Option(help="of values from 0 to 1, as 0.5,0.5,0.5 (default: the model's, or file's)")
+ImgSize = Annotated[
+    str | None,
+    typer.Option(metavar="NUMBER", help="pixels, as 384 or 384x256: height and width (default: the model's)"),
 ]
-Std = Annotated[str | None, typer.Option(help="of values from 0 to 1, as --mean")]
+Mean = Annotated[
+    str | None,
+    typer.Option(metavar="NUMBERS", help="of values from 0 to 1, as 0.5,0.5,0.5 (default: the model's, or file's)"),
+]
+Std = Annotated[str | None, typer.Option(metavar="NUMBERS", help="of values from 0 to 1, as --mean")]
 CropPct = Annotated[float | None, typer.Option(help="share of the scaled image that is seen")]
 Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest, box, hamming or lanczos")]
 
