@@ -44,6 +44,7 @@ from ptq4vit_fx.tools.phases import (
 )
 from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.runtimes import made_for
+from ptq4vit_fx.tools.terminal import forms_beside, readable_errors
 
 MODEL = "deit_tiny_patch16_224"
 SIZES = [part for size in ("img_size=32", "depth=1", "num_classes=50") for part in ("--model-arg", size)]
@@ -347,3 +348,12 @@ def test_a_line_now_and_then_where_there_is_no_terminal(place, monkeypatch):
     for option in ("--quiet", "--json"):
         silent = run("quantize", *OPTIONS, "--out", "beats.onnx", "--no-bench", option)
         assert not [line for line in silent.stderr.splitlines() if not line.startswith("warning: ")]
+
+
+def test_an_interrupted_tuning_says_where_its_forms_are(tmp_path, capsys):
+    checkpoint = tmp_path / "scales.safetensors"
+    forms_beside(checkpoint).mkdir()
+    with pytest.raises(typer.Exit) as left, readable_errors(checkpoint):
+        raise KeyboardInterrupt
+    assert left.value.exit_code == 130
+    assert f"interrupted: finished products are in {checkpoint}.forms, the same" in capsys.readouterr().err

@@ -78,6 +78,11 @@ def showing(shown: bool = True) -> Phases:
     return phases
 
 
+def forms_beside(checkpoint: Path) -> Path:
+    """Return the folder that keeps the forms of products, which tuning searches, where there is a checkpoint."""
+    return checkpoint.with_name(f"{checkpoint.name}.forms")
+
+
 @contextmanager
 def readable_errors(checkpoint: Path | None = None) -> Iterator[list[str]]:
     """Print warnings of this package as lines and its errors as one sentence; leave with exit code 1, or 130.
@@ -101,10 +106,11 @@ def readable_errors(checkpoint: Path | None = None) -> Iterator[list[str]]:
             say(f"error: {error}", to=complaints)
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as interrupt:
-            kept = checkpoint is not None and checkpoint.exists()
+            places = [] if checkpoint is None else [checkpoint, forms_beside(checkpoint)]
+            kept = next((place for place in places if place.exists()), None)
             say(
-                f"interrupted: finished products are in {checkpoint}, the same command goes on from there"
-                if kept
+                f"interrupted: finished products are in {kept}, the same command goes on from there"
+                if kept is not None
                 else "interrupted: nothing was written",
                 to=complaints,
             )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
@@ -12,46 +11,19 @@ from torch.fx import GraphModule
 from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.tools.held_out import Compared
+from ptq4vit_fx.tools.terminal import forms_beside
 from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
 from ptq4vit_fx.tuning.timings import load_timings
 from ptq4vit_fx.tuning.tune import tune
+
+if TYPE_CHECKING:
+    from ptq4vit_fx.tools.request import Request
 
 #: What --minimize calls the quantities of `tune`.
 MINIMIZED = {"time": "time", "size": "size", "bits": "average bits"}
 
 
-class TunedRequest(Protocol):
-    """The options of `ptq4vit quantize` that tuning reads."""
-
-    @property
-    def agreement(self) -> float | None: ...
-    @property
-    def minimize(self) -> str: ...
-    @property
-    def timings(self) -> Path | None: ...
-    @property
-    def recipe(self) -> str: ...
-    @property
-    def settings(self) -> tuple[str, ...]: ...
-    @property
-    def twins(self) -> str: ...
-    @property
-    def w_bits(self) -> int: ...
-    @property
-    def a_bits(self) -> int: ...
-    @property
-    def target(self) -> str: ...
-    @property
-    def opset(self) -> int: ...
-    @property
-    def batch(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def checkpoint(self) -> Path | None: ...
-
-
-def check_tuning(request: TunedRequest) -> None:
+def check_tuning(request: Request) -> None:
     """Raise PTQError on options of tuning that exclude others, and on timings that cannot be read."""
     if request.minimize not in MINIMIZED:
         raise unknown_name("quantize", "--minimize", request.minimize, MINIMIZED)
@@ -78,7 +50,7 @@ def check_tuning(request: TunedRequest) -> None:
 
 
 def tuned_model(
-    request: TunedRequest,
+    request: Request,
     prepared: GraphModule,
     batches: list[torch.Tensor],
     compared: Compared | None,
@@ -105,7 +77,7 @@ def tuned_model(
         batch=request.batch,
         forms=forms,
         timings=request.timings,
-        cache=None if request.checkpoint is None else f"{request.checkpoint}.forms",
+        cache=None if request.checkpoint is None else forms_beside(request.checkpoint),
         **calibrate_kwargs,
     )
     say(tuned.report())
