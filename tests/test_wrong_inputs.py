@@ -381,6 +381,9 @@ CASES = {
     "bench beside nothing": Case("bench three.onnx --against no.onnx", "no.onnx"),
     "bench beside garbage": Case("bench three.onnx --against garbage.onnx", "garbage.onnx: expected an ONNX model"),
     "bench beside an unknown model": Case(f"bench three.onnx --against {TYPO}", f"did you mean {MODEL}"),
+    "bench beside a folder of no model": Case(
+        "bench three.onnx --against ./images", "expected a folder of a model, got one without config.json"
+    ),
     "bench beside a model of another size": Case(
         f"bench three.onnx --against {MODEL}", "expected a size that the model accepts"
     ),

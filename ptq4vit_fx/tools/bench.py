@@ -28,6 +28,7 @@ from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.progress import UnderWay
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.tools.bench_report import BenchReport, Timed
+from ptq4vit_fx.tools.classifiers import is_file
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import ROUNDS, Phases
@@ -159,7 +160,7 @@ def _compared(request: BenchRequest, against: str, file: _File, count: int, stac
     if any(against == name for name in (file.name, *request.against[: request.against.index(against)])):
         do = "name each file once"
         raise failure("bench", f"--against {against}", expected="another file", got="one that is timed", do=do)
-    if against.endswith(".onnx") or os.path.exists(against) or os.sep in against:
+    if is_file(against):
         other = _opened(against, against, request.threads)
         if other.opened.fixed not in (None, count):
             got, do = f"one that takes {other.opened.fixed} at a time", "export it again, or pass --batch"

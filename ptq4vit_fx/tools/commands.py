@@ -18,7 +18,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="print warnings and errors 
 def bench(
     file: Annotated[Path, typer.Argument(help="ONNX file")],
     against: Annotated[
-        list[str] | None, typer.Option(metavar="FILE|MODEL", help="ONNX file or timm model to time beside, repeatable")
+        list[str] | None,
+        typer.Option(metavar="FILE|MODEL", help="ONNX file, or model as for quantize, to time beside, repeatable"),
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="of each file (default: the runtime chooses)")] = 0,
     batch: Annotated[int | None, typer.Option(min=1, help="images at a time (default: one)")] = None,
