@@ -19,7 +19,8 @@ from torch import nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.tools.checkpoints import load_weights
-from ptq4vit_fx.tools.models import create_model
+from ptq4vit_fx.tools.named.kinds import load_model
+from ptq4vit_fx.tools.named.model import Asked
 
 
 def model() -> nn.Module:
@@ -145,8 +146,8 @@ def test_names_are_no_places_to_load_code_from(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit")
     for name in (f"local-dir:{tmp_path}", f"hf-hub:{tmp_path}", str(tmp_path)):
-        with pytest.raises(ptq.PTQError, match="expected a timm model name, got an unknown name"):
-            create_model(name, None, [])
+        with pytest.raises(ptq.PTQError, match=r"create model: .*expected a model with its weights"):
+            load_model(Asked(name))
     with pytest.raises(ptq.PTQError, match=r"got a folder; pass the \.safetensors or \.pth file in it"):
         load_weights(model(), tmp_path)
 
@@ -154,4 +155,4 @@ def test_names_are_no_places_to_load_code_from(tmp_path):
 @pytest.mark.parametrize("brackets", [10**3, 10**5])
 def test_an_argument_of_brackets_is_text(brackets):
     with pytest.raises(ptq.PTQError, match="create model"):
-        create_model("vit_tiny_patch16_224", Path("none"), [f"img_size={'[' * brackets}"])
+        load_model(Asked("vit_tiny_patch16_224", Path("none"), arguments=(f"img_size={'[' * brackets}",)))

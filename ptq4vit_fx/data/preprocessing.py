@@ -33,9 +33,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     import timm.data
 
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    channels, size = config["input_size"][0], built_size(model)
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = channels if first is None else first.in_channels
+    channels, size = channels_of(model, config["input_size"][0]), built_size(model)
     if channels not in MODES:
         do = "preprocess the images in Python and call ptq4vit_fx.quantize"
         got = f"a model of {channels} channels"
@@ -48,14 +46,20 @@ def built_size(model: nn.Module) -> tuple[int, ...]:
     import timm.data
 
     built = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "img_size", None)
-    return _sides(built) or tuple(timm.data.resolve_model_data_config(model)["input_size"][1:])
+    return sides(built) or tuple(timm.data.resolve_model_data_config(model)["input_size"][1:])
 
 
-def _sides(size: Any) -> tuple[int, ...]:
-    """Return the height and width that an attribute of a model says; () if it says something else."""
-    sides = (size, size) if isinstance(size, int) else size
-    right = isinstance(sides, (tuple, list)) and len(sides) == 2 and all(isinstance(side, int) for side in sides)
-    return tuple(sides) if right else ()
+def channels_of(model: nn.Module, otherwise: int = 3) -> int:
+    """Return the channels of the images that a model takes: those of its first convolution."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return otherwise if first is None else first.in_channels
+
+
+def sides(size: Any) -> tuple[int, int] | None:
+    """Return the height and width that a model or an argument says, a number for both; None if it says neither."""
+    both = (size, size) if isinstance(size, int) else size
+    right = isinstance(both, (tuple, list)) and len(both) == 2 and all(isinstance(side, int) for side in both)
+    return (both[0], both[1]) if right else None
 
 
 def at_size(config: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:

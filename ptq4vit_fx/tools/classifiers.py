@@ -59,7 +59,6 @@ def is_file(against: str) -> bool:
 def float_outputs(asked: Asked) -> Runs:
     """Return what runs the float model: an ONNX file, or a model by name, as for `quantize`.
 
-
     Raises PTQError on a file that cannot be read and on a name that is unknown.
     """
     against = asked.name

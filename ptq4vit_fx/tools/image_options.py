@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import nn
 
-from ptq4vit_fx.data.preprocessing import at_size
+from ptq4vit_fx.data.preprocessing import at_size, sides
 from ptq4vit_fx.errors import PTQError, failure, foreign, quoted, unknown_name
 from ptq4vit_fx.export.preprocessing import SMALLEST_CROP, Preprocessing
 from ptq4vit_fx.tools.models import parse_arguments
@@ -51,7 +51,7 @@ class ImageOptions:
         """
         given = {"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct, "interpolation": self.interpolation}
         channels, *size = config["input_size"]
-        size = self.size or _size_of(parse_arguments(arguments).get("img_size")) or size
+        size = self.size or sides(parse_arguments(arguments).get("img_size")) or size
         return at_size(config | {key: value for key, value in given.items() if value is not None}, (channels, *size))
 
     def build(self, asked: Asked) -> NamedModel:
@@ -62,7 +62,7 @@ class ImageOptions:
         """
         if self.size is None:
             return load_model(asked)
-        other = _size_of(parse_arguments(asked.arguments).get("img_size"))
+        other = sides(parse_arguments(asked.arguments).get("img_size"))
         if other not in (None, self.size):
             got, do = f"{_written(self.size)} beside --model-arg img_size={_written(other)}", "leave one of them out"
             raise failure("quantize", "--img-size", expected="one size", got=got, do=do)
@@ -132,13 +132,6 @@ def _numbers(operation: str, option: str, text: str | None) -> tuple[float, ...]
         do = f"write {option} 0.5,0.5,0.5"
         raise failure(operation, option, expected="one number, or one per channel", got=quoted(text), do=do)
     return numbers
-
-
-def _size_of(size: Any) -> tuple[int, int] | None:
-    if isinstance(size, int):
-        return (size, size)
-    right = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size)
-    return (size[0], size[1]) if right else None
 
 
 def _written(size: tuple[int, int] | None) -> str:

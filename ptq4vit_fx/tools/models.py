@@ -1,11 +1,10 @@
-"""Models by name and path, for the command line: timm models and checkpoints."""
+"""Models of timm by name and arguments, for the command line."""
 
 from __future__ import annotations
 
 import ast
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,31 +13,6 @@ from torch import Tensor, nn
 from ptq4vit_fx.data.preprocessing import built_size
 from ptq4vit_fx.errors import failure, near_names
 from ptq4vit_fx.tools.checkpoint_files import only_weights
-from ptq4vit_fx.tools.checkpoints import load_weights
-
-
-def create_model(
-    name: str,
-    weights: Path | None,
-    arguments: Sequence[str],
-    *,
-    entry: str | None = None,
-    ema: bool | None = None,
-    said: list[str] | None = None,
-) -> nn.Module:
-    """Return a timm model in evaluation mode with weights from the hub or from a local safetensors or pth file.
-
-    arguments: `key=value` of timm.create_model, such as img_size=64. entry, ema: of the file, what to take (see
-    `load_weights`, whose line on what was taken is appended to `said`). Raises PTQError on an unknown name (with near
-    names), a checkpoint that does not fit, and weights that cannot be downloaded.
-    """
-    check_name(name, "create model")
-    model = timm_model(name, arguments, pretrained=weights is None)
-    if weights is not None:
-        line = load_weights(model, weights, entry, ema=ema, convert=lambda state: translated(state, model))
-        if line and said is not None:
-            said.append(line)
-    return model.eval()
 
 
 def timm_model(name: str, arguments: Sequence[str], *, pretrained: bool) -> nn.Module:

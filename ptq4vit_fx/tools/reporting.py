@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ptq4vit_fx.data.pictures import check_float_shape, evenly_spread, short_name
-from ptq4vit_fx.data.preprocessing import transform_of
-from ptq4vit_fx.data.reading import load_named, said_of_skipped
-from ptq4vit_fx.data.sources import open_images
-from ptq4vit_fx.errors import failure, warn
+from ptq4vit_fx.data.pictures import short_name
+from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.proof.operator_times import OperatorTimes
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.export.report.collect import is_calibration, report
@@ -24,6 +21,7 @@ from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import MEASURE, READ, Phases
+from ptq4vit_fx.tools.some_images import some_images
 
 if TYPE_CHECKING:
     from ptq4vit_fx.tools.request import Request
@@ -78,14 +76,9 @@ def _images(request: ReportRequest) -> tuple[Tensor | None, Sequence[str]]:
         return None, ()
     file = Path(request.subject)
     session = open_session(file)
-    channels = image_channels(session, file, "report")
-    config, listed = preprocessing_of_file(session, file, None, "report"), open_images(request.data)
-    check_float_shape(listed, tuple(config["input_size"]), request.data)
-    skipped: list[str] = []
-    taken = [listed.items[number] for number in evenly_spread(len(listed.items), request.images)]
-    pictures, pixels = load_named(taken, transform_of(config), skipped, channels)
-    if skipped:
-        warn(f"report: {said_of_skipped(skipped)}")
+    image_channels(session, file, "report")
+    config = preprocessing_of_file(session, file, None, "report")
+    pictures, pixels = some_images("report", request.data, config, request.images)
     return pixels, [short_name(picture, request.data) for picture in pictures]
 
 

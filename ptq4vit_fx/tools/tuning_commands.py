@@ -11,11 +11,11 @@ import typer
 from ptq4vit_fx.tools.options import AsJson
 from ptq4vit_fx.tools.terminal import readable_errors, say, say_json, showing
 
-ModelArg = Annotated[list[str] | None, typer.Option(help="key=value for timm.create_model, repeatable")]
+ModelArg = Annotated[list[str] | None, typer.Option(help="as for quantize")]
 
 
 def timings(
-    model: Annotated[str, typer.Argument(help="timm model name; its weights are not needed")],
+    model: Annotated[str, typer.Argument(help="as for quantize; its weights are not needed")],
     model_arg: ModelArg = None,
     target: Annotated[
         str, typer.Option(help="onnxruntime, onnxruntime-avx2, onnxruntime-arm or generic")
@@ -43,7 +43,7 @@ def timings(
 def why(
     file: Annotated[Path, typer.Argument(help="calibration (--checkpoint of quantize), or ONNX file")],
     data: Annotated[Path, typer.Option(help="images, as for quantize, others than those of the calibration")],
-    model: Annotated[str | None, typer.Option(help="timm model that it is of (default: the file says)")] = None,
+    model: Annotated[str | None, typer.Option(help="that it is of, as for quantize (default: the file says)")] = None,
     weights: Annotated[Path | None, typer.Option(help="as for quantize")] = None,
     weights_entry: Annotated[str | None, typer.Option(help="as for quantize")] = None,
     model_arg: ModelArg = None,

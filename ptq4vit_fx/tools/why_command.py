@@ -7,14 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ptq4vit_fx.api import calibrate, load_calibration
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.data.pictures import check_float_shape, evenly_spread
-from ptq4vit_fx.data.preprocessing import at_size, transform_of
-from ptq4vit_fx.data.reading import load_named
-from ptq4vit_fx.data.sources import open_images
+from ptq4vit_fx.data.preprocessing import at_size
 from ptq4vit_fx.errors import failure, foreign
 from ptq4vit_fx.export.metadata import PLAN_KEY, PROVENANCE_KEY, provenance
 from ptq4vit_fx.export.model_files import load_file
@@ -24,6 +21,7 @@ from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.tools.image_options import IMG_SIZE, image_options
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import CALIBRATE, READ, Phases
+from ptq4vit_fx.tools.some_images import some_images
 from ptq4vit_fx.tuning.mixing import model_of_plan
 from ptq4vit_fx.tuning.why import Why, why
 
@@ -56,7 +54,8 @@ def explain(
     asked = Asked(name, weights, entry, arguments=arguments or _arguments(facts))
     network, preprocessing = _as_recorded(asked, facts, str(file))
     with phases(READ):
-        pixels = _pixels(data, preprocessing, images + (0 if calibration is not None else CALIBRATED))
+        count = images + (0 if calibration is not None else CALIBRATED)
+        _, pixels = some_images("why", data, preprocessing, count)
     prepared = model_of_plan(network, plan, pixels[:1])
     if calibration is None:
         count = min(CALIBRATED, len(pixels) // 2)
@@ -95,10 +94,3 @@ def _as_recorded(asked: Asked, facts: dict[str, Any], file: str) -> tuple[nn.Mod
     one = COPIES * FLOAT_BYTES * math.prod(config[SIZE])
     check_memory("why", file, one, what="an image of its size", do="pass another file")
     return named.network, config if known is None else at_size(known, config[SIZE])
-
-
-def _pixels(data: Path, preprocessing: dict[str, Any], count: int) -> Tensor:
-    listed = open_images(data)
-    check_float_shape(listed, tuple(preprocessing[SIZE]), data)
-    taken = [listed.items[number] for number in evenly_spread(len(listed.items), count)]
-    return load_named(taken, transform_of(preprocessing), [], preprocessing[SIZE][0])[1]

@@ -28,7 +28,8 @@ from ptq4vit_fx.passes.graph.outputs import tensor_outputs
 from ptq4vit_fx.passes.graph.running import run
 
 Array = NDArray[Any]
-Show = Callable[[str, float], None]
+#: Is told a product, and which part of one measurement of it is done.
+Tell = Callable[[str, float], None]
 #: Images of a forward pass as costs of measuring count them.
 PASS_IMAGES = 32
 #: A divergence above this is no longer told apart: the model answers at random.
@@ -93,11 +94,11 @@ class Measuring:
         return float((outputs[name].argmax(-1) == self.labels.numpy()).mean())
 
     def alone(
-        self, tried: Mapping[str, Sequence[Calibration]], show: Show = lambda name, share: None
+        self, tried: Mapping[str, Sequence[Calibration]], tell: Tell = lambda name, share: None
     ) -> Iterator[tuple[str, list[float]]]:
         """Yield each product with the divergence of the output where it alone is quantized, as each of these say.
 
-        What lies in front of a product is computed once for all of them. show: is told the product that is being
+        What lies in front of a product is computed once for all of them. tell: is told the product that is being
         measured, and which part of one measurement is done.
         """
         collected: dict[str, list[Images]] = {
@@ -106,7 +107,7 @@ class Measuring:
         for batch in self.batches:
             for name, number, output in self._branches(batch, tried):
                 size = len(batch[0])
-                show(name, size / self.images)
+                tell(name, size / self.images)
                 collected[name][number].add(_arrays(output), size, size)
         for name, several in collected.items():
             yield name, [divergence(self._against(images.outputs())) for images in several]

@@ -193,8 +193,8 @@ def measure(
         tried.setdefault(product, []).append(form)
     calibrations = {name: [found[form_of(form)] for form in forms] for name, forms in tried.items()}
     results: dict[tuple[str, str], float] = {}
-    with _progress(len(chosen), progress) as show:
-        for name, values in measuring.alone(calibrations, show):
+    with _progress(len(chosen), progress) as tell:
+        for name, values in measuring.alone(calibrations, tell):
             results |= {(name, form): value for form, value in zip(tried[name], values, strict=True)}
     return replace(sensitivity.measured(results, measuring.passes), images=measuring.images)
 

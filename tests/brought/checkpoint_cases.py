@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from brought import brought
 from brought.command import SIZE, VIT, command
 from brought.pipeline import vit
-from ptq4vit_fx.tools.models import create_model
+from ptq4vit_fx.tools.named.from_timm import load_timm
+from ptq4vit_fx.tools.named.model import Asked
 
 State = dict[str, Tensor]
 
@@ -34,13 +35,12 @@ def load(
     """Load a checkpoint that holds the ViT's weights; return what is said of it."""
     with tempfile.TemporaryDirectory() as folder:
         save(content, Path(folder) / name)
-        said: list[str] = []
-        arguments = [f"{key}={value}" for key, value in SIZE.items()]
-        model = create_model("vit_tiny_patch16_224", Path(folder) / name, arguments, said=said, **entry)
+        arguments = tuple(f"{key}={value}" for key, value in SIZE.items())
+        model = load_timm(Asked("vit_tiny_patch16_224", Path(folder) / name, arguments=arguments, **entry))
     right = state()
-    for key, value in model.state_dict().items():
+    for key, value in model.network.state_dict().items():
         assert torch.equal(value, right[key].half().float()) or torch.equal(value, right[key]), key
-    return said
+    return list(model.said)
 
 
 def written(content: bytes, name: str) -> None:
@@ -167,11 +167,10 @@ def translated() -> None:
     assert load(state() | {"mask_token": torch.zeros(1, 48)}) == ["weights: left out: mask_token"]
     with tempfile.TemporaryDirectory() as folder:
         torch.save(prefixed("module."), Path(folder) / "c.pth")
-        said: list[str] = []
-        arguments = [f"{key}={value}" for key, value in SIZE.items() if key != "num_classes"]
-        model = create_model("vit_tiny_patch16_224", Path(folder) / "c.pth", [*arguments, "num_classes=0"], said=said)
-    assert "head.weight" not in model.state_dict()
-    assert said == ["weights: 'module.' is left out of its keys; left out: head.weight, head.bias"]
+        arguments = (*(f"{key}={value}" for key, value in SIZE.items() if key != "num_classes"), "num_classes=0")
+        model = load_timm(Asked("vit_tiny_patch16_224", Path(folder) / "c.pth", arguments=arguments))
+    assert "head.weight" not in model.network.state_dict()
+    assert list(model.said) == ["weights: 'module.' is left out of its keys; left out: head.weight, head.bias"]
 
 
 @brought("file", "the arguments of a training: namespaces, paths, NumPy's numbers, classes of one's own", quick=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ptq4vit_fx.data.preprocessing import channels_of
 from ptq4vit_fx.errors import failure, near_names, some_names
 from ptq4vit_fx.tools.checkpoint_files import only_weights
 from ptq4vit_fx.tools.models import parse_arguments
@@ -23,7 +24,6 @@ from ptq4vit_fx.tools.named.model import (
     CREATE,
     Asked,
     NamedModel,
-    channels_of,
     guessed_preprocessing,
     made_by_others,
     with_weights,

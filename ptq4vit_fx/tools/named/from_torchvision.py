@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ptq4vit_fx.data.preprocessing import channels_of
 from ptq4vit_fx.errors import failure, near_names, unknown_name
 from ptq4vit_fx.tools.checkpoint_files import only_weights
 from ptq4vit_fx.tools.models import parse_arguments
@@ -13,7 +14,6 @@ from ptq4vit_fx.tools.named.model import (
     CREATE,
     Asked,
     NamedModel,
-    channels_of,
     crop_share,
     guessed_preprocessing,
     made_by_others,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ptq4vit_fx.data.preprocessing import channels_of, sides
 from ptq4vit_fx.errors import PTQError, failure, foreign, warn
 from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.tools.checkpoint_entries import Convert
@@ -85,16 +86,10 @@ def side_of(network: nn.Module) -> tuple[int, int] | None:
     for holder in holders:
         for name in ("image_size", "img_size"):
             size = getattr(holder, name, None)
-            size = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
-            if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size):
-                return size[0], size[1]
+            found = None if isinstance(size, bool) else sides(size)
+            if found is not None and min(found) > 0:
+                return found
     return None
-
-
-def channels_of(network: nn.Module) -> int:
-    """Return the channels of the images that a network takes: those of its first convolution, else 3."""
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
 
 
 def guessed_preprocessing(network: nn.Module, name: str, do: str) -> dict[str, Any]:
