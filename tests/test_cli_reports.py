@@ -173,6 +173,7 @@ def test_numbers_behind_every_line(place):
     assert 0.5 < against["score"] <= 1
     assert figures["verified"]["ok"] is True
     assert figures["bits"] == {"weights": 8, "activations": 8}
+    assert figures["left_float"] == 1
     assert figures["products"] == 7
     assert figures["exported"]["path"] == "json.onnx"
     assert figures["latency"] is None
@@ -183,6 +184,15 @@ def test_numbers_behind_every_line(place):
     assert quiet.stdout == ""
     assert "kind: expected one of classes, embeddings, values, got 'class'" in quiet.stderr
     assert not (place / "quiet.onnx").exists()
+
+
+def test_products_left_float_are_said_to_be(place):
+    done = run("quantize", *OPTIONS, "--out", "partly.onnx", "--no-bench", "--skip", "blocks.0.mlp")
+    assert done.exit_code == 0, done.output
+    text = "\n".join(report_of(done))
+    assert "6 products, 12 sites, W8A8, 8 images (0 skipped)\n            2 products left float" in text
+    if "bit-equal on 100.0%" not in text:
+        assert "            2 products left float, whose last bits differ" in text
 
 
 def test_eval_against_the_float_file_and_the_model(quantized, place):

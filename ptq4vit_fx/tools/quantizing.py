@@ -23,6 +23,7 @@ from ptq4vit_fx.export.proof.operator_times import OperatorTimes, operator_times
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.passes.graph.contract import calibration_of, plan_of
 from ptq4vit_fx.passes.graph.outputs import plain_outputs
+from ptq4vit_fx.passes.graph.stages import float_products
 from ptq4vit_fx.tools import phases as phase
 from ptq4vit_fx.tools.advice import helpful_flags, most_expensive
 from ptq4vit_fx.tools.devices import check_device
@@ -98,6 +99,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         report=request.report,
         phases=phases.seconds,
         file_batch=request.batch,
+        left_float=len(float_products(converted)),
     )
     if request.report is not None:
         with phases(phase.REPORT):

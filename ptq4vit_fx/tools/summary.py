@@ -28,7 +28,7 @@ class Summary:
     the calibration, "" if they are not. float_file: the float model's file, None if it was not kept; float_bytes: of
     that file, or of its weights. expensive: product -> share of the distance of all products. flags: options that would
     help. warnings: those on the way. phases: seconds of each. report: the page that was written. file_batch: the only
-    number of images that the file takes, None of any.
+    number of images that the file takes, None of any. left_float: products that are multiplied in float.
     """
 
     model: str
@@ -53,6 +53,7 @@ class Summary:
     set_apart: int = 0
     report: str | None = None
     file_batch: int | None = None
+    left_float: int = 0
 
     def complaints(self) -> tuple[str, ...]:
         """Return what the user must know first, a sentence each; nothing of a file that is as good as float."""
@@ -99,11 +100,13 @@ class Summary:
         rows += [
             ("speed", self.why_no_latency if self.latency is None else str(self.latency)),
             ("simulation", f"{'the file computes it' if self.verified.ok else 'NOT what the file computes'}: {exact}"),
+            *([("", f"{self._floats()}, whose last bits differ")] if self.left_float and same.bit_equal < 1 else []),
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
             ("", f"{size}, opset {report.opset}, target {report.target}{self._only_batch()}"),
             ("runtime", made_for(report.target)),
             ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
+            *([("", self._floats())] if self.left_float else []),
             ("", f"calibrated in {self.seconds:.1f} s"),
         ]
         if self.report is not None:
@@ -113,6 +116,9 @@ class Summary:
         lines = [line for word, text in rows for line in wrapped(word, printable(text))]
         evaluate, inspect = (printable(command) for command in self.next_commands())  # whole, to be copied
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
+
+    def _floats(self) -> str:
+        return f"{self.left_float} product{'s' if self.left_float > 1 else ''} left float"
 
     def _only_batch(self) -> str:
         return "" if self.file_batch is None else f", takes batches of {self.file_batch} only"
