@@ -24,7 +24,6 @@ from rich.progress import track
 from torch import Tensor
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
 from ptq4vit_fx.export.proof.comparison import Comparison
 from ptq4vit_fx.export.proof.runtime import open_session
 
@@ -56,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--simulated", type=int, help="validation images for the simulation (default: all)")
     parser.add_argument("--first", type=int, default=0, help="number of the first of the 32 calibration images")
     parser.add_argument("--weights", choices=["channel", "group"], default="channel", help="not of base_ptq")
-    parser.add_argument("--loss", default=DEFAULT_LOSS)
+    parser.add_argument("--loss", help="default: the recipe's")
     parser.add_argument("--metric", help="of the search (default: the recipe's)")
     parser.add_argument("--verified", type=int, default=1000, help="images of the proof, 0 for none")
     parser.add_argument("--onnx", type=Path, help="where to keep the ONNX file")
@@ -115,7 +114,7 @@ def main() -> None:
     networks = {"float": model, "simulated": converted, "ONNX Runtime": partial(run_session, session)}
     scores = score(networks, arguments, partial(fixtures.load_images, "val"), size)
     settings = (arguments.weights, arguments.loss, arguments.metric, f"images from {arguments.first}")
-    defaults = ("channel", DEFAULT_LOSS, None, "images from 0")
+    defaults = ("channel", None, None, "images from 0")
     variant = "".join(f", {mine}" for mine, usual in zip(settings, defaults, strict=True) if mine != usual)
     print("| model | recipe | bits | " + " | ".join(networks) + " | agreement | MB | calibration |")
     print("|---|---|---|---|---|---|---|---|---|")

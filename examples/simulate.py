@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.pipeline import CONVERSION
 
@@ -202,7 +201,7 @@ def main(
     first: Annotated[list[int], typer.Option(help="number of the first of the 32 images, repeatable")] = [0],  # noqa: B006
     recipe: Annotated[list[str], typer.Option(help="of ptq4vit_fx.recipes, repeatable")] = ["best"],  # noqa: B006
     twins: Annotated[str, typer.Option(help="of the recipes that have them: exact, wide or uniform")] = "exact",
-    loss: str = DEFAULT_LOSS,
+    loss: Annotated[str | None, typer.Option(help="whose gradient weighs the search (default: the recipe's)")] = None,
     metric: Annotated[str | None, typer.Option(help="of the search (default: the recipe's)")] = None,
     calibration_images: int = 32,
     images: Annotated[int, typer.Option(help="validation images")] = 5000,
@@ -212,7 +211,7 @@ def main(
     """Print one Markdown row per recipe and bit width."""
     source = open_source(model, fixtures, images, scales)
     changed = {"twins": twins} if twins != "exact" else {}
-    variant = [*changed.values(), *([metric] if metric else []), *([loss] if loss != DEFAULT_LOSS else [])]
+    variant = [*changed.values(), *([metric] if metric else []), *([loss] if loss else [])]
 
     def recipe_of(name: str, weights: int, activations: int) -> ptq.QConfigMapping:
         mapping: ptq.QConfigMapping = getattr(ptq.recipes, name)(weights, activations, **changed)

@@ -99,6 +99,7 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
             (),
             graph_module.meta.get(TRANSFORMED, ()),
             mapping.recipe,
+            mapping.loss,
             {op.name: _multiplications(graph_module, node) for node, op in products},
         ),
     )

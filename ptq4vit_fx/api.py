@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.calibrator import run_calibration
 from ptq4vit_fx.calibrating.fit import check_fits, check_weights
-from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS, Loss
-from ptq4vit_fx.calibrating.options import CalibrationOptions
+from ptq4vit_fx.calibrating.losses import Loss
+from ptq4vit_fx.calibrating.options import CalibrationOptions, chosen_loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.data.handed_in import Preparation, as_pixels
 from ptq4vit_fx.data.preprocessing import PREPROCESSING, own_config
@@ -100,7 +100,7 @@ def calibrate(
     progress: bool | Show = True,
     device: torch.device | str | None = None,
     search_device: torch.device | str | None = None,
-    loss: str | Loss = DEFAULT_LOSS,
+    loss: str | Loss | None = None,
     memory_limit: int | str | None = None,
     transform: Callable[[Any], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -118,11 +118,11 @@ def calibrate(
     seed: of the rows that screening samples and the labels that "fisher" draws; same seed, same scales, bit for bit.
     device: where the model runs (default: where it is; it is brought back afterwards).
     search_device: where candidates are evaluated (default: `device`): a model that does not fit on a GPU may stay on
-    the CPU while its products are searched there, one at a time. loss: "pseudo_label" (PTQ4ViT), "fisher" (labels
-    drawn from the prediction), "projection" (no logits: how far the output's direction moves), or a function from the
-    model's output to a scalar, to one number per image, which are summed, or to several of these. memory_limit: bytes,
-    or text such as "8GiB", that calibration may take beside the model (default: half of what is free); a smaller limit
-    costs more passes over the images.
+    the CPU while its products are searched there, one at a time. loss: the recipe's by default: "pseudo_label"
+    (PTQ4ViT), "fisher" (labels drawn from the prediction), "projection" (how far the output's direction moves, logits
+    or not; that of `recipes.best`), or a function from the model's output to a scalar, to one number per image, which
+    are summed, or to several of these. memory_limit: bytes, or text such as "8GiB", that calibration may take beside
+    the model (default: half of what is free); a smaller limit costs more passes over the images.
     checkpoint: a file that holds every finished product; if it exists, the calibration goes on from there, with the
     result of an unbroken run. progress: draw a bar, in a terminal; or a function that is called with what is under way
     (`UnderWay`). sequential: search each product on the values that the quantized products before it give,
@@ -135,7 +135,9 @@ def calibrate(
     prepared = model_at(Stage.OBSERVED, prepared, "calibrate", "call prepare_fx first")
     devices, limit = (device, search_device), memory_limit
     limit = bytes_of(limit, "calibrate", "memory_limit") if isinstance(limit, str) else limit
-    options = CalibrationOptions(images, seed, progress, *devices, loss, limit, checkpoint, sequential)
+    options = CalibrationOptions(
+        images, seed, progress, *devices, chosen_loss(prepared, loss), limit, checkpoint, sequential
+    )
     data = data if transform is None else pictures_for(prepared, data, "calibrate", images=images, transform=transform)
     with calibrated_alone(prepared):
         calibration = run_calibration(prepared, data, options)

@@ -18,7 +18,7 @@ from ptq4vit_fx.errors import failure, quoted, unknown_name
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
-from ptq4vit_fx.qconfig import SearchSettings, Transforms
+from ptq4vit_fx.qconfig import LOSSES, SearchSettings, Transforms
 from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_to_dict
 from ptq4vit_fx.views.tabular import Tabular
 
@@ -97,8 +97,8 @@ class QuantPlan(Tabular):
 
     transforms: what the mapping asks for. balances: channels whose scales and shifts a calibration holds. transformed:
     where transforms were done, and where not, with the reason. recipe: the name of the mapping that it was made from;
-    rules that were added to it show in the quantizers alone. multiplications: product -> how many one image takes, of
-    float ones too; plans of before have none.
+    rules that were added to it show in the quantizers alone. loss: what weighs the search, unless `calibrate` is given
+    another. multiplications: product -> how many one image takes, of float ones too; plans of before have none.
     Raises PTQError if two products have one name, or if the sites are not both operands of every product.
     """
 
@@ -110,6 +110,7 @@ class QuantPlan(Tabular):
     balances: tuple[Balance, ...] = ()
     transformed: tuple[Transformed, ...] = field(default=(), compare=False)
     recipe: str = field(default="custom", compare=False)
+    loss: str = field(default=LOSSES[0], compare=False)
     multiplications: dict[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +143,7 @@ class QuantPlan(Tabular):
             "balances": [asdict(balance) for balance in self.balances],
             "transformed": [asdict(place) for place in self.transformed],
             "recipe": self.recipe,
+            "loss": self.loss,
             "multiplications": self.multiplications,
         }
         return json.dumps(record, indent=1)

@@ -25,6 +25,8 @@ OBJECT_KINDS: dict[Any, str] = {
 
 #: The distances that a search knows (search/metrics.py).
 METRICS = ("hessian", "mse", "l1", "cosine", "pearson")
+#: The losses by name that calibrate knows (calibrating/losses.py); the first one is the paper's.
+LOSSES = ("pseudo_label", "fisher", "projection")
 #: How weights become codes: each value by itself, or by the Gram matrix of the inputs (search/rounding.py).
 Rounding = Literal["nearest", "gram"]
 
@@ -149,6 +151,7 @@ class QConfigMapping(Tabular):
         """Start empty; recipe: a name for the record that plans and files keep, such as `ptq4vit(8, 8)`."""
         self.recipe = recipe
         self.transforms = Transforms()
+        self.loss = LOSSES[0]
         self.global_qconfig: QConfig | None = None
         self.object_types: dict[Any, QConfig | None] = {}
         self.module_name_regexes: dict[str, QConfig | None] = {}
@@ -276,6 +279,17 @@ class QConfigMapping(Tabular):
         """Return a copy whose `Transforms` have the given fields replaced."""
         mapping = self._copy()
         mapping.transforms = replace(self.transforms, **changes)
+        return mapping
+
+    def with_loss(self, loss: str) -> QConfigMapping:
+        """Return a copy whose scales are weighted by another loss, where `calibrate` is not given one.
+
+        loss: pseudo_label, fisher or projection, as for `calibrate`; raises PTQError on another name.
+        """
+        if loss not in LOSSES:
+            raise unknown_name("with_loss", "loss", loss, LOSSES)
+        mapping = self._copy()
+        mapping.loss = loss
         return mapping
 
     def with_search(self, **changes: Any) -> QConfigMapping:

@@ -19,12 +19,12 @@ def best(
     """`ptq4vit` with what keeps more of the float model at no cost in the runtime (docs/transforms.md).
 
     The residual stream is rotated, queries, keys and values are balanced, weights are rounded by the Gram matrix of
-    their inputs. Where a step is not exact on a model it is left out, and the plan says why. Bits from 2 to 8, else
-    PTQError; weights and twins as in `ptq4vit`.
+    their inputs, and the search is weighted by how far the direction of the output moves. Where a step is not exact on
+    a model it is left out, and the plan says why. Bits from 2 to 8, else PTQError; weights and twins as in `ptq4vit`.
     """
     mapping = ptq4vit(w_bits, a_bits, weights, twins).with_transforms(rotation=0, attention=0.5)
     mapping.recipe = f"best({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})"
-    return mapping.with_search(rounding="gram")
+    return mapping.with_search(rounding="gram").with_loss("projection")
 
 
 def base_ptq(w_bits: int = 8, a_bits: int = 8) -> QConfigMapping:

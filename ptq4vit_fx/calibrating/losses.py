@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ptq4vit_fx.errors import PTQError, failure, unknown_name
+from ptq4vit_fx.qconfig import LOSSES
 
 #: From the model's output to a scalar, or to several: each is differentiated, and the squared gradients are averaged.
 Loss = Callable[[Any], Tensor | Sequence[Tensor]]
@@ -20,9 +21,6 @@ FISHER_DRAWS = 4
 
 #: An output that is nearly zero has no direction.
 SMALLEST_NORM = 1e-12
-
-LOSSES = ("pseudo_label", "fisher", "projection")
-DEFAULT_LOSS = "pseudo_label"
 
 
 def get_loss(loss: str | Loss, seed: int) -> Loss:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from ptq4vit_fx.calibrating.losses import Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.inputs.progress import Show
+from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.search.products import Product
 
@@ -46,6 +47,11 @@ class CalibrationOptions:
     sequential: bool
     further: FurtherSearch | None = None
     known: Calibration | None = None
+
+
+def chosen_loss(prepared: GraphModule, loss: str | Loss | None) -> str | Loss:
+    """Return the loss that `calibrate` is given, else that of the plan's recipe."""
+    return plan_of(prepared).loss if loss is None else loss
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ ROW_SHARE = 0.97
 #: Images that hold this share are sampled from; it is larger, because what an image lacks no other image makes up for.
 IMAGE_SHARE = 0.99
 MINIMUM_IMAGES = 8
+#: Of more images than these (the windows of a windowed model), only so many that each gives a few rows: what a product
+#: of two activations costs is mostly the quantizing of rhs, which is done whole for each image.
+MANY_IMAGES, ROWS_EACH = 32, 4
 
 
 def sample_size(mass: Tensor, rows: int) -> int:
@@ -42,6 +45,7 @@ def sample_rows(product: Product, mass: Tensor, rows: int, generator: torch.Gene
     if batch > 1:
         by_image = mass.sum((1, 2))[None]
         images = max(min(batch, MINIMUM_IMAGES), _count_for_share(by_image, IMAGE_SHARE))
+        images = min(images, max(MANY_IMAGES, rows // ROWS_EACH))
         if images < batch:
             chosen, factor = _draw(by_image, images, generator)
             product, mass = _take_batch(product, chosen[0], factor.view(-1, 1, 1, 1)), mass[chosen[0]]

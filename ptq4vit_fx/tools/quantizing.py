@@ -133,7 +133,7 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
     batches = list(torch.split(source.pixels, request.batch_size))
     options: dict[str, Any] = {
         "seed": request.seed,
-        "loss": request.loss or _loss_of(source),
+        "loss": request.loss or _loss_of(request, source),
         "memory_limit": request.memory_limit,
         "device": check_device(request.device),
         "sequential": request.sequential,
@@ -157,14 +157,16 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
     )
 
 
-def _loss_of(source: Source) -> str:
-    """Return the loss that goes with what the model gives: logits have a label, other outputs a direction."""
+def _loss_of(request: Request, source: Source) -> str | None:
+    """Return the loss of outputs that are no logits, which have a direction; None for what the recipe says."""
+    if request.mapping.loss == "projection":
+        return None
     if source.kind in ("embeddings", "values"):
         return "projection"
     expected, do = "a model that runs on these images", "check its image size, and --model-arg"
     with torch.inference_mode(), foreign("quantize", type(source.network).__name__, expected=expected, do=do):
         output = plain_outputs(source.network(source.pixels[:1]), keys=True)
-    return "pseudo_label" if has_logits(output) else "projection"
+    return None if has_logits(output) else "projection"
 
 
 def _origin(request: Request, source: Source) -> dict[str, Any]:

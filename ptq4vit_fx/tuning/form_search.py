@@ -12,8 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.calibrator import empty_calibration, resumed, run_calibration, search_product
-from ptq4vit_fx.calibrating.losses import DEFAULT_LOSS
-from ptq4vit_fx.calibrating.options import CalibrationOptions
+from ptq4vit_fx.calibrating.options import CalibrationOptions, chosen_loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.tensors import Inputs
@@ -29,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "progress": True,
     "device": None,
     "search_device": None,
-    "loss": DEFAULT_LOSS,
+    "loss": None,
     "memory_limit": None,
     "sequential": False,
 }
@@ -84,7 +83,9 @@ def search_forms(
     first, *others = (form for form in candidates.forms if form != FLOAT)
     base = planned(prepared, candidates.plan_of(first))
     home = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))
-    options = CalibrationOptions(images=None, checkpoint=folder and path_of(folder, first), **(DEFAULTS | given))
+    arguments = DEFAULTS | given
+    arguments["loss"] = chosen_loss(prepared, arguments["loss"])
+    options = CalibrationOptions(images=None, checkpoint=folder and path_of(folder, first), **arguments)
     found = {
         form: _started(planned(prepared, candidates.plan_of(form)), batches, options, folder, form) for form in others
     }
