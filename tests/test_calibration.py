@@ -253,6 +253,21 @@ def test_output_without_classes_needs_a_loss(small_images, wrap, got, loss):
         calibrate(prepared, small_images, loss="fischer")
 
 
+def test_a_recipe_says_its_loss_unless_calibrate_is_told_another(small_vit, small_images):
+    recipe = QUICK.with_loss("projection")
+    assert QUICK.loss == "pseudo_label"
+    own, told, plain = (
+        calibrate(prepared_for(small_vit, small_images, mapping), small_images, **arguments)
+        for mapping, arguments in ((recipe, {}), (QUICK, {"loss": "projection"}), (recipe, {"loss": "pseudo_label"}))
+    )
+    assert own.fingerprint() == told.fingerprint() != plain.fingerprint()
+    assert [c.provenance["loss"] for c in (own, told, plain)] == ["projection", "projection", "pseudo_label"]
+    assert ptq.QuantPlan.from_json(own.plan.to_json()).loss == "projection"
+    assert (ptq.recipes.best().loss, ptq.recipes.ptq4vit().loss) == ("projection", "pseudo_label")
+    with pytest.raises(ptq.PTQError, match=r"with_loss: .*expected one of pseudo_label, fisher"):
+        recipe.with_loss("fischer")
+
+
 def works(model, images):
     """Return the relative error of the quantized model, after checking that it is finite."""
     converted = ptq.quantize(model, images, qconfig_mapping=QUICK, progress=False)

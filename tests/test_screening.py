@@ -174,6 +174,20 @@ def test_a_small_product_is_its_own_sample():
     assert sample_rows(product, torch.ones(1, 1, 100), 128, torch.Generator()) is product
 
 
+def test_many_windows_are_sampled_by_few_that_stand_for_all():
+    product = attention(0, images=400, tokens=16)
+    mass = torch.ones(400, 2, 16)
+    sums = []
+    for seed in range(200):
+        sample = sample_rows(product, mass, 128, torch.Generator().manual_seed(seed))
+        assert sample.lhs.shape[:3] == (32, 2, 4)
+        assert sample.rhs.shape[0] == 32
+        sums.append(float(sample.element_weight.sum()))
+    total = float(product.element_weight.sum())
+    assert abs(np.mean(sums) / total - 1) < 4 * np.std(sums) / total / len(sums) ** 0.5
+    assert sample_rows(product, mass, 1024, torch.Generator()).lhs.shape[0] == 256
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_screening_finds_the_minimum_of_a_rough_landscape(seed):
     random = np.random.default_rng(seed)

@@ -368,7 +368,7 @@ def test_the_file_says_how_it_was_made(default_file, converted):
     (search,) = record["searches"]
     assert search["settings"]["metric"] == "hessian"
     assert search["products"] == [op.name for op in converted.plan.ops]
-    assert json.loads(properties[PROVENANCE_KEY])["loss"] == "pseudo_label"
+    assert json.loads(properties[PROVENANCE_KEY])["loss"] == "projection"
     assert ptq.QuantPlan.from_json(converted.plan.to_json()).recipe == record["recipe"]
 
 
