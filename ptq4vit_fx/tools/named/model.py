@@ -124,5 +124,5 @@ def made_by_others(name: str, *, expected: str, do: str) -> Iterator[None]:
 def _is_pickle(error: BaseException | None) -> bool:
     """Return whether torch refused to unpickle; what it says then is how to let it run."""
     while error is not None and not isinstance(error, pickle.UnpicklingError):
-        error = error.__cause__
+        error = error.__cause__ or error.__context__  # some releases of transformers raise anew
     return error is not None
