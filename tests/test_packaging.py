@@ -1,4 +1,4 @@
-"""The wheel holds what git holds, under one import name."""
+"""The wheel holds what git holds, under one import name; one version, and floors that are installed as they stand."""
 
 from __future__ import annotations
 
@@ -96,13 +96,17 @@ def test_folders_refuse_another_import_name(folder):
     assert f"import this package as ptq4vit_fx.{folder}" in result.stderr
 
 
+#: Extras for users; the others hold tools of developers.
+USERS = ("data", "demo", "report", "hf", "openvino")
+
+
 def floors() -> dict[str, str]:
     """Return what installation needs here and what its extras for users add: package -> the oldest that is accepted."""
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     bounds = [
         re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", line)
-        for line in [*project["dependencies"], *extras["data"], *extras["hf"], *extras["openvino"]]
+        for line in [*project["dependencies"], *(line for name in USERS for line in extras[name])]
         if not line.endswith("; python_version < '3.11'")
     ]
     assert all(bounds), "a floor, and nothing above"

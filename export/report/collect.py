@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ptq4vit_fx.calibration import Calibration
-from ptq4vit_fx.errors import PTQError, failure
+from ptq4vit_fx.errors import PTQError, check_extra, failure
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.metadata import CALIBRATION_KEY, PLAN_KEY, Figures, figures_of, provenance
 from ptq4vit_fx.export.model_files import load_file, tensors_of, unreadable
@@ -63,10 +63,11 @@ def report(
     the images. unseen: whether calibration has not seen them. bench: time the file, operator by operator, and beside
     float. known: what has been measured already.
 
-    Raises PTQError on files that cannot be read, a calibration of another model, images that do not fit and a path that
-    cannot be written.
+    Raises PTQError on files that cannot be read, a calibration of another model, images that do not fit, a path that
+    cannot be written, and, for a page, without matplotlib (extra `report`).
     """
     if path is not None:
+        check_extra(OPERATION, "the page", "report", "matplotlib")
         _check_output(path, subject, calibration, reference)
     if isinstance(subject, Calibration) or is_calibration(subject):
         for name, given in (("calibration", calibration), ("data", data), ("reference", reference)):

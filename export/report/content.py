@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq4vit_fx.errors import check_extra
 from ptq4vit_fx.export.proof.against_float import AgainstFloat
 from ptq4vit_fx.export.proof.inspection import FileReport
 from ptq4vit_fx.export.proof.latency import Latency
@@ -161,7 +162,11 @@ class Report(Tabular):
         return path, *missing_of(self).values()
 
     def page(self) -> str:
-        """Return the report as one HTML page that needs nothing else."""
+        """Return the report as one HTML page that needs nothing else.
+
+        Raises PTQError without matplotlib, which the extra `report` brings.
+        """
+        check_extra("report", "the page", "report", "matplotlib")
         from ptq4vit_fx.export.report.page import page_of  # draws
 
         return page_of(self)

@@ -22,6 +22,7 @@ from ptq4vit_fx import recipes
 from ptq4vit_fx.api import calibrate, convert_fx, prepare_fx
 from ptq4vit_fx.calibrating.capture import capture
 from ptq4vit_fx.calibrating.losses import pseudo_label
+from ptq4vit_fx.errors import check_extra
 from ptq4vit_fx.export.onnx_export import export_onnx
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.files import check_writable, make_folder, write_file
@@ -87,6 +88,7 @@ def run_demo(folder: Path, phases: Phases) -> Demo:
 
     Export is single-threaded Python, so the runs are spread over processes, one thread each.
     """
+    check_extra("demo", "the digits and the picture", "demo", "sklearn", "matplotlib")
     make_folder(folder, "demo --out")
     check_writable(folder / PICTURE, "demo --out")
     test, labels = load_digits_images("test")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import check_extra, failure
 
 #: Arguments of timm's VisionTransformer: 64 patches and a class token, 105,290 parameters.
 ARCHITECTURE: dict[str, object] = {
@@ -73,7 +73,7 @@ def load_digits_images(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]
     split: "train" (1,297 images) or "test" (500); always the same images, each digit with the same share in both.
     Images: (count, 1, 16, 16), float32, from -1 (background) to 1 (ink), enlarged with bicubic interpolation.
     Labels: (count,), int64, 0 to 9.
-    Raises PTQError (a ValueError) for any other split.
+    Raises PTQError (a ValueError) for any other split, and without scikit-learn, which the extra `demo` brings.
     """
     if split not in ("train", "test"):
         raise failure(
@@ -83,6 +83,7 @@ def load_digits_images(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]
             got=repr(split),
             do="pass one of the two",
         )
+    check_extra("load_digits_images", "scikit-learn's digits", "demo", "sklearn")
     # Both take seconds to import, and only this function needs them.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ptq4vit_fx.data.pictures import short_name
-from ptq4vit_fx.errors import failure
+from ptq4vit_fx.errors import check_extra, failure
 from ptq4vit_fx.export.proof.operator_times import OperatorTimes
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.export.report.collect import is_calibration, report
@@ -43,6 +43,7 @@ class ReportRequest:
 
 def report_on(request: ReportRequest, phases: Phases) -> Report:
     """Write the page; return what it says. Raises PTQError on anything that cannot be read, fitted or written."""
+    check_extra("report", "the page", "report", "matplotlib")
     check_writable(request.out, "report --out")
     reference = request.against
     if len(reference.origin()) > 1 and (not reference.name or is_file(reference.name)):

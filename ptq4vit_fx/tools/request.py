@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptq4vit_fx.errors import failure, unknown_name, warn
+from ptq4vit_fx.errors import check_extra, failure, unknown_name, warn
 from ptq4vit_fx.export.onnx_export import check_target
 from ptq4vit_fx.export.proof.against_float import KINDS, Kind
 from ptq4vit_fx.files import check_writable
@@ -134,6 +134,8 @@ def check_request(request: Request) -> None:
 def _check_paths(request: Request) -> None:
     """Raise PTQError if a file cannot be written, or if two options name the same one."""
     request.destination.check()
+    if request.report is not None:
+        check_extra("quantize", "--report", "report", "matplotlib")
     written = {
         "--out": request.destination.file,
         "--checkpoint": request.checkpoint,

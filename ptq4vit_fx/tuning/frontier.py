@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq4vit_fx.errors import printable
+from ptq4vit_fx.errors import check_extra, printable
 from ptq4vit_fx.export.proof.against_float import AgainstFloat
 from ptq4vit_fx.files import write_file
 from ptq4vit_fx.tuning.gains import UNITS, Quantity, told
@@ -70,7 +70,11 @@ def table(points: Sequence[Point], quantity: Quantity, chosen: Point | None) -> 
 
 
 def draw(points: Sequence[Point], quantity: Quantity, chosen: Point | None, path: str | os.PathLike[str]) -> None:
-    """Write a picture of the points, PNG: what they take against how much agrees with float."""
+    """Write a picture of the points, PNG: what they take against how much agrees with float.
+
+    Raises PTQError without matplotlib, which the extra `report` brings.
+    """
+    check_extra("tune", "the picture", "report", "matplotlib")
     from matplotlib.figure import Figure
 
     factor, unit = UNITS[quantity]
