@@ -1,8 +1,9 @@
-"""ARCHITECTURE.md says how to add an activation, a pass and a target: this does just that, to a copy of the project."""
+"""docs/extending.md says how to add five kinds of things: this does just that, to a copy of the project."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,39 +11,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ACTIVATION = '    Activation("selu", 1.7580993408473766, F.selu, nn.SELU, aten.selu.default, aten.selu_.default),\n'
-PASS = '''"""Count the norms."""
-
-from __future__ import annotations
-
-import torch.nn.functional as F
-from torch.fx import GraphModule
-
-from ptq4vit_fx.passes.graph.contract import graph_pass
-from ptq4vit_fx.passes.graph.stages import Stage
-
-
-@graph_pass(before=Stage.CANONICAL, after=Stage.CANONICAL)
-def count_norms(graph_module: GraphModule) -> int:
-    """Rewrite nothing; return how many norms there are."""
-    return sum(node.target is F.layer_norm for node in graph_module.graph.nodes)
-'''
-PASS_LINE = '        (count_norms, "behind canonicalize, which spells norms alike"),\n'
-TARGET = '''"""A runtime that takes everything."""
-
-from __future__ import annotations
-
-from ptq4vit_fx.export.contract import Target
-from ptq4vit_fx.export.targets.generic import check_generic
-
-TARGET = Target("everything", (), check_generic)
-'''
+PAGE = ROOT / "docs" / "extending.md"
+#: A block of Python with a title: the file, alone where it is a new one, else with the line that the block goes to.
+BLOCK = re.compile(r'^```python title="([^",]+?)(?:, (above|in place of) (.+))?"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 PROGRAM = """
 import sys, torch, torch.nn.functional as F, onnxruntime
 from torch import nn
 import ptq4vit_fx as ptq
 from ptq4vit_fx.passes.graph.contract import history
+from ptq4vit_fx.quantizers.power_of_two import PowerOfTwo
+from ptq4vit_fx.tools.families import find_family
 
 class Model(nn.Module):
     def __init__(self, activation, unpack):
@@ -69,35 +48,52 @@ session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProv
 (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
 error = (torch.from_numpy(logits) - converted(images)).norm() / converted(images).norm()
 assert error < 1e-3, error
+
+power = ptq.QConfigMapping().set_global(ptq.QConfig(PowerOfTwo(8), PowerOfTwo(8, granularity="channel"), PowerOfTwo(8)))
+prepared = ptq.prepare_fx(Model(F.selu, False).eval(), power, images[:1])
+ptq.calibrate(prepared, images, progress=False).save(sys.argv[2])
+calibration = ptq.Calibration.load(sys.argv[2])
+for key, params in calibration.params.items():
+    assert isinstance(calibration.plan.quantizers[key], PowerOfTwo), key
+    assert (torch.frexp(params.scale).mantissa == 0.5).all(), (key, params)
+report = ptq.export_onnx(ptq.convert_fx(prepared), sys.argv[1], images[:1])
+assert ptq.verify_onnx(sys.argv[1], ptq.convert_fx(prepared), images).ok
+
+network = find_family("vit_narrow").create()
+assert len(ptq.prepare_fx(network, ptq.recipes.ptq4vit(), torch.randn(1, 3, 32, 32)).plan.ops) == 8
 print("added")
 """
 
 
-def insert(path: Path, line: str, *, above: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count(above) == 1
-    path.write_text(text.replace(above, line + above), encoding="utf-8")
+def put(root: Path, file: str, how: str | None, place: str, source: str) -> None:
+    """Write a new file, or put lines above or in place of the one line that has the text `place`."""
+    path = root / file
+    if how is None:
+        assert not path.exists(), file
+        path.write_text(source, encoding="utf-8")
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    (number,) = (number for number, line in enumerate(lines) if place in line)
+    lines[number : number + (how == "in place of")] = [source]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
-def test_an_activation_a_pass_and_a_target_are_what_the_architecture_says(tmp_path):
+def test_what_the_page_adds_is_there_and_works(tmp_path):
     for folder in ("ptq4vit_fx", "passes", "export"):
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    insert(tmp_path / "ptq4vit_fx/activations.py", ACTIVATION, above='    Activation("quick_gelu"')
-    (tmp_path / "passes/count_norms.py").write_text(PASS, encoding="utf-8")
-    pipeline = tmp_path / "ptq4vit_fx/pipeline.py"
-    insert(
-        pipeline, "from ptq4vit_fx.passes.count_norms import count_norms\n", above="from ptq4vit_fx.passes.decompose"
-    )
-    insert(pipeline, PASS_LINE, above="        (fold_constants,")
-    (tmp_path / "export/targets/everything.py").write_text(TARGET, encoding="utf-8")
-    targets = tmp_path / "export/targets/__init__.py"
-    insert(
-        targets,
-        "from ptq4vit_fx.export.targets import everything\n",
-        above="from ptq4vit_fx.export.targets import generic",
-    )
-    insert(targets, "        everything.TARGET,\n", above="        generic.TARGET,")
+    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    assert len(blocks) == PAGE.read_text(encoding="utf-8").count("```python")
+    for file, how, place, source in blocks:
+        put(tmp_path, file, how or None, place, source)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "model.onnx")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        PROGRAM,
+        str(tmp_path / "model.onnx"),
+        str(tmp_path / "s.safetensors"),
+    ]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.stdout.strip().endswith("added"), result.stderr
