@@ -8,7 +8,7 @@ QUICK := pipeline quantizers search screening operators qconfig passes canonical
 OLDEST := $(sort $(shell sed -n -e '/^\[build-system\]/,/^$$/d' -e 's/^  "\([a-z0-9-]*\)>=\([0-9.]*\)",$$/\1==\2/p' \
 	-e 's/^[a-z]* = \["\([a-z0-9-]*\)>=\([0-9.]*\)"\]$$/\1==\2/p' pyproject.toml))
 
-.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser browser-speed readers docs dist bare workflows lint clean
+.PHONY: setup demo quick test sweeps test-all test-oldest coverage what-works fuzz browser browser-speed readers docs prose tour bench dist bare workflows lint clean
 
 # The stamp is newer than pyproject.toml once everything is installed.
 .venv/.installed: pyproject.toml
@@ -85,6 +85,22 @@ readers: setup .venv-readers/.installed
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict --quiet
+
+# Spelling everywhere, prose of the documents.
+PROSE := README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md SECURITY.md $(filter-out docs/what_works.md docs/coverage.md,$(wildcard docs/*.md))
+prose: .venv/.docs
+	$(BIN)/codespell $(shell git ls-files '*.md' '*.py' '*.toml' '*.yml' '*.mjs' '*.js' '*.html')
+	$(BIN)/proselint check $(PROSE)
+
+# The notebook of examples/ with a kernel, in a folder of its own.
+tour: .venv/.docs
+	mkdir -p out/tour
+	cp examples/tour.ipynb out/tour/
+	cd out/tour && ../../$(BIN)/jupyter execute --inplace tour.ipynb
+
+# A row of ratios to benchmarks/results.jsonl, and what moved by more than the noise.
+bench: setup
+	$(BIN)/python benchmarks/record.py
 
 dist: setup
 	rm -rf dist

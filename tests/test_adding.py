@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PAGE = ROOT / "docs" / "extending.md"
 #: A block of Python with a title: the file, alone where it is a new one, else with the line that the block goes to.
-BLOCK = re.compile(r'^```python title="([^",]+?)(?:, (above|in place of) (.+))?"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r'^```python title="([^",\n]+)(?:, (above|in place of) ([^\n]+))?"\n(.*?)^```$', re.DOTALL | re.MULTILINE
+)
 
 PROGRAM = """
 import sys, torch, torch.nn.functional as F, onnxruntime

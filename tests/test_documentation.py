@@ -14,10 +14,12 @@ import pytest
 import typer
 from scripts import load_script
 
+import ptq4vit_fx
 from ptq4vit_fx.tools.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIRST = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+DOCUMENTS = [*(ROOT / name for name in FIRST), *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = ROOT / "examples"
 #: What would be downloaded or take minutes, and what is run in its place; everything else runs as it is written.
 STAND_INS = {
@@ -54,26 +56,67 @@ def python_blocks() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.filterwarnings("ignore::ptq4vit_fx.errors.PTQWarning")
 def test_python_in_the_documents_runs(tmp_path, monkeypatch, capsys):
-    """In the order of the documents, in one folder: README writes the file that docs/targets.md reads.
+    """In the order of the documents, in one folder: README writes the file that deploy.md and targets.md read.
 
-    The blocks of a document go on from each other, as a reader does.
+    The blocks of a document go on from each other, as a reader does; python.md goes on from README. Blocks with a title
+    are those that test_adding.py puts into a copy of the project.
     """
     monkeypatch.chdir(tmp_path)
     names: dict[str, dict[str, Any]] = {}
     for place, source in python_blocks():
         document = place.partition(":")[0]
-        names[document] = run_source(source, place, names.get(document))
-    assert list(names) == ["README.md", "configuration.md", "targets.md", "transforms.md"]
-    quantized, configured, read, transformed = names.values()
+        before = names["README.md"] if document == "python.md" else names.get(document)
+        names[document] = run_source(source, place, before)
+    pages = ["configuration.md", "deploy.md", "python.md", "quickstarts.md", "targets.md", "transforms.md"]
+    assert list(names) == ["README.md", *pages]
+    quantized, configured, deployed, _, started, read, transformed = names.values()
+    assert deployed["scores"].shape == (1, 1000)
+    assert started["report"].outputs == ["classes", "features"]
     assert [change.leaves_float for change in configured["mapping"].changes] == [False, False, True]
     printed = capsys.readouterr().out
     assert "to the last bit" in printed
     assert "fold_head_scales" in printed
     assert all(record.done for record in transformed["prepared"].plan.transformed), transformed["prepared"].plan.table()
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "scales.safetensors"}
+    written = {"model.onnx", "own.onnx", "embedding.onnx", "segmenter.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == written
     params = quantized["converted"].calibration.params
     assert read["scales"]["blocks.0.attn.proj:rhs.scale"].shape == params["blocks.0.attn.proj:rhs"].scale.shape
     assert "blocks.0.attn.matmul_qk:lhs" in read["calibrated"]
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    """Offline: files, and headings in them. What leads into the web is looked at by people."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (document.parent / path) if path else document
+        assert target.exists(), f"{document.name}: {link}"
+        assert target.resolve().is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{document.name}: {link}"
+
+
+def test_the_front_page_is_short_and_every_page_is_in_the_site():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r": ([\w.]+\.md)$", site, re.MULTILINE))
+
+
+def test_one_version():
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == ptq4vit_fx.__version__
+    assert f"ptq4vit_fx-{ptq4vit_fx.__version__}-" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["quantize_timm", "quantize_torchvision", "quantize_huggingface"])

@@ -1,4 +1,4 @@
-"""Pages of the site that are no files of docs/: the documents of the project's root, and the options of the commands."""
+"""Pages of the site that are no files of docs/: documents of the root, and the options of the commands."""
 
 from __future__ import annotations
 

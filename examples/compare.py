@@ -1,0 +1,261 @@
+"""Several quantizers on one model and the same images, in one run: accuracy, agreement, size and speed, as a table.
+
+    python examples/compare.py
+    python examples/compare.py --fixtures FOLDER --model deit_tiny_p8_64 --images 1000
+
+Without --fixtures the model is the digits ViT that comes with the package (extra `demo`), so that this runs from the
+wheel alone. Ours with uniform quantizers, with exact twins and tuned; ONNX Runtime's `quantize_static` with its
+defaults, as its documentation advises for x86, and with percentiles; NNCF where `nncf` and `openvino` are installed;
+torchao's pt2e where `torchao` is, in ONNX Runtime where its model exports, else in PyTorch. Every one calibrates on the
+same 32 images. KL is from the float model, in nats. A latency is the median of rounds in turn, one image or --batch at
+a time; "times float" is that of the float file in the same runtime. Files for OpenVINO are written for it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.errors import foreign
+from ptq4vit_fx.export.float_export import export_float
+from ptq4vit_fx.export.proof.float_figures import against_float
+from ptq4vit_fx.export.proof.latency import InTurn, Opened, in_turn
+from ptq4vit_fx.export.proof.openvino_runtime import compile_openvino
+from ptq4vit_fx.export.proof.static_baseline import BASELINES
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+#: A quantized model as somebody runs it: images, float32 (images, channels, height, width), to logits.
+Run = Callable[[Tensor], Any]
+ADVISED = BASELINES["quantize_static u8s8 per channel"]
+STATIC = BASELINES | {
+    "quantize_static percentile": ADVISED | {"calibrate_method": CalibrationMethod.Percentile},
+}
+FLOAT, TORCHAO, NNCF = "float", "torchao pt2e", "NNCF"
+#: Where pt2e's model is only scored: its speed is a matter of torch.compile, which needs a compiler.
+PYTORCH = "PyTorch"
+CALIBRATION_IMAGES, BATCH = 32, 50
+HEADER = """\
+| runtime | quantized by | top-1 | agrees with float | KL | MB | ms per image | times float |
+|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What everybody gets: a float model, images to calibrate on, and labelled ones that nobody has seen."""
+
+    network: nn.Module
+    calibration: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: in which runtime what was quantized by whom runs, and its bytes, None where there is no file."""
+
+    runtime: str
+    name: str
+    run: Run
+    size: int | None
+
+
+def material(fixtures: Path | None, model: str, count: int) -> Material:
+    """Return the digits model with its images, or a model of the fixtures folder (described in accuracy.py)."""
+    if fixtures is None:
+        from ptq4vit_fx.tools.digits import load_digits_images, load_digits_model
+
+        images, labels = load_digits_images("test")
+        calibration = load_digits_images("train")[0][:CALIBRATION_IMAGES]
+        return Material(load_digits_model(), calibration, images[:count], labels[:count])
+    sys.path.insert(0, str(fixtures))
+    import fixtures as source
+
+    network, size = source.load_model(model)
+    calibration = source.load_images("calib", CALIBRATION_IMAGES, size)[0]
+    return Material(network, calibration, *source.load_images("val", count, size))
+
+
+def write_ours(given: Material, folder: Path, target: str) -> Iterator[tuple[str, Path]]:
+    """Write our files for a target; yield name and path. "tuned" keeps as much as exact twins, in the least time."""
+    example = given.calibration[:1]
+    for twins in ("uniform", "exact"):
+        prepared = ptq.prepare_fx(given.network, ptq.recipes.best(twins=twins), example)
+        ptq.calibrate(prepared, given.calibration, progress=False)
+        yield f"ours, {twins}", _exported(prepared, example, folder / f"{twins}.onnx", target)
+    tuned = ptq.tune(prepared, given.calibration, agreement=0.99, target=target, progress=False)
+    yield "ours, tuned", _exported(tuned.prepared, example, folder / "tuned.onnx", target)
+
+
+def _exported(prepared: Any, example: Tensor, path: Path, target: str) -> Path:
+    ptq.export_onnx(ptq.convert_fx(prepared), path, example, target=target)
+    return path
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hands images to `quantize_static`, one at a time."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._feeds = iter([{"image": image[None].numpy()} for image in images])
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next feed, None behind the last."""
+        return next(self._feeds, None)
+
+
+def write_static(given: Material, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Let ONNX Runtime quantize the float file in each way of STATIC; yield name and path."""
+    prepared = folder / "prepared.onnx"
+    quant_pre_process(folder / "float.onnx", prepared, skip_symbolic_shape=True)
+    for name, options in STATIC.items():
+        path = folder / f"{name}.onnx"
+        quantize_static(prepared, path, Reader(given.calibration), **options)
+        yield name, path
+
+
+def write_nncf(given: Material, folder: Path) -> Path:
+    """Let NNCF quantize the float file for OpenVINO, as its documentation says for transformers."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(folder / "float.onnx")
+    data = nncf.Dataset([image[None].numpy() for image in given.calibration])
+    quantized = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(given.calibration))
+    openvino.save_model(quantized, folder / "NNCF.xml", compress_to_fp16=False)
+    return folder / "NNCF.xml"
+
+
+def pt2e(given: Material) -> nn.Module:
+    """Return what torchao's pt2e makes of the model for x86: quantize and dequantize around its products."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    example = (given.calibration[:2],)
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+    program = torch.export.export(given.network, example, dynamic_shapes=dynamic)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program.module(), quantizer)
+    for image in given.calibration:
+        prepared(image[None])
+    converted: nn.Module = convert_pt2e(prepared)
+    move_exported_model_to_eval(converted)
+    return converted
+
+
+def torchao_entry(given: Material, folder: Path, threads: int) -> Entry:
+    """Return pt2e's model in ONNX Runtime where torch exports it and the runtime opens it, else in PyTorch."""
+    converted, path = pt2e(given), folder / "pt2e.onnx"
+    try:
+        with foreign("torch.onnx.export", TORCHAO, expected="a model that exports and opens", do="run it in PyTorch"):
+            torch.onnx.export(converted, (given.calibration[:1],), path, dynamo=True, opset_version=20, verbose=False)
+            return Entry("ONNX Runtime", TORCHAO, in_onnxruntime(path, threads), path.stat().st_size)
+    except ptq.PTQError as error:
+        print(f"{error}\n")
+    return Entry(PYTORCH, TORCHAO, no_gradients(converted), None)
+
+
+def no_gradients(model: nn.Module) -> Run:
+    """Return a function that runs a model without gradients."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Any:
+        return model(images).numpy()
+
+    return run
+
+
+def in_onnxruntime(path: Path, threads: int) -> Run:
+    """Return a function that runs the file in ONNX Runtime, whose threads sleep while another file runs."""
+    session = Opened.of(str(path), threads).session
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images.numpy()})[0]
+
+
+def in_openvino(path: Path, threads: int) -> Run:
+    """Return a function that runs the file in OpenVINO's CPU plugin, float parts in float32."""
+    compiled = compile_openvino(path, threads=threads)
+    return lambda images: compiled(images.numpy())[0]
+
+
+def entries(given: Material, folder: Path, threads: int) -> Iterator[Entry]:
+    """Quantize with everything that is installed; yield a row for each, the float one of a runtime first."""
+    export_float(given.network, folder / "float.onnx", given.calibration[:1])
+    static = list(write_static(given, folder))
+    shared = [(FLOAT, folder / "float.onnx"), *static]
+    for name, path in (*shared, *write_ours(given, folder, "onnxruntime")):
+        yield Entry("ONNX Runtime", name, in_onnxruntime(path, threads), path.stat().st_size)
+    if find_spec("torchao"):
+        yield torchao_entry(given, folder, threads)
+    if find_spec("openvino"):
+        own = folder / "openvino"
+        own.mkdir()
+        for name, path in (*shared, *write_ours(given, own, "openvino")):
+            yield Entry("OpenVINO", name, in_openvino(path, threads), path.stat().st_size)
+        if find_spec("nncf"):
+            path = write_nncf(given, folder)
+            size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+            yield Entry("OpenVINO", NNCF, in_openvino(path, threads), size)
+
+
+def figures(entry: Entry, given: Material) -> str:
+    """Return top-1, agreement with float and KL of a row as cells of a Markdown table."""
+    outputs = torch.cat([torch.as_tensor(entry.run(batch)) for batch in given.images.split(BATCH)])
+    with torch.no_grad():
+        expected = torch.cat([given.network(batch) for batch in given.images.split(BATCH)])
+    found = against_float({"logits": expected.numpy()}, {"logits": outputs.numpy()}, kind="classes")
+    right = float((outputs.argmax(1) == given.labels).float().mean())
+    return f"{right:.2%} | {found.score:.2%} | {found.divergence:.2g}"
+
+
+def row(entry: Entry, cells: str, times: InTurn[tuple[str, str]], batch: int) -> str:
+    """Return a row of the table."""
+    own, start = (entry.runtime, entry.name), f"| {entry.runtime} | {entry.name} | {cells} |"
+    if own not in times.milliseconds:
+        return f"{start} | | |"
+    ratio, spent = times.ratio((entry.runtime, FLOAT), own).median, times.spread(own).median / batch
+    return f"{start} {(entry.size or 0) / 1e6:.2f} | {spent:.2f} | {ratio:.2f} |"
+
+
+@app.command(help=__doc__)
+def main(
+    fixtures: Annotated[Path | None, typer.Option(help="trained models and images, see accuracy.py")] = None,
+    model: Annotated[str, typer.Option(help="of the fixtures")] = "deit_tiny_p8_64",
+    images: Annotated[int, typer.Option(min=1, help="labelled images")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="images at a time, of the latency")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="of every file")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="of all files in turn")] = 15,
+) -> None:
+    """Print one Markdown table."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    given = material(fixtures, model, images)
+    with tempfile.TemporaryDirectory() as name:
+        rows = list(entries(given, Path(name), threads))
+        cells = [figures(entry, given) for entry in rows]
+        timed = [entry for entry in rows if entry.runtime != PYTORCH]
+        runs = {(entry.runtime, entry.name): partial(entry.run, given.images[:batch]) for entry in timed}
+        times = in_turn(runs, rounds=rounds)
+    print(
+        f"\n{'digits' if fixtures is None else model}, {len(given.images)} images, batch {batch}, {threads} threads\n"
+    )
+    print(HEADER)
+    for entry, found in zip(rows, cells, strict=True):
+        print(row(entry, found, times, batch))
+
+
+if __name__ == "__main__":
+    app()
