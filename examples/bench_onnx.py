@@ -37,7 +37,7 @@ from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.model_files import load_file, message_of
 from ptq4vit_fx.export.proof.latency import Opened, in_turn
-from ptq4vit_fx.export.proof.openvino_runtime import compile_openvino
+from ptq4vit_fx.export.proof.openvino_runtime import FLOAT32
 from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.proof.static_baseline import BASELINES, write_static
 
@@ -101,8 +101,11 @@ def in_onnxruntime(path: Path, threads: int) -> Run:
 
 
 def in_openvino(path: Path, threads: int) -> Run:
-    """Return a function that runs the file in OpenVINO's CPU plugin, float parts in float32."""
-    compiled = compile_openvino(path, threads=threads)
+    """Return a function that runs the file, ONNX or OpenVINO's own, in its CPU plugin, float parts in float32."""
+    import openvino
+
+    settings = FLOAT32 | {"INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda images: compiled(images.numpy())[0]
 
 

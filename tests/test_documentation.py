@@ -71,7 +71,7 @@ def test_python_in_the_documents_runs(tmp_path, monkeypatch, capsys):
     assert list(names) == ["README.md", *pages]
     quantized, configured, deployed, _, started, read, transformed = names.values()
     assert deployed["scores"].shape == (1, 1000)
-    assert started["report"].outputs == ["classes", "features"]
+    assert started["report"].outputs == ("classes", "features")
     assert [change.leaves_float for change in configured["mapping"].changes] == [False, False, True]
     printed = capsys.readouterr().out
     assert "to the last bit" in printed
