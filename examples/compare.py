@@ -48,6 +48,8 @@ FLOAT, TORCHAO, NNCF = "float", "torchao pt2e", "NNCF"
 #: Where pt2e's model is only scored: its speed is a matter of torch.compile, which needs a compiler.
 PYTORCH = "PyTorch"
 CALIBRATION_IMAGES, BATCH = 32, 50
+#: Of exporters: the first dimension of the one input is free.
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=1024)},)
 HEADER = """\
 | runtime | quantized by | top-1 | agrees with float | KL | MB | ms per image | times float |
 |---|---|---|---|---|---|---|---|"""
@@ -150,8 +152,7 @@ def pt2e(given: Material) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     example = (given.calibration[:2],)
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=1024)},)
-    program = torch.export.export(given.network, example, dynamic_shapes=dynamic)
+    program = torch.export.export(given.network, example, dynamic_shapes=ANY_BATCH)
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(program.module(), quantizer)
     for image in given.calibration:
@@ -166,8 +167,10 @@ def torchao_entry(given: Material, folder: Path, threads: int) -> Entry:
     converted, path = pt2e(given), folder / "pt2e.onnx"
     try:
         with foreign("torch.onnx.export", TORCHAO, expected="a model that exports and opens", do="run it in PyTorch"):
-            torch.onnx.export(converted, (given.calibration[:1],), path, dynamo=True, opset_version=20, verbose=False)
-            return Entry("ONNX Runtime", TORCHAO, in_onnxruntime(path, threads), path.stat().st_size)
+            options: Any = {"dynamo": True, "opset_version": 20, "verbose": False, "dynamic_shapes": ANY_BATCH}
+            torch.onnx.export(converted, (given.calibration[:2],), path, **options)
+            size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))  # weights may lie beside it
+            return Entry("ONNX Runtime", TORCHAO, in_onnxruntime(path, threads), size)
     except ptq.PTQError as error:
         print(f"{error}\n")
     return Entry(PYTORCH, TORCHAO, no_gradients(converted), None)
