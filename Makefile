@@ -84,7 +84,7 @@ readers: setup .venv-readers/.installed
 	touch $@
 
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Spelling everywhere, prose of the documents.
 PROSE := README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md SECURITY.md $(filter-out docs/what_works.md docs/coverage.md,$(wildcard docs/*.md))
