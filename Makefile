@@ -57,7 +57,7 @@ fuzz: setup
 # The page of examples/browser in headless Chromium (Debian: apt-get install chromium), with node and npm.
 browser: setup
 	cd examples/browser && npm install --ignore-scripts --no-audit --no-fund
-	$(BIN)/python -m pytest -rs -s tests/test_browser.py
+	$(BIN)/python -m pytest -rs -s tests/test_browser.py tests/test_other_runtimes.py
 
 # How long files take in WebAssembly, in node: make browser-speed FILES='float.onnx int8.onnx'.
 browser-speed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -45,7 +46,8 @@ def run(*args):
 def test_quantize_eval_inspect(workspace):
     out, images = workspace / "model.onnx", workspace / "images"
     weights = workspace / "weights.safetensors"
-    done = run("quantize", "deit_tiny_patch16_224", "--data", images, "--out", out, "--weights", weights, *ARGS)
+    kept = ["--checkpoint", workspace / "scales.safetensors"]
+    done = run("quantize", "deit_tiny_patch16_224", "--data", images, "--out", out, "--weights", weights, *ARGS, *kept)
     assert done.exit_code == 0, done.output
     assert "broken.png" in done.output
     assert "8 products, 16 sites, W8A8, 6 images (1 skipped)" in done.output
@@ -56,6 +58,20 @@ def test_quantize_eval_inspect(workspace):
     shown = run("inspect", out)
     assert "blocks.0.attn.matmul_av:lhs" in shown.output
     assert "twin8/softmax" in shown.output
+    alone = run("verify", out, "--data", images, "--json")
+    assert alone.exit_code == 0, alone.output
+    found = json.loads(alone.stdout)
+    assert found["simulation"] is None
+    assert (found["runtime"]["comparison"]["images"], found["runtime"]["first_divergence"]) == (6, None)
+    beside = run("verify", out, "--data", images, "--calibration", kept[1], "--weights", weights)
+    assert beside.exit_code == 0, beside.output
+    assert "ONNX Runtime against the simulation, 6 images" in beside.output
+    other = ptq.Calibration.load(kept[1])
+    other.params["head:lhs"].tensors()["scale"].mul_(2)
+    other.save(workspace / "other.safetensors")
+    refused = run("verify", out, "--data", images, "--calibration", workspace / "other.safetensors")
+    assert refused.exit_code == 1
+    assert "model.onnx: expected its calibration" in refused.output
 
 
 @pytest.mark.parametrize(("twins", "site"), [("wide", "twin8 wide/softmax"), ("uniform", "uniform8 unsigned/head")])

@@ -28,8 +28,8 @@ from ptq4vit_fx.tools.image_options import ImageOptions, image_options
 from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
+from ptq4vit_fx.tools.remade import Named, network_of, of_file
 from ptq4vit_fx.tools.request import batch_of_calibration, gibibytes
-from ptq4vit_fx.tools.why_command import _arguments, _as_recorded, _of_file
 
 
 @pytest.fixture
@@ -140,9 +140,8 @@ def test_all_of_it_is_in_the_file_and_eval_goes_by_it(tmp_path, monkeypatch):
         open_session("m.onnx"), Path("m.onnx"), None, options=image_options("eval", None, "0", "0.5")
     )
     assert (config["mean"], config["std"], config["crop_pct"]) == ((0,) * 3, (0.5,) * 3, 1.0)
-    facts = _of_file(Path("m.onnx"))[1]
-    model_asked = Asked(facts["model"], Path("w.safetensors"), arguments=_arguments(facts))
-    network, config = _as_recorded(model_asked, facts, "m.onnx")
+    facts = of_file("why", Path("m.onnx"))[1]
+    network, config = network_of("why", Path("m.onnx"), facts, Named(weights=Path("w.safetensors")))
     assert network(torch.zeros(1, 3, 32, 48)).shape == (1, 3)
     assert {key: list(config[key]) for key in ("input_size", "mean", "std")} == {
         "input_size": [3, 32, 48],

@@ -144,9 +144,10 @@ def test_a_renamed_graph_is_refused(tmp_path, mixed):
 def test_saturation_depends_on_the_cpu_and_on_the_weights(mixed, monkeypatch):
     monkeypatch.setattr(instructions, "products_saturate", lambda: True)
     signed, unsigned = (inspect_file(mixed / f"{name}.onnx") for name in ("onnxruntime", "onnxruntime-avx2"))
-    assert signed.wide_weights == 5
+    (trap,) = signed.traps
+    assert (trap.name, len(trap.places)) == ("saturation", 5)
     assert 'target="onnxruntime-avx2" (uint8 weights), or quantize with w_bits=7' in str(signed)
-    assert unsigned.wide_weights == 0
+    assert not unsigned.traps
     assert "its results are exact here" in str(unsigned)
     monkeypatch.setattr(instructions, "products_saturate", lambda: False)
     assert "w_bits=7" not in str(inspect_file(mixed / "onnxruntime.onnx"))

@@ -12,18 +12,15 @@ import onnxruntime
 
 from ptq4vit_fx import names
 from ptq4vit_fx.errors import failure, printable
-from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.metadata import CALIBRATION_KEY, PLAN_KEY, TARGET_KEY, VERSION_KEY
 from ptq4vit_fx.export.model_files import load_file, unreadable
-from ptq4vit_fx.export.nodes import DEQUANTIZE, array, kind_of, name_of
+from ptq4vit_fx.export.nodes import name_of
 from ptq4vit_fx.export.proof.instructions import Instructions, cpu_instructions
-from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph
+from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, RuntimeProduct, runtime_graph, traps_met
 from ptq4vit_fx.export.stored_sites import StoredSite, stored_sites
+from ptq4vit_fx.export.traps import SATURATION, Trap
 from ptq4vit_fx.plan import FloatOp, QuantPlan
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, describe_quantizer
-
-#: Two products of 255 and a weight up to this size fit into 16 bits: kernels that saturate are exact then.
-SAFE_WEIGHT = 64
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class SiteRecord:
 class FileReport:
     """What `ptq4vit inspect` tells. inputs: name -> shape, with "any" for the batch, which may vary.
 
-    wide_weights: how many constant int8 weights hold codes beyond SAFE_WEIGHT, which saturating kernels get wrong.
+    traps: of runtimes, into which the file falls here; of OpenVINO by what the file says.
     """
 
     version: str
@@ -67,7 +64,7 @@ class FileReport:
     graph: RuntimeGraph
     runtime: str
     cpu: Instructions
-    wide_weights: int
+    traps: tuple[Trap, ...]
 
     def to_json(self) -> str:
         """Return everything as JSON text, of which a terminal obeys nothing: names come out of the file."""
@@ -89,17 +86,10 @@ class FileReport:
         lines.append(f"{len(self.graph.leftovers)} DequantizeLinear of codes left in the optimized graph")
         lines += [f"  {leftover}" for leftover in self.graph.leftovers]
         lines.append(str(self.cpu))
-        if self.cpu.saturates:
-            lines.append(f"  {self._saturation()}")
+        if self.cpu.saturates and not any(trap.name == SATURATION.name for trap in self.traps):
+            lines.append("  this file has no int8 weight that is large enough to saturate: its results are exact here")
+        lines += [f"trap: {trap}" for trap in self.traps]
         return "\n".join(map(printable, lines))
-
-    def _saturation(self) -> str:
-        if not self.wide_weights:
-            return "this file has no int8 weight that is large enough to saturate: its results are exact here"
-        return (
-            f"{self.wide_weights} int8 weights of this file can saturate here: for such CPUs export with "
-            'target="onnxruntime-avx2" (uint8 weights), or quantize with w_bits=7'
-        )
 
 
 def inspect_file(path: str | os.PathLike[str]) -> FileReport:
@@ -124,7 +114,7 @@ def _report(model: ir.Model, path: str) -> FileReport:
         )
     plan = QuantPlan.from_json(properties[PLAN_KEY], "inspect", path)
     graph = _with_planned_reasons(runtime_graph(model), plan)  # first: the runtime knows what is wrong with a graph
-    stored = stored_sites(model, "inspect", path)
+    stored, cpu = stored_sites(model, "inspect", path), cpu_instructions()
     return FileReport(
         version=properties.get(VERSION_KEY, "unknown"),
         target=properties.get(TARGET_KEY, "unknown"),
@@ -134,8 +124,8 @@ def _report(model: ir.Model, path: str) -> FileReport:
         float_ops=plan.float_ops,
         graph=graph,
         runtime=onnxruntime.__version__,
-        cpu=cpu_instructions(),
-        wide_weights=_wide_weights(model),
+        cpu=cpu,
+        traps=traps_met(model, graph, saturates=cpu.saturates),
     )
 
 
@@ -174,9 +164,3 @@ def _record(site: str, quantizer: Quantizer, stored: dict[str, StoredSite], path
     scale = found[0].scale if found[0].calibrated is None else found[0].calibrated
     limits = float(np.min(scale)), float(np.max(scale))
     return SiteRecord(site, describe_quantizer(quantizer), limits, None, merged)
-
-
-def _wide_weights(model: ir.Model) -> int:
-    dequantized = [node.inputs[0] for node in in_qdq_form(model).graph if node.op_type == DEQUANTIZE]
-    signed = [value for value in dict.fromkeys(dequantized) if kind_of(value) == ir.DataType.INT8]
-    return sum(bool((np.abs(array(value).astype(np.int16)) > SAFE_WEIGHT).any()) for value in signed)

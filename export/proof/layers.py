@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ptq4vit_fx.export.nodes import Array
 from ptq4vit_fx.export.proof.outputs import filled, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
+from ptq4vit_fx.export.proof.site_codes import CodeCount, Layers, add_counts, comparison_of, count_codes
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import leaf_of, owner_of
@@ -30,76 +31,6 @@ from ptq4vit_fx.passes.graph.rewriter import SiteTensors
 
 #: Codes of ONNX Runtime that are held at once, in bytes; one image is always held whole.
 CODES_AT_ONCE = 256 * 2**20
-WORST = 5
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """The integer codes of one site, or of one branch of a twin (`..._fine`, `..._coarse`).
-
-    equal: share of codes that are the same. largest_difference: between two codes of a pair, in steps; None if the
-    tensors have not even the same shape. images: how many were compared, 0 for a weight. same_scale: whether the file
-    has the scale of the converted model.
-    """
-
-    site: str
-    equal: float
-    largest_difference: int | None
-    images: int
-    same_scale: bool
-
-    @property
-    def differs(self) -> bool:
-        """Whether the file departs from the simulation here: in a code, or in what the codes stand for."""
-        return self.equal < 1.0 or not self.same_scale
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Every site in the order of execution. missing: sites that the file has under no name, and so nothing compared.
-
-    disturbed: whether the runtime gave other logits with the codes as outputs than without: it then ran another graph
-    than the deployed one, and the codes are that one's.
-    """
-
-    sites: tuple[LayerComparison, ...] = ()
-    missing: tuple[str, ...] = ()
-    disturbed: bool = False
-
-    @property
-    def first_divergence(self) -> LayerComparison | None:
-        """The first site, in the order of execution, that differs."""
-        return next((site for site in self.sites if site.differs), None)
-
-    def __str__(self) -> str:
-        first = self.first_divergence
-        images = max((site.images for site in self.sites), default=0)
-        if first is None:
-            lines = [f"layer by layer, {images} images: all codes of {len(self.sites)} sites are equal"]
-        else:
-            differing = [site for site in self.sites if site.differs]
-            lines = [
-                f"layer by layer, {images} images: {len(differing)} of {len(self.sites)} sites differ, first "
-                f"{first.site}, {_describe(first)}"
-            ]
-            worst = sorted(differing, key=lambda site: site.equal)[:WORST]
-            lines += [f"  {site.site:40} {_describe(site)}" for site in worst]
-        if self.missing:
-            lines.append(f"  not in the file, not compared: {', '.join(self.missing)}")
-        if self.disturbed:
-            lines.append("  with the codes as outputs the runtime computed other logits: it runs another graph then")
-        return "\n".join(lines)
-
-
-def _describe(site: LayerComparison) -> str:
-    if site.largest_difference is None:
-        return "its codes have another shape in the file"
-    scale = "" if site.same_scale else "; the file has another scale"
-    if site.equal == 1.0:
-        return f"all codes equal{scale}"
-    # Rounded, one code in a million would read as 100 %.
-    share = np.floor(site.equal * 1e6) / 1e4
-    return f"{share:.8g} % of the codes equal, the others off by up to {site.largest_difference}{scale}"
 
 
 def compare_layers(
@@ -148,7 +79,7 @@ def _compare(
         simulation.images = len(batch[0])
         with torch.inference_mode():
             simulation.run(*(x.cpu() for x in batch))
-    sites = tuple(_comparison(site, count) for site, count in simulation.counts.items())
+    sites = tuple(comparison_of(site, count) for site, count in simulation.counts.items())
     return Layers(sites, tuple(simulation.missing), disturbed)
 
 
@@ -173,37 +104,9 @@ def add_outputs(model: ir.Model, tensors: tuple[str, ...]) -> None:
     model.graph.outputs.extend(values[name] for name in tensors)
 
 
-@dataclass(frozen=True)
-class _Count:
-    """Codes of one site so far: how many, how many equal, the largest difference (None: another shape)."""
-
-    codes: int
-    equal: int
-    largest: int | None
-    images: int
-    same_scale: bool
-
-
 def _same(mine: Array, theirs: Array) -> bool:
     """Return whether two scales are the same, one for all channels or one for each."""
     return (mine.shape == theirs.shape or 1 in (mine.size, theirs.size)) and bool((mine == theirs).all())
-
-
-def _add(before: _Count | None, now: _Count) -> _Count:
-    if before is None:
-        return now
-    shaped = before.largest is not None and now.largest is not None
-    return _Count(
-        before.codes + now.codes,
-        before.equal + now.equal,
-        max(before.largest or 0, now.largest or 0) if shaped else None,
-        before.images + now.images,
-        before.same_scale and now.same_scale,
-    )
-
-
-def _comparison(site: str, count: _Count) -> LayerComparison:
-    return LayerComparison(site, count.equal / count.codes, count.largest, count.images, count.same_scale)
 
 
 class _Simulation(RuntimeFunctions):
@@ -217,7 +120,7 @@ class _Simulation(RuntimeFunctions):
         self.converted, self.stored = converted, stored
         self.codes: dict[str, Array] = {}
         self.images = 0
-        self.counts: dict[str, _Count] = {}
+        self.counts: dict[str, CodeCount] = {}
         self.missing: dict[str, None] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -239,9 +142,4 @@ class _Simulation(RuntimeFunctions):
         mine = integers(codes.numpy(), replace(stored, zero_point=tensors.zero_point.numpy()))
         same_scale = _same(tensors.scale.numpy(), stored.scale)
         images = self.images if stored.codes is None else 0
-        if mine.shape != theirs.shape:
-            now = _Count(mine.size, 0, None, images, same_scale)
-        else:
-            difference = np.abs(mine - theirs)
-            now = _Count(mine.size, int((difference == 0).sum()), int(difference.max(initial=0)), images, same_scale)
-        self.counts[site] = _add(self.counts.get(site), now)
+        self.counts[site] = add_counts(self.counts.get(site), count_codes(mine, theirs, images, same_scale))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx import names
-from ptq4vit_fx.errors import failure, reason_of
+from ptq4vit_fx.errors import failure, foreign, reason_of
 from ptq4vit_fx.export.model_files import data_files, load_file, unreadable
-from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, array, maker, name_of
+from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, Array, array, maker, name_of
+from ptq4vit_fx.export.proof.running import Opened
 from ptq4vit_fx.files import check_readable
 
 #: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
@@ -189,3 +193,17 @@ def _why_float(product: ir.Node, kernel: str) -> str:
                 "activations as integers without zero points only: export with target='openvino'"
             )
     return f"OpenVINO chose {kernel}"
+
+
+@contextmanager
+def open_in_openvino(path: Path) -> Iterator[Opened]:
+    """Yield a file as OpenVINO's CPU plugin runs it, float parts in float32; raises as `compile_openvino`."""
+    compiled = compile_openvino(path)
+    version = importlib.metadata.version("openvino")
+
+    def run(arrays: Sequence[Array]) -> list[Array]:
+        with foreign("openvino", str(path), expected="a file that it runs", do="export with target='openvino'"):
+            results = compiled(list(arrays))
+        return [np.array(results[port]) for port in compiled.outputs]
+
+    yield Opened(f"OpenVINO {version}", run)

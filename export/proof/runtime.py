@@ -21,6 +21,7 @@ from ptq4vit_fx.export.model_files import (
     tensors_of,
     unreadable,
 )
+from ptq4vit_fx.export.traps import ACCURACY_LEVEL, EXACT
 from ptq4vit_fx.files import scratch
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 
@@ -28,14 +29,15 @@ from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 def open_session(path: str | os.PathLike[str], *, exact: bool = True, threads: int = 0) -> onnxruntime.InferenceSession:
     """Open a file in ONNX Runtime's CPU provider.
 
-    exact: open what `exact_here` makes of it; with exact=False the file runs as it is. threads: 0 lets the runtime
-    choose. Raises PTQError if the file cannot be read, if the runtime refuses it, and on a fixed batch that no memory
-    holds: releases before 1.32 may ask for it as they open the file.
+    exact: open what `exact_here` makes of it, and let no product quantize activations that are float in the file; with
+    exact=False the file runs as it is, by the runtime's defaults. threads: 0 lets the runtime choose. Raises PTQError
+    if the file cannot be read, if the runtime refuses it, and on a fixed batch that no memory holds: releases before
+    1.32 may ask for it as they open the file.
     """
     model = load_file(path)
     _check_batch(model, path)
     with unreadable("open in ONNX Runtime", path, "a model that it opens"):
-        return open_model(exact_here(model) if exact else model, threads)
+        return open_model(exact_here(model), options=exact_options(threads)) if exact else open_model(model, threads)
 
 
 def _check_batch(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -80,6 +82,13 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what it raises says the same; its log shows names of the file as they are
+    return options
+
+
+def exact_options(threads: int = 0) -> onnxruntime.SessionOptions:
+    """Return `quiet_options` with which products of weights in blocks compute in float."""
+    options = quiet_options(threads)
+    options.add_session_config_entry(ACCURACY_LEVEL, EXACT)
     return options
 
 

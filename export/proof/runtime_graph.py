@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from ptq4vit_fx import names
+from ptq4vit_fx.errors import failure, some_names
 from ptq4vit_fx.export.integer_products import STEP, integer_products
 from ptq4vit_fx.export.nodes import DEQUANTIZE, MOVES, QUANTIZE, kind_of, maker, name_of, users
 from ptq4vit_fx.export.proof.runtime import optimized
+from ptq4vit_fx.export.traps import BLOCK_PRODUCT, BLOCKS, DYNAMIC, SATURATION, Trap, traps_in
 
 #: Integer products of ONNX Runtime (contrib operators included), and where their zero points are among the inputs.
 INTEGER_PRODUCTS: dict[str, tuple[int, int] | None] = {
@@ -22,7 +26,6 @@ INTEGER_PRODUCTS: dict[str, tuple[int, int] | None] = {
     "QLinearConv": (2, 5),
     "ConvInteger": (2, 3),
     "QAttention": None,
-    "MatMulNBits": None,
 }
 FLOAT_PRODUCTS = frozenset(
     ["MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "Attention", "MultiHeadAttention"]
@@ -90,6 +93,8 @@ def runtime_graph(model: ir.Model) -> RuntimeGraph:
         if node.op_type in INTEGER_PRODUCTS:
             name = fused.get(name_of(node.outputs[0]), name_of(node))
             products.append(RuntimeProduct(name, True, node.op_type, _types(node), _why_integer(node)))
+        elif node.op_type == BLOCK_PRODUCT:
+            products.append(_of_blocks(node))
         elif node.op_type in FLOAT_PRODUCTS:
             types = " x ".join(_dequantized_type(node, index) for index in (0, 1))
             products.append(RuntimeProduct(name_of(node), False, node.op_type, types, _why_float(node)))
@@ -101,14 +106,45 @@ def runtime_graph(model: ir.Model) -> RuntimeGraph:
     )
 
 
+def traps_met(model: ir.Model, graph: RuntimeGraph, *, saturates: bool) -> tuple[Trap, ...]:
+    """Return the traps that a file falls into: of ONNX Runtime by the kernels that it takes here, else by the file.
+
+    graph: `runtime_graph(model)`. saturates: whether the kernels of this CPU do (`products_saturate`).
+    """
+    here = {(product.operator, names.path_of(product.name)) for product in graph.products if product.integer}
+    met = []
+    for trap in traps_in(model):
+        places = tuple(place for place in trap.places if not trap.kernel or (trap.kernel, place) in here)
+        if places and (saturates or trap.name != SATURATION.name):
+            met.append(replace(trap, places=places))
+    return tuple(met)
+
+
+def check_runs(operation: str, path: str | os.PathLike[str], traps: Iterable[Trap]) -> None:
+    """Raise PTQError if one of the traps of a file is that ONNX Runtime opens it and cannot run it."""
+    for trap in traps:
+        if trap.name == BLOCKS.name:
+            places = some_names(trap.places)
+            raise failure(operation, f"{path}: {places}", expected="a file that runs", got=trap.result, do=trap.do)
+
+
+def _of_blocks(node: ir.Node) -> RuntimeProduct:
+    """Return a product of weights in blocks, which is one of integers where the runtime quantizes activations, too."""
+    dynamic = node.attributes.get_int("accuracy_level", 0) == DYNAMIC
+    bits = node.attributes.get_int("bits", 4)
+    reason = "the runtime quantizes the activations itself while it runs" if dynamic else "computed in float"
+    types = f"{'dynamic int8' if dynamic else 'float'} x {bits} bits"
+    return RuntimeProduct(name_of(node), dynamic, node.op_type, types, f"only the weights are codes: {reason}")
+
+
 def _fused_names(model: ir.Model) -> dict[str, str]:
     """Return result -> product: a node fused of MatMulInteger and what is behind it has no name of the file's."""
-    names = {}
+    fused = {}
     for product in integer_products(model):
         adds = [user for user in users(product.scaled) if user.op_type == "Add" and maker(user, 0) is product.scaled]
         for last in (product.scaled, *adds):
-            names[name_of(last.outputs[0])] = name_of(product.multiply)
-    return names
+            fused[name_of(last.outputs[0])] = name_of(product.multiply)
+    return fused
 
 
 def _types(node: ir.Node) -> str:

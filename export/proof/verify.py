@@ -14,11 +14,13 @@ from ptq4vit_fx.errors import failure, printable
 from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.pixels import pixels_of
 from ptq4vit_fx.export.proof.comparison import Comparison, compare, compare_outputs
-from ptq4vit_fx.export.proof.layers import LayerComparison, Layers, compare_layers
+from ptq4vit_fx.export.proof.layers import compare_layers
 from ptq4vit_fx.export.proof.outputs import Array, outputs_of_file, outputs_of_model
 from ptq4vit_fx.export.proof.runtime import open_session, products_saturate
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
-from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, runtime_graph
+from ptq4vit_fx.export.proof.runtime_graph import RuntimeGraph, check_runs, runtime_graph, traps_met
+from ptq4vit_fx.export.proof.site_codes import LayerComparison, Layers
+from ptq4vit_fx.export.traps import Trap
 from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.inputs.progress import Show, UnderWay, counted, show_nothing
 from ptq4vit_fx.inputs.tensors import Inputs
@@ -41,7 +43,8 @@ class VerifyReport(Tabular):
     simulation: against the converted model as it runs in PyTorch. same_functions: against the converted model with
     LayerNorm, softmax and GELU computed by ONNX Runtime's kernels (`RuntimeFunctions`): what is left then is a real
     difference between the file and the simulation. saturating: this CPU's default u8 x s8 kernels are inexact (no
-    VNNI); both comparisons are then of an exact session, and `default_agreement` tells what a plain session does.
+    VNNI). traps: of runtimes, into which the file falls: both comparisons are of an exact session
+    (`open_session(exact=True)`), and `default_agreement` tells what a plain session does.
     code_comparison: the integer codes of every site on the first images; None if not asked for. outputs: every output
     of the file by itself, under the model's own name, against the model as it runs in PyTorch. rounded: of a file that
     takes uint8, how many of the images were no such images: both sides then got the nearest ones; else None.
@@ -55,6 +58,7 @@ class VerifyReport(Tabular):
     code_comparison: Layers | None
     outputs: Mapping[str, Comparison] = field(default_factory=dict)
     rounded: int | None = None
+    traps: tuple[Trap, ...] = ()
 
     @property
     def images(self) -> int:
@@ -102,6 +106,7 @@ class VerifyReport(Tabular):
             "simulation": asdict(self.simulation),
             "rounded": self.rounded,
             "saturating": self.saturating,
+            "traps": list(map(asdict, self.traps)),
             "default_agreement": self.default_agreement,
             "outputs": {name: asdict(found) for name, found in self.outputs.items()},
             "sites_compared": len(self.layers),
@@ -143,12 +148,11 @@ class VerifyReport(Tabular):
             f"{self.simulation.median_difference:.3g}"
             for item in self.simulation.disagreements[:5]
         ]
+        lines += [f"  trap: {trap}" for trap in self.traps]
         if self.saturating:
-            lines.append(
-                f"  this CPU has no VNNI: the default u8 x s8 kernels saturate, agreement "
-                f"{self.default_agreement:.2%}; "
-                'for such CPUs export with target="onnxruntime-avx2", or quantize with w_bits=7'
-            )
+            lines.append("  this CPU has no VNNI: the default u8 x s8 kernels saturate")
+        if self.saturating or any(trap.kernel for trap in self.traps):
+            lines.append(f"  a session with the runtime's defaults agrees on {self.default_agreement:.2%}")
         lines.append("operators, in the file and after ONNX Runtime's own optimization:")
         for name in sorted({*self.graph.before, *self.graph.after}):
             lines.append(f"  {name:24}{self.graph.before.get(name, 0):6}{self.graph.after.get(name, 0):6}")
@@ -211,6 +215,11 @@ def verify_onnx(
     batches = batches_for(converted, data, "verify_onnx", images=images)
     saturating = products_saturate()
     session = open_session(path)
+    with unreadable("verify_onnx", path, "a graph of products"):
+        model = load_file(path)
+        graph = runtime_graph(model)
+        traps = traps_met(model, graph, saturates=saturating)
+    check_runs("verify_onnx", path, traps)
     pixels = pixels_of(session, str(path), "verify_onnx")
     rounded = None
     if pixels is not None and all(map(pixels.fit, batches)):
@@ -221,11 +230,9 @@ def verify_onnx(
     here = on_cpu(converted)
     alike = outputs_of_model(RuntimeFunctions(here).run, seen("the runtime's functions"), torch.device("cpu"))
     actual = outputs_of_file(str(path), session, seen("the file"), list(simulated))
-    plain = open_session(path, exact=False) if saturating else None
+    plain = open_session(path, exact=False) if saturating or any(trap.kernel for trap in traps) else None
     default = actual if plain is None else outputs_of_file(str(path), plain, batches, list(simulated))
     _check_sizes(str(path), simulated, actual)
-    with unreadable("verify_onnx", path, "a graph of products"):
-        graph = runtime_graph(load_file(path))
     progress(UnderWay("verify: layer by layer"))
     return VerifyReport(
         simulation=compare_outputs(simulated, actual),
@@ -236,4 +243,5 @@ def verify_onnx(
         code_comparison=compare_layers(here, path, session, batches, layers) if layers > 0 else None,
         outputs={name: compare(simulated[name], array) for name, array in actual.items()},
         rounded=rounded,
+        traps=traps,
     )

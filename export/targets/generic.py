@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from ptq4vit_fx.errors import PTQError, failure
 from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.division_bounds import bound_in_front_of_division
 from ptq4vit_fx.export.gemm_biases import keep_biases_out_of_gemm
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, array, is_constant, kind_of, scope_of, set_constant
 from ptq4vit_fx.export.opsets import STANDARD_DOMAINS, opset_of
+from ptq4vit_fx.export.traps import DIVISION, check_traps
 from ptq4vit_fx.plan import QuantPlan
 
 INT4_OPSET = 21
@@ -67,4 +69,12 @@ def _broken(node: ir.Node, expected: str, got: str) -> PTQError:
     return failure("export_onnx", f"node {node.name}", expected=expected, got=got, do="report this as a bug")
 
 
-TARGET = Target("generic", (pack_weights, keep_biases_out_of_gemm), check_generic, packed_bits=INT4_BITS, measured=True)
+def check_plain(model: ir.Model) -> None:
+    """Raise PTQError unless `check_generic` passes and OpenVINO, which may read the file too, computes what it says."""
+    check_generic(model)
+    check_traps(model, (DIVISION,))
+
+
+#: Bounds stand in front of divisions for OpenVINO; for every other runtime either form is the same.
+STEPS = (pack_weights, bound_in_front_of_division, keep_biases_out_of_gemm)
+TARGET = Target("generic", STEPS, check_plain, packed_bits=INT4_BITS, measured=True)

@@ -5,8 +5,8 @@ Sources, all in https://github.com/openvinotoolkit/openvino:
   if either has a zero point; the weights of a linear layer must have none, its activations may. Measured: with the
   default file's zero points two products of a block run in float, without them none (tests/test_openvino.py).
 - the same file, separateInStandaloneBranch: dequantization that several products read is split, as it is written here.
-- tests/test_openvino.py, test_why_bounds_stand_in_front_of_the_division: OpenVINO 2026.4 computes a division by scales
-  per head, a Clip and a QuantizeLinear wrongly; bounds per head in front of the division are computed right.
+- tests/test_traps.py: OpenVINO 2026.4 computes a division by scales per head, a Clip and a QuantizeLinear wrongly;
+  bounds per head in front of the division are computed right (export/division_bounds.py).
 - src/plugins/intel_cpu/src/transformations/transformation_pipeline.cpp: precisions of products are u8 or i8 on the
   left and i8 on the right; ONNX QuantizeLinear on 8 bits becomes a FakeQuantize of 256 levels.
 """
@@ -23,9 +23,11 @@ from ptq4vit_fx.errors import failure, some_names, warn
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.containers import INT8, UINT8, without_zero_points
 from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.division_bounds import bound_in_front_of_division
 from ptq4vit_fx.export.gemm_biases import keep_biases_out_of_gemm
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, PRODUCTS, QUANTIZE
 from ptq4vit_fx.export.targets.generic import check_generic
+from ptq4vit_fx.export.traps import DIVISION, check_traps
 from ptq4vit_fx.plan import QuantPlan
 
 
@@ -47,36 +49,6 @@ def zero_points_to_zero(model: ir.Model, plan: QuantPlan) -> int:
             do='use recipes.ptq4vit(twins="exact"), or a target of ONNX Runtime',
         )
     return count
-
-
-@rewrite(nothing="no Clip stands behind a division by constants")
-def bound_in_front_of_division(model: ir.Model) -> int:
-    """Turn Div by scales per head -> Clip into Min and Max per head -> Div; in place, and exact.
-
-    The Clip's bounds are codes times the quantizer's scale; such a value times a head's scale divides back to it.
-    """
-    count = 0
-    for clip in model.graph:
-        divide = nodes.maker(clip, 0, "Div") if clip.op_type == "Clip" else None
-        if divide is not None and nodes.is_constant(divide.inputs[1]):
-            _bound(model, divide, clip)
-            count += 1
-    return count
-
-
-def _bound(model: ir.Model, divide: ir.Node, clip: ir.Node) -> None:
-    roles: tuple[tuple[str, names.Role], ...] = (("Max", "max"), ("Min", "min"))
-    for (function, role), limit in zip(roles, clip.inputs[1:], strict=False):
-        if limit is None:
-            continue
-        result = names.tensor(nodes.name_of(clip.outputs[0]), role)
-        values = (nodes.array(limit) * nodes.array(divide.inputs[1])).astype(np.float32)
-        bound = nodes.add_constant(model, names.tensor(result, "bound"), values)
-        node = nodes.new_node(function, [divide.inputs[0], bound], result, names.variant(nodes.name_of(clip), function))
-        divide.prepend(node)
-        divide.replace_input_with(0, node.outputs[0])
-    nodes.take_over(divide, clip.outputs[0])
-    model.graph.remove(clip, safe=True)
 
 
 @rewrite(nothing="every DequantizeLinear has one reader and a QuantizeLinear of its own")
@@ -112,6 +84,7 @@ def _numbered(node: ir.Node, number: int) -> ir.Node:
 def check_openvino(model: ir.Model) -> None:
     """Raise PTQError, naming the node, if a rule is broken; warn of products that OpenVINO will compute in float."""
     check_generic(model)
+    check_traps(model, (DIVISION,))
     for node in model.graph:
         if node.op_type not in PAIR:
             continue

@@ -1,4 +1,4 @@
-"""The command line: quantize, eval, bench, inspect, report, why, timings, targets, demo, coverage."""
+"""The command line: quantize, eval, verify, bench, inspect, report, why, timings, targets, demo, coverage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tools import options, tuning_commands
-from ptq4vit_fx.tools.commands import Quiet, bench, coverage, demo, report, targets
+from ptq4vit_fx.tools.commands import Quiet, bench, coverage, demo, report, targets, verify
 from ptq4vit_fx.tools.terminal import EXIT_CODES, POOR, complaints, readable_errors, say, say_json, showing, typed
 
 if TYPE_CHECKING:
@@ -274,5 +274,5 @@ def inspect(
         say(report.to_json() if as_json else str(report), highlight=not as_json)
 
 
-for command in (bench, report, tuning_commands.why, tuning_commands.timings, targets, demo, coverage):
+for command in (verify, bench, report, tuning_commands.why, tuning_commands.timings, targets, demo, coverage):
     app.command()(command)

@@ -88,6 +88,45 @@ def report(
             say("\n".join(found.lines(out)))
 
 
+def verify(
+    file: Annotated[Path, typer.Argument(help="ONNX file of quantize")],
+    data: Annotated[Path, typer.Option(help="images, as for quantize")],
+    runtime: Annotated[
+        str, typer.Option(help="onnxruntime, openvino, or web: onnxruntime-web, WebAssembly in node")
+    ] = "onnxruntime",
+    calibration: Annotated[
+        Path | None, typer.Option(help="that of the file (--checkpoint of quantize): compare with its simulation")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="that it is of, as for quantize (default: the file says)")] = None,
+    weights: Annotated[Path | None, typer.Option(help="of that model, as for quantize")] = None,
+    weights_entry: Annotated[str | None, typer.Option(help="as for quantize")] = None,
+    model_arg: Annotated[list[str] | None, typer.Option(help="as for quantize")] = None,
+    images: Annotated[int, typer.Option(min=1, help="of --data, evenly spread")] = 32,
+    layers: Annotated[int, typer.Option(min=0, help="images on which the codes of every site are compared")] = 8,
+    npm: Annotated[Path, typer.Option(help="folder where onnxruntime-web is installed, for web")] = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a file with its simulation, or what a runtime makes of it with ONNX Runtime: outputs, codes site by site.
+
+    Without a calibration, onnxruntime is compared with the file as it is written, every node by itself.
+    """
+    with readable_errors():
+        phases = showing(not (quiet or as_json))
+        from ptq4vit_fx.tools.remade import Named
+        from ptq4vit_fx.tools.verifying import VerifyRequest, verify_file
+
+        named = Named(model, weights, weights_entry, tuple(model_arg or ()))
+        request = VerifyRequest(file, data, runtime, calibration, named, images, layers, npm)
+        found = verify_file(request, phases)
+        if as_json:
+            say_json(found.to_dict())
+        elif not quiet:
+            say(found, highlight=False)
+        if not found.ok:
+            raise found.refusal()
+
+
 def targets(as_json: AsJson = False) -> None:
     """Print which flags of quantize belong to which runtime."""
     from ptq4vit_fx.tools.runtimes import as_dict, as_text

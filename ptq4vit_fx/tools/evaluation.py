@@ -38,10 +38,11 @@ from ptq4vit_fx.torch_state import independent_of_caller
 
 #: Pictures become pixels as the file says.
 AS_RECORDED = ImageOptions()
-#: What to do of a file without that record; `report` has neither of these options.
+#: What to do of a file without that record.
 ADVICE = {
     "eval": "pass --model with the timm model that it was made from, or --mean and --std",
     "report": "pass images in Python: ptq.report(file, data=images)",
+    "verify": "pass --model with the timm model that it was made from, or call verify_onnx in Python",
 }
 
 

@@ -53,10 +53,11 @@ def why(
     """Name the products, operands, channels and tokens that a quantized model loses by, and measure what would help."""
     with readable_errors():
         phases = showing(not as_json)
+        from ptq4vit_fx.tools.remade import Named
         from ptq4vit_fx.tools.why_command import explain
 
-        source = (model, weights, weights_entry, tuple(model_arg or ()))
-        found = explain(file, data, source, images, phases)
+        named = Named(model, weights, weights_entry, tuple(model_arg or ()))
+        found = explain(file, data, named, images, phases)
         if as_json:
             say_json(found.to_dict())
         else:
