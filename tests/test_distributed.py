@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.tools.cli import app
 
 QUICK = ptq.recipes.best().with_search(n=4, rounds=1)
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore:calibrate. data. 12 images")]
@@ -60,6 +66,28 @@ def test_dask_finds_the_same_bits_though_a_worker_is_killed(prepared, small_imag
     assert len(client.nthreads()) == 1
     again = ptq.calibrate(prepared, small_images, progress=False, executor=client.get_executor())
     assert again.fingerprint() == here.fingerprint()
+
+
+def test_the_command_line_calibrates_on_a_cluster(cluster, tmp_path, monkeypatch):
+    client, _ = cluster
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(0, 256, (20, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    np.savez("images.npz", images=pixels.numpy())
+    sizes: dict[str, Any] = {"img_size": 32, "depth": 2, "num_classes": 3}
+    save_file(timm.create_model("deit_tiny_patch16_224", **sizes).state_dict(), "weights.safetensors")
+    arguments = " ".join(f"--model-arg {name}={value}" for name, value in sizes.items())
+    line = f"quantize deit_tiny_patch16_224 --weights weights.safetensors {arguments} --data images.npz --images 8"
+    address = client.scheduler_info()["address"]
+    for number, where in enumerate(("", f" --scheduler {address}")):
+        done = CliRunner().invoke(
+            app, f"{line} --no-bench --checkpoint {number}.safetensors --out m.onnx{where}".split()
+        )
+        assert done.exit_code == 0, done.output
+    here, there = (ptq.Calibration.load(f"{number}.safetensors") for number in range(2))
+    assert here.fingerprint() == there.fingerprint()
+    refused = CliRunner().invoke(app, f"{line} --out n.onnx --scheduler nonsense://1".split())
+    assert refused.exit_code == 1
+    assert "--scheduler nonsense://1: expected a Dask scheduler at tcp://HOST:PORT" in refused.output
 
 
 def test_mpi_finds_the_same_bits():

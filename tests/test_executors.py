@@ -78,6 +78,19 @@ def test_a_worker_cuts_its_group_by_its_own_memory(prepared, here, small_images)
         ptq.calibrate(prepared, small_images, executor=pool, memory_limit="150MiB", progress=False)
 
 
+def test_sensitivity_is_the_same_on_workers(prepared, small_images):
+    held_out = torch.randn(20, *small_images.shape[1:], generator=torch.Generator().manual_seed(2))
+    tables = []
+    with ThreadPoolExecutor(2) as pool:
+        for where in ({}, {"executor": pool, "groups": 3}):
+            arguments: dict[str, Any] = {"held_out": held_out, "forms": ["w8a8", "w4a8"], "progress": False, **where}
+            tables.append(ptq.sensitivity(prepared, small_images, **arguments))
+    here, there = tables
+    assert there.costs == here.costs
+    assert any(cost.measured is not None for cost in here.costs)
+    assert there.passes == pytest.approx(here.passes)
+
+
 def far_away() -> None:
     """Make of this process a worker of another machine, which does not see the files of the client."""
     setattr(worker_state, "not_a_file", lambda path: "no such file")  # noqa: B010 - to mypy it is another module's

@@ -102,7 +102,13 @@ def floors() -> dict[str, str]:
     extras = project["optional-dependencies"]
     bounds = [
         re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", line)
-        for line in [*project["dependencies"], *extras["data"], *extras["hf"], *extras["openvino"]]
+        for line in [
+            *project["dependencies"],
+            *extras["data"],
+            *extras["distributed"],
+            *extras["hf"],
+            *extras["openvino"],
+        ]
         if not line.endswith("; python_version < '3.11'")
     ]
     assert all(bounds), "a floor, and nothing above"
