@@ -142,7 +142,7 @@ def search_elsewhere(
         GroupTask(tuple((op, wanted[op]) for op in group))
         for group in cut(list(wanted), setting.plan.multiplications, groups or GROUPS)
     ]
-    size = 2 * sum(x.nbytes for x in (*setting.observed.state_dict().values(), *sum(setting.batches, ())))
+    size = sum(x.nbytes for x in (*setting.observed.state_dict().values(), *sum(setting.batches, ())))
     devices = replace(setting.devices, home=CPU)
     setting = replace(setting, batches=_alone(setting.batches), devices=devices)
     shared = Shared(setting, memory_limit, intra_op_threads())

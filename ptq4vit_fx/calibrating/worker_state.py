@@ -47,9 +47,12 @@ def write_state(state: Any, path: Path, operation: str) -> StateFile:
     Raises PTQError on what pickle cannot write, such as a function that was defined inside of another.
     """
     try:
-        torch.save(state, path)
+        with path.open("wb") as file:
+            torch.save(state, file)
     except PTQError as error:
         raise PTQError(f"{operation}: executor: {error}") from error
+    except OSError:  # a full disk, of which `scratch` knows more
+        raise
     except Exception as error:  # pickle lets what it writes raise anything
         expected = "a model and a loss that pickle can write"
         do = "define their functions and classes at the top of a module that workers can import"

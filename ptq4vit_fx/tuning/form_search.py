@@ -10,6 +10,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.calibrator import empty_calibration, resumed, run_calibration
+from ptq4vit_fx.calibrating.group_tasks import check_work
 from ptq4vit_fx.calibrating.options import CalibrationOptions, chosen_loss
 from ptq4vit_fx.calibration import Calibration, SearchResult
 from ptq4vit_fx.errors import failure
@@ -78,6 +79,7 @@ def search_forms(
     arguments = DEFAULTS | given
     arguments["loss"] = chosen_loss(prepared, arguments["loss"])
     options = CalibrationOptions(images=None, checkpoint=folder and path_of(folder, first), **arguments)
+    check_work(options)
     found = {
         form: _started(planned(prepared, candidates.plan_of(form)), batches, options, folder, form) for form in others
     }
