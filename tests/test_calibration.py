@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.calibrating import calibrator
+from ptq4vit_fx.calibrating import group_search
 from ptq4vit_fx.calibrating.capture import capture, captured_product
 from ptq4vit_fx.calibrating.losses import fisher, pseudo_label
 from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, RESERVED, SEARCH_FACTOR, MemoryBudget
@@ -59,7 +59,7 @@ def searched(monkeypatch):
             names.append(op.name)
         return search_op(op, *args, **kwargs)
 
-    monkeypatch.setattr(calibrator, "search_op", watched)
+    monkeypatch.setattr(group_search, "search_op", watched)
     return names
 
 
@@ -190,7 +190,7 @@ def test_sequential_search_sees_what_the_quantized_products_give(small_vit, smal
         inputs[op.name] = product.lhs
         return search_op(op, product, *args, **kwargs)
 
-    monkeypatch.setattr(calibrator, "search_op", watched)
+    monkeypatch.setattr(group_search, "search_op", watched)
     mapping = ptq.recipes.base_ptq(4, 4).with_search(n=8)
     prepared = prepared_for(small_vit, small_images, mapping)
     calibrate(prepared, small_images, sequential=True)
