@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.calibrator import run_calibration
 from ptq4vit_fx.calibrating.fit import check_fits, check_weights
+from ptq4vit_fx.calibrating.group_tasks import check_work
 from ptq4vit_fx.calibrating.losses import Loss
 from ptq4vit_fx.calibrating.options import CalibrationOptions, chosen_loss
 from ptq4vit_fx.calibration import Calibration
@@ -105,6 +107,8 @@ def calibrate(
     transform: Callable[[Any], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     sequential: bool = False,
+    executor: Executor | None = None,
+    groups: int | None = None,
 ) -> Calibration:
     """Choose every scale on a few unlabelled images; return the Calibration and set it on `prepared` too.
 
@@ -127,17 +131,32 @@ def calibrate(
     result of an unbroken run. progress: draw a bar, in a terminal; or a function that is called with what is under way
     (`UnderWay`). sequential: search each product on the values that the quantized products before it give,
     at one forward and backward per product; the default, parallel calibration on float values, is the paper's and is
-    better on few images.
+    better on few images. executor: any `concurrent.futures.Executor`, of processes or of other machines, whose workers
+    get the model and the images as pickles and capture and search groups of products: the same scales, bit for bit,
+    in whatever order, wherever the same torch computes with the same instructions (docs/distributed.md); device,
+    search_device and memory_limit are then of each worker, and a worker that dies is tried elsewhere. groups: that the
+    work is cut into (default 8); each costs a pass over the images, two to four per worker are good.
     Raises PTQError on a model that is not prepared or that another thread calibrates, on data without images or with
-    NaN, and on a checkpoint of another plan, other weights, images or arguments. Warns (PTQWarning) of fewer than 16
+    NaN, on a checkpoint of another plan, other weights, images or arguments, on an executor that takes no tasks, whose
+    workers have other packages, or with sequential. Warns (PTQWarning) of fewer than 16
     images, of equal ones, and of values that no normalized image has.
     """
     prepared = model_at(Stage.OBSERVED, prepared, "calibrate", "call prepare_fx first")
     devices, limit = (device, search_device), memory_limit
     limit = bytes_of(limit, "calibrate", "memory_limit") if isinstance(limit, str) else limit
     options = CalibrationOptions(
-        images, seed, progress, *devices, chosen_loss(prepared, loss), limit, checkpoint, sequential
+        images,
+        seed,
+        progress,
+        *devices,
+        chosen_loss(prepared, loss),
+        limit,
+        checkpoint,
+        sequential,
+        executor=executor,
+        groups=groups,
     )
+    check_work(options)
     data = data if transform is None else pictures_for(prepared, data, "calibrate", images=images, transform=transform)
     with calibrated_alone(prepared):
         calibration = run_calibration(prepared, data, options)

@@ -136,6 +136,19 @@ def intra_op_threads() -> int:
         return torch.get_num_threads()
 
 
+@contextlib.contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Let operators that this thread calls use so many threads on the CPU, and as many as before behind it."""
+    with _COUNTING:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        with _COUNTING:
+            torch.set_num_threads(before)
+
+
 def single_threaded_pool(workers: int, name: str) -> ThreadPoolExecutor:
     """Return a pool whose workers compute with one thread each; nobody else does.
 

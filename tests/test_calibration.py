@@ -17,9 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.calibrating import calibrator
+from ptq4vit_fx.calibrating import group_search
 from ptq4vit_fx.calibrating.capture import capture, captured_product
-from ptq4vit_fx.calibrating.losses import fisher, pseudo_label
+from ptq4vit_fx.calibrating.losses import fisher, get_loss, pseudo_label
 from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, RESERVED, SEARCH_FACTOR, MemoryBudget
 from ptq4vit_fx.inputs.sealed_tensors import sealed
 from ptq4vit_fx.search.search_op import search_op
@@ -59,7 +59,7 @@ def searched(monkeypatch):
             names.append(op.name)
         return search_op(op, *args, **kwargs)
 
-    monkeypatch.setattr(calibrator, "search_op", watched)
+    monkeypatch.setattr(group_search, "search_op", watched)
     return names
 
 
@@ -190,7 +190,7 @@ def test_sequential_search_sees_what_the_quantized_products_give(small_vit, smal
         inputs[op.name] = product.lhs
         return search_op(op, product, *args, **kwargs)
 
-    monkeypatch.setattr(calibrator, "search_op", watched)
+    monkeypatch.setattr(group_search, "search_op", watched)
     mapping = ptq.recipes.base_ptq(4, 4).with_search(n=8)
     prepared = prepared_for(small_vit, small_images, mapping)
     calibrate(prepared, small_images, sequential=True)
@@ -251,6 +251,20 @@ def test_output_without_classes_needs_a_loss(small_images, wrap, got, loss):
     assert set(calibration.params) == set(prepared.plan.quantizers)
     with pytest.raises(ptq.PTQError, match="expected one of pseudo_label, fisher"):
         calibrate(prepared, small_images, loss="fischer")
+
+
+@pytest.mark.parametrize("named", ["fisher", "projection"])
+def test_what_a_loss_draws_for_an_image_does_not_depend_on_its_batch(named):
+    outputs = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for sizes in ([9], [4, 5], [1] * 9):
+        loss, gradients = get_loss(named, 3), []
+        for part in outputs.split(sizes):
+            logits = part.clone().requires_grad_()
+            gradients.append(torch.stack([torch.autograd.grad(x, logits, retain_graph=True)[0] for x in loss(logits)]))
+        found.append(torch.cat(gradients, 1))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_a_recipe_says_its_loss_unless_calibrate_is_told_another(small_vit, small_images):

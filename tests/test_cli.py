@@ -223,7 +223,7 @@ def test_interrupt_during_calibration_leaves_nothing(workspace, monkeypatch):
             raise KeyboardInterrupt
         return search_op(op, *args, **kwargs)
 
-    monkeypatch.setattr("ptq4vit_fx.calibrating.calibrator.search_op", interrupted)
+    monkeypatch.setattr("ptq4vit_fx.calibrating.group_search.search_op", interrupted)
     before = sorted(workspace.rglob("*"))
     result = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx")
     assert result.exit_code == 130
@@ -244,7 +244,7 @@ def test_the_same_command_goes_on_from_a_checkpoint(workspace, monkeypatch):
             searched.append(op.name)
         return search_op(op, *args, **kwargs)
 
-    monkeypatch.setattr("ptq4vit_fx.calibrating.calibrator.search_op", interrupted)
+    monkeypatch.setattr("ptq4vit_fx.calibrating.group_search.search_op", interrupted)
     command = ["quantize", *(a.format(w=workspace) for a in GOOD), "--out", workspace / "model.onnx"]
     command += ["--checkpoint", workspace / "scales.safetensors", "--memory-limit", "1"]
     first = run(*command)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import ptq4vit_fx as ptq
-from ptq4vit_fx.calibrating import calibrator
+from ptq4vit_fx.calibrating import group_search
 from ptq4vit_fx.search.search_op import search_op
 
 ELSEWHERE = torch.device("meta")
@@ -129,7 +129,7 @@ def same(first: ptq.Calibration, second: ptq.Calibration) -> bool:
 def test_calibration_on_another_device_gives_the_same_scales(small_vit, small_images, mapping, where, monkeypatch):
     here = ptq.prepare_fx(small_vit, mapping, small_images[:1])
     expected = ptq.calibrate(here, small_images, progress=False, loss=where.get("loss", "pseudo_label"))
-    monkeypatch.setattr(calibrator, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(group_search, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(torch, "tensor", tensor)
     prepared = ptq.prepare_fx(small_vit, mapping, small_images[:1])
     searched: list[torch.device] = []
@@ -138,7 +138,7 @@ def test_calibration_on_another_device_gives_the_same_scales(small_vit, small_im
         searched.append(product.lhs.device)
         return search_op(op, product, *args, **kwargs)
 
-    monkeypatch.setattr(calibrator, "search_op", watched)
+    monkeypatch.setattr(group_search, "search_op", watched)
     with Devices():
         found = ptq.calibrate(prepared, small_images, progress=False, memory_limit=2**30, **where)
     assert set(searched) == {ELSEWHERE}

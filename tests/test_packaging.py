@@ -97,7 +97,7 @@ def test_folders_refuse_another_import_name(folder):
 
 
 #: Extras for users; the others hold tools of developers.
-USERS = ("data", "demo", "report", "hf", "openvino")
+USERS = ("data", "demo", "distributed", "report", "hf", "openvino")
 
 
 def floors() -> dict[str, str]:

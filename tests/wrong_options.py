@@ -51,6 +51,7 @@ OPTIONS = {
         "--output-name: expected a layout without names",
     ),
     "a plan in no folder": ("--plan --out nowhere/m.onnx", "an existing, writable folder"),
+    "a scheduler for products that wait": ("--scheduler tcp://127.0.0.1:1 --sequential", "--scheduler: expected"),
     "a plan without memory": ("--plan --memory-limit 0.01", "memory_limit: expected"),
     # What stands in a file
     "no such config": ("--config no.toml", "no.toml: expected a TOML file, got no such file"),

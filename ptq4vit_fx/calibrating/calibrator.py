@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,13 +12,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.calibrating.capture import Captured, capture, captured_product
+from ptq4vit_fx.calibrating.capture import Captured
 from ptq4vit_fx.calibrating.fit import WEIGHTS_FINGERPRINT, check_shapes, weights_fingerprint
-from ptq4vit_fx.calibrating.losses import get_loss
-from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit
+from ptq4vit_fx.calibrating.group_search import Plans, Results, Setting, capture_group, moved, search_group
+from ptq4vit_fx.calibrating.group_tasks import Tally, search_elsewhere
+from ptq4vit_fx.calibrating.memory import MemoryBudget, default_memory_limit, searches_at_once
 from ptq4vit_fx.calibrating.options import CalibrationOptions, Devices
 from ptq4vit_fx.calibrating.ranges import measure_balances
-from ptq4vit_fx.calibration import Calibration, SearchResult, fingerprint_tensors
+from ptq4vit_fx.calibration import Calibration, fingerprint_tensors
 from ptq4vit_fx.errors import failure, warn
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.batches import batches_for
@@ -28,26 +27,20 @@ from ptq4vit_fx.inputs.items import model_inputs
 from ptq4vit_fx.inputs.plausible import NORMALIZATION, warn_of_implausible
 from ptq4vit_fx.inputs.progress import Show, UnderWay, counted, shown
 from ptq4vit_fx.inputs.tensors import Inputs
-from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.graph.contract import plan_of, sharing_tensors
 from ptq4vit_fx.plan import QuantOp, QuantPlan
-from ptq4vit_fx.search.metrics import get_metric
-from ptq4vit_fx.search.products import Product
-from ptq4vit_fx.search.search_op import search_op
-from ptq4vit_fx.torch_state import intra_op_threads, single_threaded_pool
 
 #: What a checkpoint must share with the calibration that resumes it.
 IDENTITY = ("images_fingerprint", WEIGHTS_FINGERPRINT, "seed", "loss", "sequential")
-
-#: So many products are searched at the same time on a GPU, where most of the time goes into calls.
-GPU_SEARCHES = 2
 
 
 def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOptions) -> Calibration:
     """Do the work of `ptq4vit_fx.calibrate`; the graph does not change."""
     started = time.perf_counter()
     devices = Devices.of(prepared, options)
+    if options.executor is not None:  # what is left to this machine is done where the model is
+        devices = Devices(devices.home, devices.home, devices.home)
     batches = batches_for(prepared, data, "calibrate", images=options.images, progress=options.progress is True)
     warn_of_implausible(batches, model_inputs(prepared), "calibrate", prepared.meta.get(NORMALIZATION))
     run = _start(prepared, batches, options, devices)
@@ -56,18 +49,12 @@ def run_calibration(prepared: GraphModule, data: Any, options: CalibrationOption
         if run.plan.balances:
             with run.timed("balance"):
                 run.balance(schedule.batches, show)
-        for group in schedule.groups:
-            with run.timed("capture"):
-                captured = _capture(run, group, schedule.batches, show)
-            with run.timed("search"):
-                show(run.searched(group[0]))
-                for op in _search_all(run, group, captured, schedule.searches):
-                    show(run.searched(op))
+        facts = (_search_here if options.executor is None else _search_elsewhere)(run, schedule, show)
     seconds = {"seconds": round(time.perf_counter() - started, 3)}
     seconds |= {f"{name}_seconds": round(value, 3) for name, value in run.seconds.items()}
     for remark in run.results.remarks():
         warn(str(remark))
-    return run.results.with_provenance(seconds | {"capture_groups": len(schedule.groups)})
+    return run.results.with_provenance(seconds | facts)
 
 
 @dataclass
@@ -85,12 +72,16 @@ class _Run:
     @property
     def left(self) -> list[QuantOp]:
         """The products that have no result yet, or lack one of a further search."""
-        further = self.options.further
-        return [
-            op
-            for op in self.plan.ops
-            if op.name not in self.results.distances or (further is not None and further.lacks(op))
-        ]
+        return [op for op in self.plan.ops if self.wanted(op)]
+
+    def wanted(self, op: QuantOp) -> Plans:
+        """Return the plans that a product is still to be searched by."""
+        further = {} if self.options.further is None else self.options.further.left(op)
+        return further if op.name in self.results.distances else {None: self.plan, **further}
+
+    def setting(self, batches: list[Inputs]) -> Setting:
+        """Return what products are captured from."""
+        return Setting(self.observed, self.plan, batches, self.options.loss, self.options.seed, self.devices)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -120,11 +111,16 @@ class _Run:
         if self.options.checkpoint is not None:
             self.results.save(self.options.checkpoint)
 
-    def add(self, op: QuantOp, result: SearchResult | None, seconds: float) -> None:
-        if result is None:
-            return
-        self.results = self.results.with_result(op.name, result, seconds)
-        self.save()
+    def add(self, op: QuantOp, found: Results, *, save: bool = True) -> None:
+        """Take what was found of a product; it lies where the model is at home."""
+        for key, (result, seconds) in found.items():
+            if key is not None:
+                assert self.options.further is not None
+                self.options.further.add(op, key, result, seconds)
+                continue
+            self.results = self.results.with_result(op.name, result, seconds)
+            if save:
+                self.save()
 
 
 def _start(prepared: GraphModule, batches: list[Inputs], options: CalibrationOptions, devices: Devices) -> _Run:
@@ -195,8 +191,9 @@ def _schedule(run: _Run, batches: list[Inputs]) -> _Schedule:
     limit, chosen = options.memory_limit, options.memory_limit is not None
     limit = default_memory_limit(devices.model) if limit is None else limit
     budget = MemoryBudget.of(run.prepared, limit, chosen=chosen)
-    threads = intra_op_threads() if devices.search.type == "cpu" else GPU_SEARCHES
-    searches = budget.searches(left, images, threads)
+    searches = budget.searches(left, images, searches_at_once(devices.search))
+    if options.executor is not None:  # each worker cuts its own products by its own memory
+        return _Schedule([], budget.split(batches), searches)
     groups = [[op] for op in left] if options.sequential else budget.groups(left, images, searches)
     return _Schedule(groups, budget.split(batches), searches)
 
@@ -211,59 +208,40 @@ def _model_at_work(run: _Run) -> Iterator[None]:
         run.prepared.to(run.devices.home)
 
 
-def _capture(run: _Run, group: list[QuantOp], batches: list[Inputs], show: Show) -> dict[str, Captured]:
+def _search_here(run: _Run, schedule: _Schedule, show: Show) -> dict[str, Any]:
+    """Capture and search group by group; return the facts of it for the provenance."""
+    setting = run.setting(schedule.batches)
+    for group in schedule.groups:
+        with run.timed("capture"):
+            captured = _capture(run, setting, group, show)
+        with run.timed("search"):
+            show(run.searched(group[0]))
+            for op in search_group(setting, {op: run.wanted(op) for op in group}, captured, schedule.searches, run.add):
+                show(run.searched(op))
+    return {"capture_groups": len(schedule.groups)}
+
+
+def _capture(run: _Run, setting: Setting, group: list[QuantOp], show: Show) -> dict[str, Captured]:
     """Return the operands and gradients of a group of products, on the device of the model."""
-    on_device = (tuple(x.to(run.devices.model) for x in batch) for batch in batches)
-    return capture(
-        run.observed,
-        group,
-        counted(on_device, show, "capture operands and gradients", _images(batches)),
-        loss=get_loss(run.options.loss, run.options.seed),
-        with_gradient=any(get_metric(run.plan.searches[op.name].metric).weighted_by_gradient for op in group),
-        quantized=run.results if run.options.sequential else None,
-    )
+    on_device = (tuple(x.to(run.devices.model) for x in batch) for batch in setting.batches)
+    batches = counted(on_device, show, "capture operands and gradients", _images(setting.batches))
+    return capture_group(setting, group, batches, run.results if run.options.sequential else None)
 
 
-def _search_all(run: _Run, ops: list[QuantOp], captured: dict[str, Captured], searches: int) -> Iterator[QuantOp]:
-    """Search products, so many at the same time, and yield each when it is done.
-
-    On a CPU every search has one thread: its operations are small, and threads of their own keep the cores busier than
-    threads within them. It also makes the result independent of how many run beside it.
-    """
-    on_cpu = run.devices.search.type == "cpu"
-    pool = single_threaded_pool(searches, "search") if on_cpu else ThreadPoolExecutor(searches, "search")
-    waiting = {pool.submit(_search, run, op, captured): op for op in ops}
-    try:
-        for done in as_completed(list(waiting)):
-            run.add(waiting[done], *done.result())
-            yield waiting.pop(done)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for future, op in waiting.items():  # after Ctrl-C: what was being searched is done by now
-            if not future.cancelled() and future.exception() is None:
-                run.add(op, *future.result())
-
-
-def _search(run: _Run, op: QuantOp, captured: dict[str, Captured]) -> tuple[SearchResult | None, float]:
-    """Search one product where searches run; return its parameters beside the model, and the seconds it took.
-
-    Of a product that the calibration has, only what else is asked for is searched, and there is no result.
-    """
-    started, further = time.perf_counter(), run.options.further
-    product = captured_product(op, captured.pop(op.name)).to(run.devices.search)
-    seed = (run.options.seed * 1_000_003 + zlib.crc32(op.name.encode())) % 2**63
-    result = None
-    if op.name not in run.results.distances:
-        result = search_product(run.plan, op, product, seed, run.devices.home)
-    seconds = time.perf_counter() - started
-    if further is not None:
-        further.search(op, product, seed)
-    return result, seconds
-
-
-def search_product(plan: QuantPlan, op: QuantOp, product: Product, seed: int, home: torch.device) -> SearchResult:
-    """Search a captured product as a plan says; return its parameters on the device `home`."""
-    lhs, rhs = (plan.quantizers[site(op.name, operand)] for operand in OPERANDS)
-    result = search_op(op, product, lhs, rhs, plan.searches[op.name], seed=seed)
-    codes = None if result.codes is None else result.codes.to(home)
-    return replace(result, lhs=result.lhs.to(home), rhs=result.rhs.to(home), codes=codes)
+def _search_elsewhere(run: _Run, schedule: _Schedule, show: Show) -> dict[str, Any]:
+    """Let the workers of the executor capture and search; return the facts of it for the provenance."""
+    options, tally, home = run.options, Tally(), run.devices.home
+    wanted = {op: run.wanted(op) for op in run.left}
+    if not wanted:
+        return tally.facts()
+    assert options.executor is not None
+    show(run.searched(next(iter(wanted))))
+    setting = replace(run.setting(schedule.batches), devices=Devices.of(run.prepared, options))
+    parts = (options.executor, options.memory_limit, options.groups, tally)
+    for found in search_elsewhere(setting, wanted, *parts):
+        for name, own in found.items():
+            results = {key: (moved(result, home), seconds) for key, (result, seconds) in own.items()}
+            run.add(run.plan.op(name), results, save=False)
+        run.save()
+        show(run.searched(run.plan.op(name)))
+    return tally.facts()

@@ -87,13 +87,21 @@ def projection(seed: int = 0, draws: int = FISHER_DRAWS) -> Loss:
         if not units:
             do = "pass loss=, a function from the output to a scalar"
             raise failure("calibrate", "the model's output", expected="floats", got=described(output), do=do)
-        sums = []
-        for _ in range(draws):
-            signs = [2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1 for x in units]
-            sums.append(sum(((x * v.to(x)).sum() for x, v in zip(units, signs, strict=True)), units[0].new_zeros(())))
-        return sums
+        signs = _signs(units, draws, generator)
+        none = units[0].new_zeros(())
+        return [sum(((x * v[:, d].to(x)).sum() for x, v in zip(units, signs, strict=True)), none) for d in range(draws)]
 
     return loss
+
+
+def _signs(units: Sequence[Tensor], draws: int, generator: torch.Generator) -> list[Tensor]:
+    """Return random signs for tensors (images, n), (images, draws, n) each, image by image: batches change nothing."""
+    signs = [torch.empty(len(x), draws, x.shape[1]) for x in units]
+    for image in range(max(map(len, signs))):
+        for own in signs:
+            if image < len(own):
+                own[image] = 2 * torch.randint(0, 2, own.shape[1:], generator=generator) - 1
+    return signs
 
 
 def has_logits(output: Any) -> bool:

@@ -16,6 +16,10 @@ from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.plan import QuantOp, QuantPlan
+from ptq4vit_fx.torch_state import intra_op_threads
+
+#: So many products are searched at the same time on a GPU, where most of the time goes into calls.
+GPU_SEARCHES = 2
 
 #: Share of the limit that is planned with. The rest is for what the allocator keeps: ViT-L/16 planned with all of 8 GiB
 #: peaked at 8.4, planned with 0.8 of them at 7.8 (docs/calibration.md).
@@ -52,6 +56,11 @@ def default_memory_limit(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return psutil.virtual_memory().available // 2
+
+
+def searches_at_once(device: torch.device) -> int:
+    """Return how many products are searched at the same time on a device, where memory allows it."""
+    return intra_op_threads() if device.type == "cpu" else GPU_SEARCHES
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,22 +12,21 @@ import torch
 from torch.fx import GraphModule
 
 from ptq4vit_fx.calibrating.losses import Loss
-from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.calibration import Calibration, SearchResult
 from ptq4vit_fx.inputs.progress import Show
 from ptq4vit_fx.passes.graph.contract import plan_of
-from ptq4vit_fx.plan import QuantOp
-from ptq4vit_fx.search.products import Product
+from ptq4vit_fx.plan import QuantOp, QuantPlan
 
 
 class FurtherSearch(Protocol):
-    """Further searches of a product while its operands are in memory; several threads call it at the same time."""
+    """Further searches of a product while its operands are in memory."""
 
-    def lacks(self, op: QuantOp) -> bool:
-        """Return whether a product is still to be searched, though the calibration has it."""
+    def left(self, op: QuantOp) -> dict[Hashable, QuantPlan]:
+        """Return the plans by which a product is still to be searched, besides the calibration's own."""
         ...
 
-    def search(self, op: QuantOp, product: Product, seed: int) -> None:
-        """Search a captured product, where searches run."""
+    def add(self, op: QuantOp, key: Hashable, result: SearchResult, seconds: float) -> None:
+        """Take what was found by one of these plans."""
         ...
 
 
@@ -45,6 +46,8 @@ class CalibrationOptions:
     memory_limit: int | None
     checkpoint: str | os.PathLike[str] | None
     sequential: bool
+    executor: Executor | None = None
+    groups: int | None = None
     further: FurtherSearch | None = None
     known: Calibration | None = None
 

@@ -104,21 +104,27 @@ def _item(data: Any, number: int) -> Content:
 
 
 def _batches(images: Images, preparation: Preparation, count: int) -> list[Tensor]:
-    """Return the pixels of some pictures, evenly spread over all, in batches."""
+    """Return the pixels of some pictures, evenly spread over all, in batches; they are held once."""
     operation, skipped = preparation.operation, list[str]()
     transform, channels = (torch.as_tensor, 3) if images.float_shape else preparation.of_files()
     chosen = [images.items[number] for number in evenly_spread(len(images.items), count)]
-    read = [torch.as_tensor(pixels) for _, pixels in read_images(chosen, transform, skipped, channels)]
-    if not read:
+    batches, batch, shapes = list[Tensor](), list[Tensor](), set[tuple[int, ...]]()
+    for _, pixels in read_images(chosen, transform, skipped, channels):
+        batch.append(torch.as_tensor(pixels))
+        shapes.add(tuple(batch[-1].shape))
+        if len(shapes) > 1:
+            got, do = " and ".join(map(str, sorted(shapes))), "let the transform end with one size"
+            raise failure(operation, "data", expected="pixels of one size", got=got, do=do)
+        if len(batch) == BATCH:
+            batches.append(torch.stack(batch))
+            batch = []
+    batches += [torch.stack(batch)] if batch else []
+    if not batches:
         got, do = f"none of {len(skipped)}, the first: {skipped[0]}", "check the files, and the transform"
         raise failure(operation, "data", expected="one readable image or more", got=got, do=do)
     if skipped:
         warn(f"{operation}: data: {said_of_skipped(skipped)}")
-    shapes = {tuple(pixels.shape) for pixels in read}
-    if len(shapes) > 1:
-        got, do = " and ".join(map(str, sorted(shapes)[:2])), "let the transform end with one size"
-        raise failure(operation, "data", expected="pixels of one size", got=got, do=do)
-    return [torch.stack(read[start : start + BATCH]) for start in range(0, len(read), BATCH)]
+    return batches
 
 
 def _transformed(data: Any, transform: Transform, operation: str) -> Any:

@@ -33,6 +33,7 @@ from ptq4vit_fx.tools.planning import Planned, planned
 from ptq4vit_fx.tools.proving import full_batches, proved
 from ptq4vit_fx.tools.reporting import report_of_summary
 from ptq4vit_fx.tools.request import Request, check_request
+from ptq4vit_fx.tools.schedulers import workers_at
 from ptq4vit_fx.tools.source import Say, Source, read_source
 from ptq4vit_fx.tools.summary import Summary
 from ptq4vit_fx.tools.tuned_request import tuned_model
@@ -60,7 +61,8 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
     """
     check_request(request)
     source = read_source(request, say, phases)
-    prepared = _calibrated(request, source, say, phases)
+    with workers_at(request.scheduler) as workers:
+        prepared = _calibrated(request, source, say, phases, workers)
     with phases(phase.CONVERT):
         converted = convert_fx(prepared)
     example, target, opset, batch = source.pixels[:1], request.target, request.opset, request.batch
@@ -123,8 +125,11 @@ def plan_folder(request: Request, say: Say, phases: Phases) -> Planned:
         return planned(request, source)
 
 
-def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> GraphModule:
-    """Return the prepared model with its scales, which say in their provenance what they are of."""
+def _calibrated(request: Request, source: Source, say: Say, phases: Phases, workers: dict[str, Any]) -> GraphModule:
+    """Return the prepared model with its scales, which say in their provenance what they are of.
+
+    workers: arguments of `calibrate` that say where its work is done.
+    """
     with phases(phase.TRACE, phase.PER_MODULE * len(list(source.network.modules()))):
         prepared = prepare_fx(source.network, request.mapping, source.pixels[:1], skip=request.skip)
     for line in said_of(request.settings, request.skip, plan_of(prepared)):
@@ -138,6 +143,7 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases) -> G
         "device": check_device(request.device),
         "sequential": request.sequential,
         "progress": phases.show,
+        **workers,
     }
     if request.agreement is None:
         with phases(phase.CALIBRATE):

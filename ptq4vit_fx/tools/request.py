@@ -32,6 +32,7 @@ class Request:
     typed, for that page. kind: what the output is, None for `compare_float` to decide. settings: what `--set` says,
     which is in the mapping. agreement: with float, which `tune` keeps while it makes `minimize` small, by `timings` of
     a file or of this CPU. image_options: what of the preprocessing is to be another than the model's.
+    scheduler: address of the Dask scheduler whose workers calibrate.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Request:
     command: str
     device: str = "cpu"
     sequential: bool = False
+    scheduler: str | None = None
     settings: tuple[str, ...] = ()
     agreement: float | None = None
     minimize: str = "time"
@@ -125,6 +127,9 @@ def check_request(request: Request) -> None:
     if request.sequential and request.twins == "auto":
         expected, do = "exact, wide or uniform with --sequential", "choose one: auto compares products that do not wait"
         raise failure("quantize", "--twins", expected=expected, got="'auto'", do=do)
+    if request.sequential and request.scheduler is not None:
+        expected, do = "products that can be searched apart", "leave --sequential or --scheduler out"
+        raise failure("quantize", "--scheduler", expected=expected, got="--sequential", do=do)
     narrow = [change for change in request.mapping.changes if change.a not in (None, 8)]
     if request.target == "tensorrt" and narrow:
         expected, do = "8 bits of activations with the target tensorrt", "set those of weights alone"

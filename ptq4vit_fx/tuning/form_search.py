@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
-from ptq4vit_fx.calibrating.calibrator import empty_calibration, resumed, run_calibration, search_product
+from ptq4vit_fx.calibrating.calibrator import empty_calibration, resumed, run_calibration
+from ptq4vit_fx.calibrating.group_tasks import check_work
 from ptq4vit_fx.calibrating.options import CalibrationOptions, chosen_loss
-from ptq4vit_fx.calibration import Calibration
+from ptq4vit_fx.calibration import Calibration, SearchResult
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.passes.graph.contract import attach, calibration_of, plan_of, sharing_tensors
 from ptq4vit_fx.passes.graph.staged_model import calibrated_alone
 from ptq4vit_fx.plan import QuantOp, QuantPlan
-from ptq4vit_fx.search.products import Product
 from ptq4vit_fx.tuning.forms import FLOAT, Candidates, Form
 
 #: The arguments of `calibrate` that say what is searched; the others are its own.
@@ -31,6 +29,8 @@ DEFAULTS: dict[str, Any] = {
     "loss": None,
     "memory_limit": None,
     "sequential": False,
+    "executor": None,
+    "groups": None,
 }
 
 
@@ -38,30 +38,24 @@ DEFAULTS: dict[str, Any] = {
 class FormSearch:
     """The forms beside the first one, a calibration each, of the products for which they differ.
 
-    folder: where each is kept as soon as one more product is found. home: the device of the model.
+    folder: where each is kept as soon as one more product is found.
     """
 
     found: dict[Form, Calibration]
     folder: Path | None
-    home: torch.device
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def lacks(self, op: QuantOp) -> bool:
-        """Return whether a form of a product has no scales yet."""
-        return bool(self._left(op))
+    def left(self, op: QuantOp) -> dict[Hashable, QuantPlan]:
+        """Return the plans of the forms of a product that have no scales yet."""
+        return {
+            form: own.plan for form, own in self.found.items() if op in own.plan.ops and op.name not in own.distances
+        }
 
-    def search(self, op: QuantOp, product: Product, seed: int) -> None:
-        """Search what a product lacks."""
-        for form in self._left(op):
-            started = time.perf_counter()
-            result = search_product(self.found[form].plan, op, product, seed, self.home)
-            with self.lock:
-                self.found[form] = self.found[form].with_result(op.name, result, time.perf_counter() - started)
-                if self.folder is not None:
-                    self.found[form].save(path_of(self.folder, form))
-
-    def _left(self, op: QuantOp) -> list[Form]:
-        return [form for form, own in self.found.items() if op in own.plan.ops and op.name not in own.distances]
+    def add(self, op: QuantOp, key: Hashable, result: SearchResult, seconds: float) -> None:
+        """Take what was found of a form, and keep it."""
+        assert isinstance(key, Form)
+        self.found[key] = self.found[key].with_result(op.name, result, seconds)
+        if self.folder is not None:
+            self.found[key].save(path_of(self.folder, key))
 
 
 def path_of(folder: Path, form: Form) -> Path:
@@ -82,14 +76,14 @@ def search_forms(
         raise failure("tune", unknown[0], expected="an argument of calibrate", got="another", do=do)
     first, *others = (form for form in candidates.forms if form != FLOAT)
     base = planned(prepared, candidates.plan_of(first))
-    home = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))
     arguments = DEFAULTS | given
     arguments["loss"] = chosen_loss(prepared, arguments["loss"])
     options = CalibrationOptions(images=None, checkpoint=folder and path_of(folder, first), **arguments)
+    check_work(options)
     found = {
         form: _started(planned(prepared, candidates.plan_of(form)), batches, options, folder, form) for form in others
     }
-    further = FormSearch(found, folder, home)
+    further = FormSearch(found, folder)
     with calibrated_alone(base):
         known = replace(options, further=further, known=calibration_of(prepared))
         calibration = run_calibration(base, batches, known)

@@ -83,8 +83,8 @@ def sensitivity(
     which at most 32 are calibrated on. forms: `w8a8`, `w8a8 uniform`, `w4a8` and so on, of the model's own recipe in
     other bits; by default those that `tune` tries for time. passes: forward passes of 32 images that measuring may
     take. cache: a folder that keeps all calibrations and the table; what is there is not done again. The other
-    arguments are those of `calibrate`. Raises PTQError if no images are left to measure on, if the target cannot hold a
-    form, and as `calibrate` does.
+    arguments are those of `calibrate`; the workers of its `executor` search, and measure products, a batch each. Raises
+    PTQError if no images are left to measure on, if the target cannot hold a form, and as `calibrate` does.
     """
     chosen = None if forms is None else tuple(form_of(name, "sensitivity") for name in forms)
     images = split_images(prepared, data, held_out, None, "sensitivity")
@@ -118,7 +118,7 @@ def study(
     candidates = candidates_of(prepared, forms)
     found = search_forms(prepared, images.calibrated, candidates, folder, progress=progress, **calibrate_kwargs)
     first = next(iter(found.values()))
-    measuring = Measuring.of(prepared, first, images.held_out, kind, images.labels)
+    measuring = Measuring.of(prepared, first, images.held_out, kind, images.labels, calibrate_kwargs.get("executor"))
     count = sum(len(batch[0]) for batch in images.calibrated)
     table = predicted(found, candidates, count)
     order = {op.name: place for place, op in enumerate(candidates.plan.ops)}
