@@ -1,13 +1,10 @@
-"""Calibration on real clusters of processes: Dask with a scheduler and two workers, one of which dies, and MPI."""
+"""Calibration on real clusters of processes: Dask with a scheduler and two workers, one of which dies."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,17 +85,3 @@ def test_the_command_line_calibrates_on_a_cluster(cluster, tmp_path, monkeypatch
     refused = CliRunner().invoke(app, f"{line} --out n.onnx --scheduler nonsense://1".split())
     assert refused.exit_code == 1
     assert "--scheduler nonsense://1: expected a Dask scheduler at tcp://HOST:PORT" in refused.output
-
-
-def test_mpi_finds_the_same_bits():
-    pytest.importorskip("mpi4py")
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpiexec is None:
-        pytest.skip("mpi4py without an mpiexec")
-    program = str(Path(__file__).with_name("over_mpi.py"))
-    # Waiting processes sleep, which they otherwise do not: there may be fewer cores than processes.
-    patient = os.environ | {"MPI4PY_FUTURES_BACKOFF": "0.1", "OMP_NUM_THREADS": "1"}
-    command = [mpiexec, "-n", "3", sys.executable, "-m", "mpi4py.futures", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=patient)
-    assert done.returncode == 0, done.stderr
-    assert "same bits" in done.stdout
