@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from trap_models import quantized_product
+from trap_models import quantized_product, sixteen_by_eight
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.model_files import load_file, message_of
@@ -54,6 +54,7 @@ def test_onnx_runtime_computes_the_file_as_it_is_written(files, small_images, ta
     assert json.loads(json.dumps(report.to_dict()))["first_divergence"] is None
 
 
+@sixteen_by_eight
 def test_a_trap_is_seen_in_the_numbers_and_named(tmp_path, small_images):
     product = quantized_product("int16", "int8")
     ir.save(product.model, tmp_path / "trap.onnx")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 #: Type of codes -> ONNX's type and the largest code of a symmetric grid.
@@ -16,6 +18,10 @@ TYPES = {
     "int16": (TensorProto.INT16, 32767),
 }
 INNER, COLUMNS, ROWS = 64, 32, 16
+#: ONNX Runtime 1.25.1 multiplies 16-bit activations by 8-bit weights in float.
+sixteen_by_eight = pytest.mark.skipif(
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32), reason="an older ONNX Runtime has not this trap"
+)
 
 
 @dataclass(frozen=True)
