@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ import timm
 import torch
 import typer
 from rich.progress import track
+from runtimes import Run, in_onnxruntime, in_openvino, write_nncf
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -36,13 +36,11 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.integer_products import in_qdq_form
 from ptq4vit_fx.export.model_files import load_file, message_of
-from ptq4vit_fx.export.proof.latency import Opened, in_turn
-from ptq4vit_fx.export.proof.openvino_runtime import FLOAT32
+from ptq4vit_fx.export.proof.latency import in_turn
 from ptq4vit_fx.export.proof.runtime_graph import runtime_graph
 from ptq4vit_fx.export.proof.static_baseline import BASELINES, write_static
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-Run = Callable[[Tensor], Any]
 #: The peers in ONNX Runtime. The best peer is the fastest of them and, in OpenVINO, of NNCF.
 PEERS = tuple(BASELINES)
 #: Kind of twins -> the file's name.
@@ -80,33 +78,6 @@ def write_ours(model: nn.Module, images: Tensor, search: dict[str, Any], folders
     chosen, report = ptq.choose_twins(prepared, images)
     print(report)
     write("auto", chosen)
-
-
-def write_nncf(folder: Path, images: Tensor) -> None:
-    """Let NNCF quantize the float file for OpenVINO, as its documentation says for transformers."""
-    import nncf
-    import openvino
-
-    model = openvino.Core().read_model(folder / "float.onnx")
-    data = nncf.Dataset([image[None].numpy() for image in images])
-    quantized = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
-    openvino.save_model(quantized, folder / "NNCF.xml", compress_to_fp16=False)
-
-
-def in_onnxruntime(path: Path, threads: int) -> Run:
-    """Return a function that runs the file in ONNX Runtime, whose threads sleep while another file runs."""
-    session = Opened.of(str(path), threads).session
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.numpy()})[0]
-
-
-def in_openvino(path: Path, threads: int) -> Run:
-    """Return a function that runs the file, ONNX or OpenVINO's own, in its CPU plugin, float parts in float32."""
-    import openvino
-
-    settings = FLOAT32 | {"INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: compiled(images.numpy())[0]
 
 
 def median_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, float]:

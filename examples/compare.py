@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -27,19 +27,17 @@ import torch
 import typer
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from runtimes import Run, in_onnxruntime, in_openvino, write_nncf
 from torch import Tensor, nn
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.errors import foreign
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.float_figures import against_float
-from ptq4vit_fx.export.proof.latency import InTurn, Opened, in_turn
-from ptq4vit_fx.export.proof.openvino_runtime import FLOAT32
+from ptq4vit_fx.export.proof.latency import InTurn, in_turn
 from ptq4vit_fx.export.proof.static_baseline import BASELINES
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-#: A quantized model as somebody runs it: images, float32 (images, channels, height, width), to logits.
-Run = Callable[[Tensor], Any]
 ADVISED = BASELINES["quantize_static u8s8 per channel"]
 STATIC = BASELINES | {
     "quantize_static percentile": ADVISED | {"calibrate_method": CalibrationMethod.Percentile},
@@ -133,18 +131,6 @@ def write_static(given: Material, folder: Path) -> Iterator[tuple[str, Path]]:
         yield name, path
 
 
-def write_nncf(given: Material, folder: Path) -> Path:
-    """Let NNCF quantize the float file for OpenVINO, as its documentation says for transformers."""
-    import nncf
-    import openvino
-
-    model = openvino.Core().read_model(folder / "float.onnx")
-    data = nncf.Dataset([image[None].numpy() for image in given.calibration])
-    quantized = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(given.calibration))
-    openvino.save_model(quantized, folder / "NNCF.xml", compress_to_fp16=False)
-    return folder / "NNCF.xml"
-
-
 def pt2e(given: Material) -> nn.Module:
     """Return what torchao's pt2e makes of the model for x86: quantize and dequantize around its products."""
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
@@ -186,22 +172,6 @@ def no_gradients(model: nn.Module) -> Run:
     return run
 
 
-def in_onnxruntime(path: Path, threads: int) -> Run:
-    """Return a function that runs the file in ONNX Runtime, whose threads sleep while another file runs."""
-    session = Opened.of(str(path), threads).session
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.numpy()})[0]
-
-
-def in_openvino(path: Path, threads: int) -> Run:
-    """Return a function that runs the file, ONNX or OpenVINO's own, in its CPU plugin, float parts in float32."""
-    import openvino
-
-    settings = FLOAT32 | {"INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda images: compiled(images.numpy())[0]
-
-
 def entries(given: Material, folder: Path, threads: int) -> Iterator[Entry]:
     """Quantize with everything that is installed; yield a row for each, the float one of a runtime first."""
     export_float(given.network, folder / "float.onnx", given.calibration[:1])
@@ -217,7 +187,7 @@ def entries(given: Material, folder: Path, threads: int) -> Iterator[Entry]:
         for name, path in (*shared, *write_ours(given, own, "openvino")):
             yield Entry("OpenVINO", name, in_openvino(path, threads), path.stat().st_size)
         if find_spec("nncf"):
-            path = write_nncf(given, folder)
+            path = write_nncf(folder, given.calibration)
             size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
             yield Entry("OpenVINO", NNCF, in_openvino(path, threads), size)
 
