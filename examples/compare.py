@@ -25,8 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.quantization import CalibrationMethod
 from runtimes import Run, in_onnxruntime, in_openvino, write_nncf
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from ptq4vit_fx.errors import foreign
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.float_figures import against_float
 from ptq4vit_fx.export.proof.latency import InTurn, in_turn
-from ptq4vit_fx.export.proof.static_baseline import BASELINES
+from ptq4vit_fx.export.proof.static_baseline import BASELINES, write_static
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ADVISED = BASELINES["quantize_static u8s8 per channel"]
@@ -110,27 +109,6 @@ def _exported(prepared: Any, example: Tensor, path: Path, target: str) -> Path:
     return path
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands images to `quantize_static`, one at a time."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._feeds = iter([{"image": image[None].numpy()} for image in images])
-
-    def get_next(self) -> dict[str, Any] | None:
-        """Return the next feed, None behind the last."""
-        return next(self._feeds, None)
-
-
-def write_static(given: Material, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Let ONNX Runtime quantize the float file in each way of STATIC; yield name and path."""
-    prepared = folder / "prepared.onnx"
-    quant_pre_process(folder / "float.onnx", prepared, skip_symbolic_shape=True)
-    for name, options in STATIC.items():
-        path = folder / f"{name}.onnx"
-        quantize_static(prepared, path, Reader(given.calibration), **options)
-        yield name, path
-
-
 def pt2e(given: Material) -> nn.Module:
     """Return what torchao's pt2e makes of the model for x86: quantize and dequantize around its products."""
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
@@ -175,8 +153,9 @@ def no_gradients(model: nn.Module) -> Run:
 def entries(given: Material, folder: Path, threads: int) -> Iterator[Entry]:
     """Quantize with everything that is installed; yield a row for each, the float one of a runtime first."""
     export_float(given.network, folder / "float.onnx", given.calibration[:1])
-    static = list(write_static(given, folder))
-    shared = [(FLOAT, folder / "float.onnx"), *static]
+    images = [image[None].numpy() for image in given.calibration]
+    static = write_static(folder / "float.onnx", folder, "image", images, STATIC)
+    shared = [(FLOAT, folder / "float.onnx"), *static.items()]
     for name, path in (*shared, *write_ours(given, folder, "onnxruntime")):
         yield Entry("ONNX Runtime", name, in_onnxruntime(path, threads), path.stat().st_size)
     if find_spec("torchao"):

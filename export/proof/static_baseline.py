@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,22 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def write_static(
-    float_file: str | os.PathLike[str], folder: Path, name: str, images: Iterable[NDArray[Any]]
+    float_file: str | os.PathLike[str],
+    folder: Path,
+    name: str,
+    images: Iterable[NDArray[Any]],
+    ways: Mapping[str, Mapping[str, Any]] = BASELINES,
 ) -> dict[str, Path]:
-    """Let ONNX Runtime quantize a float file of one input in each way of BASELINES; return name -> file in `folder`.
+    """Let ONNX Runtime quantize a float file of one input in each of these ways; return name -> file in `folder`.
 
     name: of that input. images: each is one feed. Raises PTQError on what it cannot quantize.
     """
     images = list(images)
-    prepared, written = folder / "prepared.onnx", {key: folder / f"{key}.onnx" for key in BASELINES}
+    prepared, written = folder / "prepared.onnx", {key: folder / f"{key}.onnx" for key in ways}
     do = "pass a float file, as `ptq4vit quantize --float-onnx` writes it"
     with foreign(OPERATION, str(float_file), expected="a file that quantize_static takes", do=do):
         quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
-        for key, options in BASELINES.items():
+        for key, options in ways.items():
             quantize_static(prepared, written[key], _Reader({name: np.asarray(image)} for image in images), **options)
     prepared.unlink()
     return written
