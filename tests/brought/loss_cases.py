@@ -30,9 +30,11 @@ class Output(NamedTuple):
     features: Tensor
 
 
-def fingerprint(loss: Any = "pseudo_label", wrap: Callable[[Tensor], Any] = lambda x: x, classes: int = 7) -> str:
+def fingerprint(
+    loss: Any = "pseudo_label", wrap: Callable[[Tensor], Any] = lambda x: x, classes: int = 7, recipe: Any = QUICK
+) -> str:
     """Return the fingerprint of the scales that a loss gives on a ViT with this output."""
-    prepared = ptq.prepare_fx(Wrapped(wrap, classes).eval(), QUICK, pictures(1))
+    prepared = ptq.prepare_fx(Wrapped(wrap, classes).eval(), recipe, pictures(1))
     return ptq.calibrate(prepared, pictures(), loss=loss, progress=False).fingerprint()
 
 
@@ -154,11 +156,24 @@ def criterion() -> None:
     fingerprint(nn.CrossEntropyLoss())
 
 
-@brought(
-    "task", "None as loss", refused="expected a function from the model's output to a scalar, or pseudo_label or fis"
-)
+@brought("task", "None as loss: the recipe's")
 def none_as_loss() -> None:
-    fingerprint(None)
+    assert fingerprint(None) == fingerprint("pseudo_label")
+    assert fingerprint(None, recipe=QUICK.with_loss("projection")) == fingerprint("projection")
+
+
+@brought(
+    "task",
+    "a number as loss",
+    refused="expected a function from the model's output to a scalar, or pseudo_label or fis",
+)
+def number_as_loss() -> None:
+    fingerprint(3)
+
+
+@brought("task", "a recipe's loss of an unknown name", refused="got 'projections'; did you mean projection?")
+def recipe_of_unknown_loss() -> None:
+    QUICK.with_loss("projections")
 
 
 @brought("task", "no loss at all in a tuple", refused="loss: expected a scalar or several, got none")
