@@ -28,7 +28,7 @@ from ptq4vit_fx.tools.image_options import ImageOptions, image_options
 from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
-from ptq4vit_fx.tools.remade import Named, network_of, of_file
+from ptq4vit_fx.tools.remade import Named, float_network, network_of, of_file
 from ptq4vit_fx.tools.request import batch_of_calibration, gibibytes
 
 
@@ -134,6 +134,18 @@ def test_all_of_it_is_in_the_file_and_eval_goes_by_it(tmp_path, monkeypatch):
     assert CliRunner().invoke(app, why).exit_code == 0  # of the model at that size
     page = CliRunner().invoke(app, ["report", "m.onnx", "--data", "photos.npz", "--out", "m.html", "--no-bench"])
     assert page.exit_code == 0, page.output
+    beside = ["--against", "vit_tiny_patch16_224", "--weights", "w.safetensors"]
+    float_page = ["report", "m.onnx", *beside, "--data", "photos.npz", "--out", "f.html", "--no-bench"]
+    compared = ["eval", "m.onnx", "--data", "photos.npz", *beside]
+    for command in (compared, [*compared, *model[-10:]], ["bench", "m.onnx", *beside[:2]], float_page):
+        done = CliRunner().invoke(app, command)  # the float model at that size, by the file's own arguments
+        assert done.exit_code == 0, done.output
+    Path("net.py").write_text("import torch\n\ndef net(): return torch.nn.Sequential(torch.nn.Flatten())\n")
+    entry = next(entry for entry in file.metadata_props if entry.key == PROVENANCE_KEY)
+    entry.value = json.dumps({"model": "net.py:net", "weights": "w.safetensors"})
+    onnx.save(file, "own.onnx")
+    with pytest.warns(UserWarning, match=r"file was made of w\.safetensors; pass --weights w\.safetensors"):
+        float_network("eval", Path("own.onnx"), Asked("net.py:net"))
     other = CliRunner().invoke(app, ["eval", "m.onnx", "--data", "photos.npz", "--json", "--mean", "0", "--std", "1"])
     assert other.exit_code == 0
     config = preprocessing_of_file(

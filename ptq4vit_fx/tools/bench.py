@@ -29,9 +29,9 @@ from ptq4vit_fx.inputs.progress import UnderWay
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.tools.bench_report import BenchReport, Timed
 from ptq4vit_fx.tools.classifiers import is_file
-from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import ROUNDS, Phases
+from ptq4vit_fx.tools.remade import float_network
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 RUNTIMES = (ONNXRUNTIME, OPENVINO)
@@ -167,7 +167,8 @@ def _compared(request: BenchRequest, against: str, file: _File, count: int, stac
             expected = f"a file that takes {count} image{'s' * (count > 1)} at a time"
             raise failure("bench", f"--against {against}", expected=expected, got=got, do=do)
         return other
-    model = load_model(Asked(against, arguments=request.model_args, pretrained=False)).network
+    asked = Asked(against, arguments=request.model_args, pretrained=False)
+    model = float_network("bench", request.file, asked)
     session = file.opened.session
     pixels = pixels_of(session, file.opened.path, OPERATION)
     shape = image_shape(session, pixels)[1:] if len(session.get_inputs()) == 1 else []

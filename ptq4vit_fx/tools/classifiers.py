@@ -17,8 +17,8 @@ from ptq4vit_fx.export.proof.float_figures import EMBEDDINGS
 from ptq4vit_fx.export.proof.outputs import as_array, fixed_batch, run
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.passes.graph.outputs import LOGITS, logits_in, plain_outputs, tensor_outputs
-from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
+from ptq4vit_fx.tools.remade import float_network
 
 Array = NDArray[Any]
 #: Images (images, channels, height, width) float32 -> name of each output -> (images, ...).
@@ -56,10 +56,11 @@ def is_file(against: str) -> bool:
     return against.endswith(".onnx") or os.path.isfile(against)
 
 
-def float_outputs(asked: Asked) -> Runs:
+def float_outputs(asked: Asked, file: Path) -> Runs:
     """Return what runs the float model: an ONNX file, or a model by name, as for `quantize`.
 
-    Raises PTQError on a file that cannot be read and on a name that is unknown.
+    file: the one that it is compared with, which says how the model was built. Raises PTQError on a file that cannot be
+    read and on a name that is unknown.
     """
     against = asked.name
     if is_file(against):
@@ -67,7 +68,7 @@ def float_outputs(asked: Asked) -> Runs:
             expected, do = "a model's name with --weights or --model-arg", "leave these out: the file holds its weights"
             raise failure("eval", "--against", expected=expected, got=f"the file {against}", do=do)
         return file_outputs(open_session(against), Path(against))
-    model = load_model(asked).network
+    model = float_network("eval", file, asked)
 
     def outputs(pixels: Array) -> dict[str, Array]:
         expected, do = "a model that runs on these images", "pass --model-arg as quantize had it, or the float file"

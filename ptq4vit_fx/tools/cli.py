@@ -254,7 +254,7 @@ def evaluate(
         from ptq4vit_fx.tools.named.model import Asked
 
         asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
-        reference = float_outputs(asked) if against else None
+        reference = float_outputs(asked, file) if against else None
         pixels = image_options("eval", None, mean, std, crop_pct, interpolation)
         found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind, pixels)
         if as_json:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ptq4vit_fx.data.preprocessing import at_size
-from ptq4vit_fx.errors import failure, foreign
+from ptq4vit_fx.errors import failure, foreign, warn
 from ptq4vit_fx.export.metadata import PLAN_KEY, PROVENANCE_KEY, provenance
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.preprocessing import SIZE, recorded
 from ptq4vit_fx.inputs.sizes import COPIES, FLOAT_BYTES, check_memory
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.tools.image_options import IMG_SIZE, image_options
+from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.model import Asked
 
 
@@ -42,6 +43,25 @@ def network_of(operation: str, file: Path, facts: dict[str, Any], named: Named) 
         raise failure(operation, str(file), expected="the name of its model", got="none", do=do)
     asked = Asked(name, named.weights, named.entry, arguments=named.arguments or _arguments(facts))
     return _as_recorded(operation, asked, facts, str(file))
+
+
+def float_network(operation: str, file: Path, asked: Asked) -> nn.Module:
+    """Return the float model that a file is compared with, built as the file says unless `asked` says otherwise.
+
+    Raises PTQError as `load_model`, and on a file that cannot be read. Warns (PTQWarning) where the file was made of a
+    checkpoint and the model of the same name is to be taken without one.
+    """
+    facts = provenance(dict(load_file(file).metadata_props), operation, str(file))
+    sized = IMG_SIZE not in facts or IMG_SIZE in parse_arguments(asked.arguments)
+    known = {} if sized else {IMG_SIZE: facts[IMG_SIZE]}
+    if facts.get("model") == asked.name:
+        asked = replace(asked, arguments=asked.arguments or _arguments(facts))
+        if asked.weights is None and asked.pretrained and "weights" in facts:
+            warn(
+                f"{operation}: --against {asked.name}: it is compared as it is without a checkpoint, and the file was "
+                f"made of {facts['weights']}; pass --weights {facts['weights']}"
+            )
+    return _as_recorded(operation, asked, known, str(file))[0]
 
 
 def of_file(operation: str, file: Path) -> tuple[QuantPlan, dict[str, Any]]:

@@ -18,9 +18,9 @@ from ptq4vit_fx.export.report.content import Known, Report
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.tools.classifiers import is_file
 from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
-from ptq4vit_fx.tools.named.kinds import load_model
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import MEASURE, READ, Phases
+from ptq4vit_fx.tools.remade import float_network
 from ptq4vit_fx.tools.some_images import some_images
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def report_on(request: ReportRequest, phases: Phases) -> Report:
             request.out,
             calibration=request.calibration,
             data=pixels,
-            reference=_float_model(reference),
+            reference=_float_model(reference, request.subject),
             names=names,
             bench=request.bench,
         )
@@ -83,10 +83,10 @@ def _images(request: ReportRequest) -> tuple[Tensor | None, Sequence[str]]:
     return pixels, [short_name(picture, request.data) for picture in pictures]
 
 
-def _float_model(asked: Asked) -> nn.Module | str | None:
+def _float_model(asked: Asked, file: str) -> nn.Module | str | None:
     if not asked.name or is_file(asked.name):
         return asked.name or None
-    return load_model(asked).network
+    return float_network("report", Path(file), asked)
 
 
 def report_of_summary(summary: Summary, float_times: OperatorTimes | None, pixels: Tensor, request: Request) -> Report:
