@@ -57,9 +57,10 @@ def _sentence(words: object) -> str:
 def reason_of(error: BaseException) -> str:
     """Return `Type: what it says` of what a library raised, on one line, without colours, cut in its middle.
 
-    Of an error that was raised from another it is the first one, which knows what happened.
+    Of an error that was raised from another it is the first one, which knows what happened; the text of a worker's
+    traceback, which pools of processes hang on an error as its cause, is none.
     """
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not type(error.__cause__).__name__.endswith("RemoteTraceback"):
         error = error.__cause__
     text = " ".join(ANSI.sub("", str(error)).split())
     if len(text) > LONGEST_REASON:

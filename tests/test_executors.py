@@ -21,6 +21,7 @@ from ptq4vit_fx.calibrating.dispatch import TRIES, answers
 from ptq4vit_fx.calibrating.group_tasks import cut
 from ptq4vit_fx.calibrating.memory import RESERVED
 from ptq4vit_fx.calibrating.worker_state import write_state
+from ptq4vit_fx.errors import reason_of
 
 #: A memory_limit that is just enough for the small ViT.
 LITTLE = RESERVED + (7 << 20) // 5
@@ -124,6 +125,12 @@ def test_what_was_found_before_the_pool_broke_is_kept(prepared, here, small_imag
     assert kept.seconds.items() <= found.seconds.items()  # not searched again
     again = ptq.calibrate(prepared, small_images, executor=processes, checkpoint=checkpoint, progress=False)
     assert again.provenance["capture_groups"] == again.provenance["workers"] == 0
+
+
+def test_the_reason_of_a_workers_error_is_no_traceback(processes):
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        processes.submit(int, "x").result()
+    assert reason_of(caught.value) == "ValueError: invalid literal for int() with base 10: 'x'"
 
 
 @dataclass(frozen=True)
