@@ -85,7 +85,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="seed of the calibration")] = 0,
     loss: Annotated[
         str | None,
-        typer.Option(help="its gradient weighs the search: pseudo_label, fisher, or projection (for no classes)"),
+        typer.Option(help="its gradient weighs the search: pseudo_label, fisher, projection (default: of the recipe)"),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="keep finished products here, and go on from it")] = None,
     memory_limit: Annotated[
