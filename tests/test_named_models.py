@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import time
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -373,3 +376,22 @@ def test_without_transformers(here, processor, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "transformers" else find(name, *a))
     with pytest.raises(ptq.PTQError, match=r"expected the package transformers, got none; pip install 'ptq4vit-fx\[hf"):
         load_model(Asked("./vit"))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf-hub:timm/vit_tiny", "google/vit-base-patch16-224"])
+def test_without_a_connection_one_sentence_at_once(here, monkeypatch, capfd, name):
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    started = time.monotonic()
+    with pytest.raises(ptq.PTQError, match=r"got no connection to huggingface\.co, and none in its cache; connect"):
+        load_model(Asked(name))
+    assert time.monotonic() - started < 20  # its client tries for a minute
+    assert "Retrying" not in "".join(capfd.readouterr())
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
