@@ -83,6 +83,10 @@ class SearchSettings:
 EXPONENTS = ("norms", "attention", "gates", "convolutions", "depthwise")
 
 
+def _is_between(value: object, most: int) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= most
+
+
 @dataclass(frozen=True)
 class Transforms:
     """What is changed in front of the search so that less is lost: the float function stays what it is.
@@ -104,8 +108,12 @@ class Transforms:
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
-            ("rotation", self.rotation is None or 0 <= self.rotation < 2**63, "None or a seed, 0 to 2^63 - 1"),
-            *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in EXPONENTS),
+            (
+                "rotation",
+                self.rotation is None or _is_between(self.rotation, 2**63 - 1),
+                "None or a seed, 0 to 2^63 - 1",
+            ),
+            *((name, _is_between(getattr(self, name), 1), "0 to 1") for name in EXPONENTS),
         ):
             if not valid:
                 raise failure("Transforms", name, expected=expected, got=repr(self), do="change that value")

@@ -204,3 +204,9 @@ def test_changes_of_nothing_are_refused(small_vit, small_images, change, said):
 def test_changes_that_say_nothing_are_refused(call, said):
     with pytest.raises(ptq.PTQError, match=said):
         call(ptq.QConfigMapping())
+
+
+@pytest.mark.parametrize("change", [{"attention": None}, {"norms": "half"}, {"gates": 2}, {"rotation": "0"}])
+def test_transforms_refuse_what_is_no_exponent_or_seed(change):
+    with pytest.raises(ptq.PTQError, match=rf"^Transforms: {next(iter(change))}: expected .* change that value"):
+        ptq.QConfigMapping().with_transforms(**change)
