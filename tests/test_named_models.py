@@ -395,3 +395,17 @@ def test_without_a_connection_one_sentence_at_once(here, monkeypatch, capfd, nam
     assert time.monotonic() - started < 20  # its client tries for a minute
     assert "Retrying" not in "".join(capfd.readouterr())
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_what_is_on_this_disk_asks_for_no_address(here, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("asked for an address")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    save_file(model.state_dict(), "w.safetensors")
+    arguments = ("depth=1", "num_classes=3")
+    found = load_model(Asked("vit_tiny_patch16_224", here / "w.safetensors", arguments=arguments)).network
+    assert torch.equal(found.state_dict()["head.weight"], model.state_dict()["head.weight"])
+    assert load_model(Asked("vit_tiny_patch16_224", arguments=arguments, pretrained=False)).network.num_classes == 3

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ptq4vit_fx.errors import failure, near_names, some_names
 from ptq4vit_fx.tools.checkpoint_files import only_weights
 from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.from_timm import CONFIG, config_of, load_timm
+from ptq4vit_fx.tools.named.hub import cache_where_unreachable
 from ptq4vit_fx.tools.named.model import (
     CREATE,
     Asked,
@@ -38,8 +39,6 @@ IMAGES = "pixel_values"
 VISION = ("VisionModelWithProjection", "VisionModel")
 #: Weights that a backbone was saved without, and that it does without.
 POOLER = "pooler."
-#: Loggers of what reads and downloads.
-LOGGERS = ("transformers", "huggingface_hub")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def load_huggingface(asked: Asked) -> NamedModel:
     if importlib.util.find_spec("transformers") is None:
         do = "pip install 'ptq4vit-fx[hf]'"
         raise failure(CREATE, asked.name, expected="the package transformers", got="none", do=do)
-    with _quiet(), only_weights():
+    with nullcontext() if place.local else cache_where_unreachable(asked.name), _quiet(), only_weights():
         with made_by_others(asked.name, expected="a configuration that transformers knows", do=place.advice):
             config = _configuration(place)
         made_of, config = _class(place, config, asked.name)
@@ -101,7 +100,10 @@ def _place(name: str) -> Place:
 
     path, _, revision = name.partition("@")
     do = "check the name and the connection, or download the folder and pass ./FOLDER"
-    with _quiet(), made_by_others(name, expected="a model on the hub of Hugging Face, or a folder", do=do):
+    with (
+        cache_where_unreachable(name),
+        made_by_others(name, expected="a model on the hub of Hugging Face, or a folder", do=do),
+    ):
         file = huggingface_hub.hf_hub_download(path, CONFIG, revision=revision or None)
     return Place(path, False, revision or None, config_of(Path(file).parent, name))
 
@@ -201,11 +203,10 @@ def _labels(config: Any) -> tuple[str, ...] | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what these libraries say of their own accord from the terminal; what goes wrong they raise."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    """Keep what transformers says of its own accord from the terminal; what goes wrong it raises."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
     bars: Any = None
     if importlib.util.find_spec("transformers") is not None:
         bars = importlib.import_module("transformers.utils.logging")
@@ -217,5 +218,4 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(before)

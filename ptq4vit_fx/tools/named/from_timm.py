@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.inputs.records import Place, read_json
 from ptq4vit_fx.inputs.sizes import check_memory
 from ptq4vit_fx.tools.models import check_name, timm_model, translated
+from ptq4vit_fx.tools.named.hub import cache_where_unreachable
 from ptq4vit_fx.tools.named.model import CREATE, Asked, NamedModel, with_weights
 
 LOCAL = "local-dir:"
@@ -31,7 +33,9 @@ def load_timm(asked: Asked) -> NamedModel:
         if ":" not in asked.name:
             check_name(asked.name, CREATE)
         pretrained = asked.pretrained and asked.weights is None
-        network = timm_model(asked.name, asked.arguments, pretrained=pretrained)
+        asks_hub = pretrained or ":" in asked.name
+        with cache_where_unreachable(asked.name) if asks_hub else nullcontext():
+            network = timm_model(asked.name, asked.arguments, pretrained=pretrained)
     said = with_weights(network, asked, lambda state: translated(state, network))
     kind: Kind | None = "embeddings" if getattr(network, "num_classes", None) == 0 else None
     return NamedModel(network.eval(), data_config(network), _labels(network), kind, said)

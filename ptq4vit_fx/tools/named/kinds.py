@@ -18,7 +18,6 @@ from typing import Literal
 from ptq4vit_fx.errors import failure, near_names, quoted
 from ptq4vit_fx.files import not_a_file
 from ptq4vit_fx.tools.checkpoint_files import INDEX, SUFFIXES
-from ptq4vit_fx.tools.named.hub import cache_where_unreachable
 from ptq4vit_fx.tools.named.model import CREATE, Asked, NamedModel
 
 ModelKind = Literal["timm", "huggingface", "torchvision", "python"]
@@ -78,5 +77,4 @@ def load_model(asked: Asked) -> NamedModel:
         from ptq4vit_fx.tools.named.from_python import load_python as load
     else:
         from ptq4vit_fx.tools.named.from_timm import load_timm as load
-    with cache_where_unreachable(asked.name):
-        return load(asked)
+    return load(asked)
