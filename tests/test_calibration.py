@@ -19,6 +19,7 @@ from torch import nn
 import ptq4vit_fx as ptq
 from ptq4vit_fx.calibrating import group_search
 from ptq4vit_fx.calibrating.capture import capture, captured_product
+from ptq4vit_fx.calibrating.gradients import SteadySoftmax
 from ptq4vit_fx.calibrating.losses import fisher, get_loss, pseudo_label
 from ptq4vit_fx.calibrating.memory import PLANNED_SHARE, RESERVED, SEARCH_FACTOR, MemoryBudget
 from ptq4vit_fx.inputs.sealed_tensors import sealed
@@ -358,17 +359,46 @@ def test_infinite_activations_are_named(small_images):
         calibrate(prepared_for(model, small_images), small_images)
 
 
-def test_the_number_of_threads_changes_no_scale(small_vit, small_images):
+@pytest.mark.parametrize("recipe", ["ptq4vit", "best"])
+def test_the_number_of_threads_changes_no_gradient_no_scale_and_no_code(recipe):
+    images = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = vit(img_size=48, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)  # rows of 37 tokens
     threads = torch.get_num_threads()
-    prints = set()
+    prints, gradients = set(), []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            prints.add(calibrate(prepared_for(small_vit, small_images), small_images).fingerprint())
+            prepared = ptq.prepare_fx(model, getattr(ptq.recipes, recipe)(), images[:1])
+            seen = capture(prepared, prepared.plan.ops, [(images,)], loss=fisher(), with_gradient=True)
+            gradients.append(torch.cat([part.flatten() for op in seen.values() for part in op.importance]))
+            prints.add(calibrate(prepared, images).fingerprint())
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
     assert len(prints) == 1
+
+
+@pytest.mark.parametrize("shape", [(64, 37), (64, 200), (8, 3, 65, 65), (3, 1)])
+def test_the_gradient_of_softmax_is_the_same_for_every_number_of_threads(shape):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    g = torch.randn(shape, generator=generator)
+    threads, gradients = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            with SteadySoftmax():
+                gradients += torch.autograd.grad((x.softmax(-1) * g).sum(), x)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    z = x.detach().double().numpy()
+    e = np.exp(z - z.max(-1, keepdims=True))
+    s = e / e.sum(-1, keepdims=True)
+    exact = s * (g.numpy() - (g.numpy() * s).sum(-1, keepdims=True))
+    np.testing.assert_allclose(gradients[0].numpy(), exact, atol=1e-6)
 
 
 def test_searches_beside_each_other_fit_into_the_limit(small_vit, small_images):

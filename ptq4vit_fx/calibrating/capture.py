@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vit_fx.calibrating.losses import Loss, check_gradient, loss_values
+from ptq4vit_fx.calibrating.gradients import differentiate
+from ptq4vit_fx.calibrating.losses import Loss
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.tensors import Inputs
@@ -91,26 +92,8 @@ def capture(
                 with torch.set_grad_enabled(with_gradient):
                     output = run(prepared, batch, "calibrate")
                 if with_gradient:
-                    _differentiate(loss, output, len(batch[0]))
+                    differentiate(loss, output, len(batch[0]))
     return captured
-
-
-def _differentiate(loss: Loss, output: Any, images: int) -> None:
-    """Run backward from every value of the loss. Raises PTQError if there is no gradient, or no backward."""
-    values = loss_values(loss, output, images)
-    if not all(value.requires_grad for value in values):
-        check_gradient(loss, output, images)  # else: no product that is captured reaches this value
-    reached = [value for value in values if value.requires_grad]
-    for number, value in enumerate(reached):
-        again = number + 1 < len(reached)
-        try:
-            (value / len(values) ** 0.5).backward(retain_graph=again)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            expected, got = "operators with a derivative", (str(error).splitlines() or [""])[0]
-            do = "change the loss, or keep that part of the model closed with leaf_modules="
-            raise failure("calibrate", "backward from the loss", expected=expected, got=got, do=do) from error
 
 
 def check_finite(what: str, x: Tensor) -> None:
