@@ -365,7 +365,8 @@ def test_the_number_of_threads_changes_no_gradient_no_scale_and_no_code(recipe):
     torch.manual_seed(0)
     model = vit(img_size=48, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)  # rows of 37 tokens
     threads = torch.get_num_threads()
-    prints, gradients = set(), []
+    prints: set[str] = set()
+    gradients: list[torch.Tensor] = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)

@@ -22,7 +22,7 @@ def differentiate(loss: Loss, output: Any, images: int) -> None:
     for number, value in enumerate(reached):
         again = number + 1 < len(reached)
         try:
-            with SteadySoftmax():
+            with SteadySoftmax():  # type: ignore[no-untyped-call]
                 (value / len(values) ** 0.5).backward(retain_graph=again)
         except torch.OutOfMemoryError:
             raise
@@ -32,7 +32,7 @@ def differentiate(loss: Loss, output: Any, images: int) -> None:
             raise failure("calibrate", "backward from the loss", expected=expected, got=got, do=do) from error
 
 
-class SteadySoftmax(TorchDispatchMode):
+class SteadySoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Let softmax be differentiated by operators whose last bits do not depend on the number of threads.
 
     torch's own kernel for processors (2.14) sums a row in another order in the thread that starts with it than in the
