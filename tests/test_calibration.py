@@ -386,7 +386,8 @@ def test_the_gradient_of_softmax_is_the_same_for_every_number_of_threads(shape):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(shape, generator=generator, requires_grad=True)
     g = torch.randn(shape, generator=generator)
-    threads, gradients = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    gradients: list[torch.Tensor] = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
