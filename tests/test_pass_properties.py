@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from graphs import QUICK
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -143,13 +143,18 @@ def test_a_prepared_graph_is_the_model(case):
 
 @PROPERTIES
 @given(CASES)
+@example(Case((("einsum", False), ("einsum", False), ("relu in place", False)), False, 0))
+@example(Case((("dropout", True), ("pixel convolution", True), ("dropout", True), ("attention", False)), True, 9))
 def test_a_converted_graph_is_the_model_but_for_quantization(case):
     model, prepared = calibrated(case)
     converted = ptq.convert_fx(prepared)
     assert stage_of(converted) is Stage.CONVERTED
     assert not float_products(converted)
-    exact = model(IMAGES).detach()
-    spread = (exact - exact.mean(0)).norm() + 0.1 * exact.norm()
+    read: list[Tensor] = []
+    with model.head.register_forward_pre_hook(lambda _, given: read.append(given[0])):
+        exact = model(IMAGES)
+    terms = read[0].abs() @ model.head.weight.abs().T  # they may cancel; what quantization does to them does not
+    spread = (exact - exact.mean(0)).norm() + 0.1 * terms.norm()
     assert (converted(IMAGES) - exact).norm() < 0.15 * spread
     # What is computed does not depend on how many images are computed together.
     torch.testing.assert_close(converted(IMAGES[:2]), converted(IMAGES)[:2], rtol=1e-4, atol=1e-4)
