@@ -24,8 +24,10 @@ from ptq4vit_fx.passes.graph.contract import history
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import UniformParams
+from ptq4vit_fx.search.gram import DAMPING, inverse_factor, left_over
+from ptq4vit_fx.search.landscape import Landscape
 from ptq4vit_fx.search.products import to_product
-from ptq4vit_fx.search.rounding import DAMPING, inverse_factor, least, rounded
+from ptq4vit_fx.search.rounding import least, rounded
 from ptq4vit_fx.search.search_op import search_op
 
 GRAM = SearchSettings(n=20, rounds=1, rounding="gram")
@@ -125,22 +127,21 @@ def test_never_farther_than_nearest_and_within_the_grid(data, kind, quantizer):
     if kind == "conv2d" and quantizer.granularity == "group":
         quantizer = Uniform(4, granularity="channel")
     product = to_product(op, x, w, None, gradient)
-    nearest, result = (
-        search_op(op, product, Uniform(8), quantizer, replace(GRAM, rounding=rounding))
-        for rounding in ("nearest", "gram")
-    )
-    assert torch.equal(result.rhs.tensors()["scale"], nearest.rhs.tensors()["scale"])
-    assert result.distance_before == nearest.distance_before
-    assert result.distance_after <= nearest.distance_after
+    result = search_op(op, product, Uniform(8), quantizer, GRAM)
+    assert result.distance_after <= result.distance_before
     if result.codes is None:
-        assert (result.distance_after, result.snr) == (nearest.distance_after, nearest.snr)
         return
     assert (result.codes.shape, result.codes.dtype) == (w.shape, torch.int8)
     values = quantizer.decode(result.codes, result.rhs)
     assert torch.equal(quantizer.codes(values, result.rhs), result.codes.int())  # a fixed point of the quantizer
     if gradient is None:  # squared error: the figure is what the codes give
-        error = op.compute(Uniform(8).fake_quantize(x, result.lhs), values, None) - op.compute(x, w, None)
-        assert float(error.double().square().sum()) == pytest.approx(result.distance_after, rel=1e-3, abs=1e-8)
+        inputs = Uniform(8).fake_quantize(x, result.lhs)
+        by_gram, nearest = (
+            float((op.compute(inputs, weight, None) - op.compute(x, w, None)).double().square().sum())
+            for weight in (values, quantizer.fake_quantize(w, result.rhs))
+        )
+        assert by_gram == pytest.approx(result.distance_after, rel=1e-3, abs=1e-8)
+        assert by_gram <= nearest * (1 + 1e-5) + 1e-8
         assert result.snr["rhs"] == pytest.approx(
             10 * math.log10(float(w.square().sum() / (values - w).square().sum().clamp_min(1e-30))), abs=0.01
         )
@@ -167,6 +168,40 @@ def test_rounding_pays_for_every_kind_of_weight(kind):
     values = channel.decode(result.codes, result.rhs)
     error = op.compute(Uniform(8).fake_quantize(x, result.lhs), values, None) - op.compute(x, w, None)
     assert float(error.double().square().sum()) == pytest.approx(result.distance_after, rel=1e-3)
+
+
+def test_what_rounding_leaves_of_an_error_is_what_later_rows_cannot_make_up_for():
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((60, 9)) @ generator.standard_normal((9, 9))
+    inputs[:, 4] = 0.0
+    square = inputs.T @ inputs
+    live = [int(i) for i in np.argsort(-np.diag(square), kind="stable") if i != 4]
+    damped = square + np.eye(9) * DAMPING * np.diag(square)[live].mean()
+    expected = np.diag(damped).copy()
+    for place, i in enumerate(live):
+        behind = live[place + 1 :]
+        expected[i] -= damped[i, behind] @ np.linalg.solve(damped[np.ix_(behind, behind)], damped[behind, i])
+    left = left_over(torch.from_numpy(square).float()[None])[0]
+    np.testing.assert_allclose(left.numpy(), expected, rtol=1e-4)
+    hopeless = torch.tensor([[[1.0, 5e9], [5e9, 2.0]]])
+    assert torch.equal(left_over(hopeless), torch.tensor([[1.0, 2.0]]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_searched_for_the_codes_that_rounding_gives(monkeypatch, bits):
+    torch.manual_seed(0)
+    problems = [
+        to_product(LINEAR, torch.randn(400, 48) @ torch.randn(48, 48), torch.randn(32, 48) ** 3) for _ in range(8)
+    ]
+    settings = replace(GRAM, n=100, rounds=3, screen_rows=128)
+
+    def losses():
+        channel = Uniform(bits, granularity="channel")
+        return np.array([search_op(LINEAR, x, Uniform(8), channel, settings).distance_after for x in problems])
+
+    own = losses()
+    monkeypatch.setattr(Landscape, "searched_alone", lambda *_: False)  # scales for nearest codes, rounded then
+    assert np.log(own / losses()).mean() < 0.03  # on fixtures -0.03; here, where no row counts more than others, 0.01
 
 
 def test_a_weight_makes_up_for_what_its_inputs_have_lost():
@@ -307,10 +342,10 @@ def test_a_file_gives_the_codes_back_and_nearest_is_what_it_was(rounded_model, s
     nearest = prepared_for(tiny(), small_images, MAPPING.with_search(rounding="nearest"))
     without = ptq.calibrate(nearest, small_images, progress=False)
     assert not without.codes
-    assert without.fingerprint() == replace(calibration, codes={}).fingerprint() != calibration.fingerprint()
-    for name, (before, after) in calibration.distances.items():
+    assert replace(calibration, codes={}).fingerprint() != calibration.fingerprint()
+    for name, (before, _) in calibration.distances.items():
         assert before == without.distances[name][0]
-        assert after <= without.distances[name][1]
+    assert sum(after for _, after in calibration.distances.values()) < sum(x for _, x in without.distances.values())
     one = next(iter(calibration.codes))
     flipped = calibration.codes[one].clone()
     flipped.view(-1)[0] ^= 1

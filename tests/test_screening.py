@@ -19,6 +19,7 @@ from ptq4vit_fx.search.candidates import Candidates, make_candidates, uniform_ch
 from ptq4vit_fx.search.distances import (
     ActivationEvaluation,
     OutputEvaluation,
+    RoundingEvaluation,
     WeightEvaluation,
     make_evaluation,
 )
@@ -128,14 +129,16 @@ def test_chunks_change_nothing(monkeypatch, make, screen_rows):
     assert torch.equal(chunked.rhs.scale, whole.rhs.scale)
 
 
-def test_narrowed_evaluation_is_that_of_its_columns():
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_narrowed_evaluation_is_that_of_its_columns(is_rounded):
     product = linear(1)
     candidates: dict[Operand, Candidates] = {
         "lhs": make_candidates(Uniform(6), LINEAR, product, "lhs", SearchSettings()),
         "rhs": make_candidates(Uniform(6, granularity="channel"), LINEAR, product, "rhs", SearchSettings()),
     }
     choice = {key: uniform_choice(value, 80) for key, value in candidates.items()}
-    whole = make_evaluation(Landscape(product, HESSIAN, candidates), "rhs", choice)
+    whole = make_evaluation(Landscape(product, HESSIAN, candidates, is_rounded), "rhs", choice)
+    assert type(whole) is (RoundingEvaluation if is_rounded else WeightEvaluation)
     columns = torch.tensor([3, 4, 17, 39])
     indices = torch.randint(100, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     part = whole.narrow(columns)

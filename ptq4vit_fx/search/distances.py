@@ -1,4 +1,4 @@
-"""Evaluating the candidates of one operand in a landscape: on the outputs, or in closed form.
+"""Evaluating the candidates of one operand in a landscape: on the outputs, in closed form, or by what rounding leaves.
 
 Where every output of a row has the same weight, a squared distance is a quadratic form of the error of the operand
 that is searched. Its matrices are computed once; a candidate then costs no pass over the outputs.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.search.candidates import Candidates
+from ptq4vit_fx.search.gram import left_over, root_weighted
 from ptq4vit_fx.search.landscape import OTHER, Choice, Landscape
 from ptq4vit_fx.search.products import Product, ScaleGroups, step_elements
 
@@ -40,7 +41,12 @@ class Evaluation(Protocol):
 
 
 def make_evaluation(landscape: Landscape, operand: Operand, choice: Choice) -> Evaluation:
-    """Return the cheapest evaluation of one operand's candidates beside the other's choice; all of them are exact."""
+    """Return the cheapest evaluation of one operand's candidates beside the other's choice.
+
+    All of them are exact, but for that of a weight that will be rounded by the Gram matrix.
+    """
+    if landscape.searched_alone(operand):
+        return RoundingEvaluation(landscape)
     if landscape.has_row_weights:
         rows, inner = landscape.product.lhs.shape[2:]
         columns = landscape.product.rhs.shape[3]
@@ -141,6 +147,41 @@ class WeightEvaluation:
         part.searched = self.searched.narrow(columns)
         part._weight, part._linear = self._weight[..., columns], self._linear[..., columns]
         part._constant = self._constant[:, columns]
+        return part
+
+
+class RoundingEvaluation:
+    """What rounding by the Gram matrix will leave of the squared distance of a weight w, about.
+
+    That is the sum of ((w_i' - q_i) / U_ii)^2 over the rows of a column, w' what the rows in front have handed on to
+    (rounding.py). Here w stands for w': how a row is rounded is left to chance in both, and where it clips it clips in
+    both. Which of two neighbouring scales has the luckier nearest codes is not looked at, as these are not the codes.
+    """
+
+    def __init__(self, landscape: Landscape) -> None:
+        self.searched = landscape.candidates["rhs"]
+        self._weight = landscape.product.rhs
+        self.at_once = _stacked_candidates(self._weight.numel(), landscape)
+        heads, inner = self._weight.shape[1:3]
+        square = self._weight.new_zeros(heads, inner, inner)
+        for part, _ in landscape.parts:
+            square += (root_weighted(part, part.lhs).mT @ part.lhs)[0]
+        self._cost = left_over(square)[None, :, :, None, None]
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        return torch.cat([self._stacked(some) for some in torch.split(indices, self.at_once)])
+
+    def _stacked(self, indices: Tensor) -> Tensor:
+        weight = self._weight.unsqueeze(3)
+        error = self.searched.fake_quantize(weight, indices, 3).sub_(weight).square_().mul_(self._cost)
+        return self.searched.groups.reduce(error.sum((0, 2)).double().transpose(0, 1)).cpu()
+
+    def narrow(self, columns: Tensor) -> RoundingEvaluation | None:
+        """Return the evaluation of some output channels, if each has a scale."""
+        if self.searched.groups != ScaleGroups(1, self._weight.shape[3]):
+            return None
+        part = copy.copy(self)
+        part.searched, part._weight = self.searched.narrow(columns), self._weight[..., columns]
         return part
 
 

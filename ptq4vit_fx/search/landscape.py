@@ -32,12 +32,14 @@ PILOTS = (0.5, 0.8)
 class Landscape:
     """A product on all or some of its rows, the metric, and the candidates of both operands.
 
-    parts: the chunks of the product with their float outputs, computed once.
+    rounded: whether the rhs is a weight that will be rounded by the Gram matrix of its inputs. parts: the chunks of the
+    product with their float outputs, computed once.
     """
 
     product: Product
     metric: Metric
     candidates: dict[Operand, Candidates]
+    rounded: bool = False
     parts: tuple[tuple[Product, Tensor], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class Landscape:
         weight = self.product.element_weight
         one_weight_per_row = weight is None or weight.shape[-1] == 1
         return self.metric.is_squared_error and one_weight_per_row and self.product.shares_rhs
+
+    def searched_alone(self, operand: Operand) -> bool:
+        """Whether it does not matter to an operand what the other one has chosen: see `RoundingEvaluation`."""
+        return operand == "rhs" and self.rounded and self.has_row_weights
 
     def start(self) -> Choice:
         """Return the choice of the initial scales."""

@@ -21,30 +21,29 @@ import torch
 from torch import Tensor
 
 from ptq4vit_fx.errors import warn
-from ptq4vit_fx.quantizers import Uniform, UniformParams
+from ptq4vit_fx.quantizers import Quantizer, Uniform, UniformParams
 from ptq4vit_fx.search.candidates import UniformCandidates
+from ptq4vit_fx.search.gram import DAMPING, inverse_factor, root_weighted
 from ptq4vit_fx.search.landscape import Choice, Landscape
 
-#: What is added to H's diagonal, as a share of its mean: a direction that these images hardly show is not free. Less of
-#: it fits them better and others worse (deit_tiny, W4A4: 0.1 and 0.5 and 2 give a KL of 0.121, 0.113 and 0.115).
-DAMPING = 0.5
-#: H with less of it may have no Cholesky factor in float32; so often it is tried with ten times as much.
-MORE_DAMPING = 4
 #: Rows that are rounded before what they hand on reaches the rows behind them, in one product.
 BLOCK = 64
 #: The largest code of a container of codes.
 LARGEST_CODE = 127
 
 
+def fits(quantizer: Quantizer) -> bool:
+    """Return whether int8 holds the codes of a quantizer."""
+    return isinstance(quantizer, Uniform) and (quantizer.signed or quantizer.top <= LARGEST_CODE)
+
+
 def round_weight(landscape: Landscape, choice: Choice, name: str) -> tuple[Tensor, Tensor] | None:
     """Return the codes of a weight beside a choice, int8 (1, heads, inner, columns), and their values, float32.
 
-    None, with a warning that names the product: H has no factor. None without one: codes that int8 does not hold.
+    None, with a warning that names the product: H has no factor.
     """
     searched, weight = landscape.candidates["rhs"], landscape.product.rhs
     assert isinstance(searched, UniformCandidates)
-    if not searched.quantizer.signed and searched.quantizer.top > LARGEST_CODE:
-        return None
     square, linear = distance_terms(landscape, choice)
     found = inverse_factor(square, DAMPING)
     if found is None:
@@ -61,48 +60,16 @@ def round_weight(landscape: Landscape, choice: Choice, name: str) -> tuple[Tenso
 def distance_terms(landscape: Landscape, choice: Choice) -> tuple[Tensor, Tensor]:
     """Return H and L over all rows beside the lhs as it is chosen, float32 (heads, inner, inner) and (.., columns).
 
-    D is the root of a row's weight in the distance, of the mean over its outputs where these have weights of their own:
-    a few rows hold most of the gradient, and what only they ask for is not what other images ask for.
+    D: see `root_weighted`.
     """
     _, heads, inner, columns = landscape.product.rhs.shape
     square = landscape.product.rhs.new_zeros(heads, inner, inner)
     linear = landscape.product.rhs.new_zeros(heads, inner, columns)
     for (part, target), x in zip(landscape.parts, landscape.quantized("lhs", choice["lhs"]), strict=True):
-        weight = part.element_weight
-        weighted = x if weight is None else x * weight.mean(-1, keepdim=True).sqrt_()
+        weighted = root_weighted(part, x)
         square += (weighted.mT @ x)[0]
         linear += (weighted.mT @ part.output(x, part.rhs).sub_(target))[0]
     return square, linear
-
-
-def inverse_factor(square: Tensor, damping: float) -> tuple[Tensor, Tensor, float] | None:
-    """Return the order of rounding, U in that order, and the damping that it took; None if H has no factor.
-
-    square: H, float32 (heads, inner, inner). The order is (heads, inner); U is (heads, inner, inner), upper triangular,
-    with (H + damping)^-1 = U' U. Inputs that are always zero are decoupled. damping: a share of H's mean diagonal.
-    """
-    diagonal = square.diagonal(dim1=1, dim2=2)
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
-    dead = diagonal <= 0
-    mean = diagonal.clamp_min(0).sum(1) / (~dead).sum(1).clamp_min(1)
-    mean = torch.where(mean > 0, mean, 1.0)[:, None]
-    # Backwards: with H reversed = L L', (H)^-1 = U' U where U is L^-1 reversed, and L^-1 is one triangular solve.
-    backwards = order.flip(1)
-    damped = _permuted(square, backwards) / mean[..., None]
-    off = dead.gather(1, backwards)
-    damped.masked_fill_(off[:, :, None] | off[:, None, :], 0.0)
-    damped.diagonal(dim1=1, dim2=2).add_(off.float() + damping)
-    for _ in range(1 + MORE_DAMPING):
-        lower, info = torch.linalg.cholesky_ex(damped)
-        failed = (info != 0) | ~lower.isfinite().all(2).all(1)
-        if not bool(failed.any()):
-            del damped
-            eye = torch.eye(square.shape[1], device=square.device).expand_as(square)
-            inverse = torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2)
-            return order, inverse.mul_(mean.rsqrt()[..., None]), damping
-        damped.diagonal(dim1=1, dim2=2).add_(9 * damping * failed[:, None])
-        damping *= 10
-    return None
 
 
 def least(weight: Tensor, linear: Tensor, order: Tensor, factor: Tensor) -> Tensor:
@@ -131,8 +98,3 @@ def rounded(weight: Tensor, order: Tensor, factor: Tensor, quantizer: Uniform, p
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
     quantized = torch.empty_like(left).scatter_(1, places, left)
     return quantizer.codes(quantized, params).to(torch.int8)
-
-
-def _permuted(square: Tensor, order: Tensor) -> Tensor:
-    rows = square.gather(1, order[:, :, None].expand_as(square))
-    return rows.gather(2, order[:, None, :].expand_as(square))

@@ -16,14 +16,14 @@ from ptq4vit_fx.calibration import SearchResult
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import QParams, Quantizer
+from ptq4vit_fx.quantizers import Quantizer
 from ptq4vit_fx.search.candidates import make_candidates
 from ptq4vit_fx.search.landscape import Choice, Landscape, Total
 from ptq4vit_fx.search.magnitudes import divided, divided_quantizer, exponents_of, multiplied
 from ptq4vit_fx.search.metrics import MSE, Metric, get_metric
 from ptq4vit_fx.search.own_errors import own_best, settle
 from ptq4vit_fx.search.products import Product, weight_in_graph
-from ptq4vit_fx.search.rounding import round_weight
+from ptq4vit_fx.search.rounding import fits, round_weight
 from ptq4vit_fx.search.strategies import SEARCH_ORDER, Exhaustive, Screened, Strategy
 
 #: What an infinite square of a gradient counts as: sums of so many of them are finite.
@@ -40,7 +40,8 @@ def search_op(
     all rows where a closed form makes that cheap and else on a seeded sample of rows, and the best few are decided on
     all rows at the end. Of several starts (`_starts`) the best end wins; on all rows it is never worse than the initial
     scales, but for the hundredth that `settle` may give away. settings.rounding="gram": the weight is then rounded by
-    the Gram matrix of its inputs, where the distance on all rows is no larger than with each value rounded to nearest.
+    the Gram matrix of its inputs, where the distance on all rows is no larger than with each value rounded to nearest,
+    and where a row has one weight its scales are those of which this rounding leaves least (`RoundingEvaluation`).
     """
     product, metric, unit = _with_usable_weights(product, get_metric(settings.metric), rhs)
     given: dict[Operand, Quantizer] = {"lhs": lhs, "rhs": rhs}
@@ -48,30 +49,34 @@ def search_op(
     product, unit = divided(product, exponents), unit * 2.0 ** (metric.degree * sum(exponents.values()))
     quantizers = {operand: divided_quantizer(given[operand], exponent) for operand, exponent in exponents.items()}
     candidates = {o: make_candidates(quantizer, op, product, o, settings) for o, quantizer in quantizers.items()}
-    landscape = Landscape(product, metric, candidates)
+    is_rounded = settings.rounding == "gram" and op.rhs_is_weight and fits(rhs)
+    landscape = Landscape(product, metric, candidates, is_rounded)
     start, zero = landscape.start(), landscape.zero_distance()
     screened = settings.screen_rows is not None
     strategy: Strategy = Screened.of(landscape, settings, seed) if screened else Exhaustive(landscape)
     ends = [_end(strategy.anew(), place, settings.rounds) for place in _starts(landscape)]
     totals = [(landscape.total(choice), choice) for choice in (*ends, start)]
-    (after, snr), choice = min(totals, key=lambda item: item[0][0])
+    # Nearest codes say little of what rounding by the Gram matrix will leave: then the start is compared at the end.
+    (after, snr), choice = min(totals[:-1] if is_rounded else totals, key=lambda item: item[0][0])
     (before, _), _ = totals[-1]
     settled = settle(landscape, choice)
     if settled is not choice:
         choice, (after, snr) = settled, landscape.total(settled)
-    chosen = {operand: candidates[operand].params(indices) for operand, indices in choice.items()}
-    params = {operand: multiplied(given[operand], chosen[operand], e) for operand, e in exponents.items()}
     codes = None
-    if settings.rounding == "gram" and op.rhs_is_weight and _holds(params["rhs"], chosen["rhs"], exponents["rhs"]):
+    if is_rounded and _holds(landscape, choice, rhs, exponents["rhs"]):
         codes, (after, snr) = _rounded(op, landscape, choice, (after, snr))
+    if is_rounded and before < after:
+        codes, ((after, snr), choice) = None, totals[-1]
+    params = {o: multiplied(given[o], candidates[o].params(indices), exponents[o]) for o, indices in choice.items()}
     share = after / zero if zero > 0.0 else 0.0
     without_gradient = metric is not get_metric(settings.metric)
     return SearchResult(params["lhs"], params["rhs"], before * unit, after * unit, snr, share, without_gradient, codes)
 
 
-def _holds(params: QParams, divided: QParams, exponent: int) -> bool:
-    """Return whether the scales are those of the search but for 2^exponent: then its codes are theirs too."""
-    pairs = zip(params.tensors().values(), divided.tensors().values(), strict=True)
+def _holds(landscape: Landscape, choice: Choice, rhs: Quantizer, exponent: int) -> bool:
+    """Return whether the weight's scales are those of the search but for 2^exponent: then its codes are theirs too."""
+    divided = landscape.candidates["rhs"].params(choice["rhs"])
+    pairs = zip(multiplied(rhs, divided, exponent).tensors().values(), divided.tensors().values(), strict=True)
     return all(torch.equal(own, scale * math.ldexp(1.0, exponent)) for own, scale in pairs)
 
 

@@ -97,13 +97,15 @@ class Screened:
 
     def screened_on(self, operand: Operand) -> Landscape:
         """Return the rows that screen an operand: for a weight all, where the closed form is cheaper on these."""
+        if self.everything.searched_alone(operand):
+            return self.everything
         rows, inner = self.sample.product.lhs.shape[2:]
         in_closed_form = operand == "rhs" and self.everything.has_row_weights and inner < rows
         return self.everything if in_closed_form else self.sample
 
     def best(self, operand: Operand, choice: Choice) -> Tensor:
         last, beside = self.found.get(operand), choice[OTHER[operand]]
-        if last is not None and torch.equal(last.beside, beside):
+        if last is not None and (self.everything.searched_alone(operand) or torch.equal(last.beside, beside)):
             return choice[operand]  # nothing has changed since the round before
         prior = self._first_guess(operand, choice) if last is None else last.expected
         table, expected = screen(make_evaluation(self.screened_on(operand), operand, choice), prior)
@@ -121,6 +123,8 @@ class Screened:
                 few = leaders(self.found[operand].table, self.confirm)
                 best = make_evaluation(self.everything, operand, choice)(few).argmin(0)
                 choice = choice | {operand: few.gather(0, best[None])[0]}
+        if self.everything.searched_alone("rhs"):
+            return choice
         last = self.found["rhs"]
         if self.screened_on("rhs") is self.everything and not torch.equal(last.beside, choice["lhs"]):
             evaluation = make_evaluation(self.everything, "rhs", choice)
