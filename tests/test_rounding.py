@@ -26,6 +26,7 @@ from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import UniformParams
 from ptq4vit_fx.search.gram import DAMPING, inverse_factor, left_over
 from ptq4vit_fx.search.landscape import Landscape
+from ptq4vit_fx.search.metrics import HESSIAN
 from ptq4vit_fx.search.products import to_product
 from ptq4vit_fx.search.rounding import least, rounded
 from ptq4vit_fx.search.search_op import search_op
@@ -187,11 +188,22 @@ def test_what_rounding_leaves_of_an_error_is_what_later_rows_cannot_make_up_for(
     assert torch.equal(left_over(hopeless), torch.tensor([[1.0, 2.0]]))
 
 
+def test_behind_few_inputs_lucky_scales_are_searched_as_ever():
+    torch.manual_seed(0)
+    problem = to_product(LINEAR, torch.randn(400, 12) @ torch.randn(12, 12), torch.randn(48, 12))
+    channel, settings = Uniform(4, granularity="channel"), replace(GRAM, n=100)
+    nearest, result = (
+        search_op(LINEAR, problem, Uniform(8), channel, replace(settings, rounding=rounding))
+        for rounding in ("nearest", "gram")
+    )
+    assert result.distance_after <= nearest.distance_after
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_are_searched_for_the_codes_that_rounding_gives(monkeypatch, bits):
     torch.manual_seed(0)
     problems = [
-        to_product(LINEAR, torch.randn(400, 48) @ torch.randn(48, 48), torch.randn(32, 48) ** 3) for _ in range(8)
+        to_product(LINEAR, torch.randn(400, 64) @ torch.randn(64, 64), torch.randn(32, 64) ** 3) for _ in range(8)
     ]
     settings = replace(GRAM, n=100, rounds=3, screen_rows=128)
 
@@ -199,6 +211,7 @@ def test_scales_are_searched_for_the_codes_that_rounding_gives(monkeypatch, bits
         channel = Uniform(bits, granularity="channel")
         return np.array([search_op(LINEAR, x, Uniform(8), channel, settings).distance_after for x in problems])
 
+    assert Landscape(problems[0], HESSIAN, {}, rounded=True).searched_alone("rhs")
     own = losses()
     monkeypatch.setattr(Landscape, "searched_alone", lambda *_: False)  # scales for nearest codes, rounded then
     assert np.log(own / losses()).mean() < 0.03  # on fixtures -0.03; here, where no row counts more than others, 0.01

@@ -130,7 +130,8 @@ def test_chunks_change_nothing(monkeypatch, make, screen_rows):
 
 
 @pytest.mark.parametrize("is_rounded", [False, True])
-def test_narrowed_evaluation_is_that_of_its_columns(is_rounded):
+def test_narrowed_evaluation_is_that_of_its_columns(monkeypatch, is_rounded):
+    monkeypatch.setattr("ptq4vit_fx.search.landscape.LONG_COLUMN", 1)
     product = linear(1)
     candidates: dict[Operand, Candidates] = {
         "lhs": make_candidates(Uniform(6), LINEAR, product, "lhs", SearchSettings()),

@@ -28,6 +28,11 @@ OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 PILOTS = (0.5, 0.8)
 
 
+#: A column of a weight that is so long is rounded better than the luckiest nearest codes of all candidates are. Behind 12
+#: inputs (patches of 2 x 2 pixels) these had half the distance, behind 48 a tenth less.
+LONG_COLUMN = 64
+
+
 @dataclass(frozen=True, eq=False)
 class Landscape:
     """A product on all or some of its rows, the metric, and the candidates of both operands.
@@ -55,7 +60,8 @@ class Landscape:
 
     def searched_alone(self, operand: Operand) -> bool:
         """Whether it does not matter to an operand what the other one has chosen: see `RoundingEvaluation`."""
-        return operand == "rhs" and self.rounded and self.has_row_weights
+        is_long = self.product.rhs.shape[2] >= LONG_COLUMN
+        return operand == "rhs" and self.rounded and self.has_row_weights and is_long
 
     def start(self) -> Choice:
         """Return the choice of the initial scales."""
