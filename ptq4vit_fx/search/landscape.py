@@ -28,8 +28,8 @@ OTHER: dict[Operand, Operand] = {"lhs": "rhs", "rhs": "lhs"}
 PILOTS = (0.5, 0.8)
 
 
-#: A column of a weight that is so long is rounded better than the luckiest nearest codes of all candidates are. Behind 12
-#: inputs (patches of 2 x 2 pixels) these had half the distance, behind 48 a tenth less.
+#: A column of a weight that is so long is rounded better than the luckiest nearest codes of all candidates are. Behind
+#: 12 inputs (patches of 2 x 2 pixels) these had half the distance, behind 48 a tenth less.
 LONG_COLUMN = 64
 
 
