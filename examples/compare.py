@@ -8,7 +8,8 @@ wheel alone. Ours with uniform quantizers, with exact twins and tuned; ONNX Runt
 defaults, as its documentation advises for x86, and with percentiles; NNCF where `nncf` and `openvino` are installed;
 torchao's pt2e where `torchao` is, in ONNX Runtime where its model exports, else in PyTorch. Every one calibrates on the
 same 32 images. KL is from the float model, in nats. A latency is the median of rounds in turn, one image or --batch at
-a time; "times float" is that of the float file in the same runtime. Files for OpenVINO are written for it.
+a time; "times float" is that of the float file in the same runtime. Files for OpenVINO are written for it. Where one
+of them ends the process, as torchao 0.18 does on a Swin, `--without` leaves it out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -150,22 +151,22 @@ def no_gradients(model: nn.Module) -> Run:
     return run
 
 
-def entries(given: Material, folder: Path, threads: int) -> Iterator[Entry]:
-    """Quantize with everything that is installed; yield a row for each, the float one of a runtime first."""
+def entries(given: Material, folder: Path, threads: int, without: Sequence[str]) -> Iterator[Entry]:
+    """Quantize with everything installed that is not left out; yield a row each, the float one of a runtime first."""
     export_float(given.network, folder / "float.onnx", given.calibration[:1])
     images = [image[None].numpy() for image in given.calibration]
     static = write_static(folder / "float.onnx", folder, "image", images, STATIC)
     shared = [(FLOAT, folder / "float.onnx"), *static.items()]
     for name, path in (*shared, *write_ours(given, folder, "onnxruntime")):
         yield Entry("ONNX Runtime", name, in_onnxruntime(path, threads), path.stat().st_size)
-    if find_spec("torchao"):
+    if find_spec("torchao") and "torchao" not in without:
         yield torchao_entry(given, folder, threads)
-    if find_spec("openvino"):
+    if find_spec("openvino") and "openvino" not in without:
         own = folder / "openvino"
         own.mkdir()
         for name, path in (*shared, *write_ours(given, own, "openvino")):
             yield Entry("OpenVINO", name, in_openvino(path, threads), path.stat().st_size)
-        if find_spec("nncf"):
+        if find_spec("nncf") and "nncf" not in without:
             path = write_nncf(folder, given.calibration)
             size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
             yield Entry("OpenVINO", NNCF, in_openvino(path, threads), size)
@@ -198,13 +199,14 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="images at a time, of the latency")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="of every file")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="of all files in turn")] = 15,
+    without: Annotated[list[str], typer.Option(help="torchao, openvino or nncf, repeatable: not used")] = [],  # noqa: B006
 ) -> None:
     """Print one Markdown table."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     given = material(fixtures, model, images)
     with tempfile.TemporaryDirectory() as name:
-        rows = list(entries(given, Path(name), threads))
+        rows = list(entries(given, Path(name), threads, without))
         cells = [figures(entry, given) for entry in rows]
         timed = [entry for entry in rows if entry.runtime != PYTORCH]
         runs = {(entry.runtime, entry.name): partial(entry.run, given.images[:batch]) for entry in timed}
