@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ import typer
 from onnxruntime.quantization import CalibrationMethod
 from runtimes import Run, in_onnxruntime, in_openvino, write_nncf
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.errors import foreign
@@ -42,7 +43,7 @@ ADVISED = BASELINES["quantize_static u8s8 per channel"]
 STATIC = BASELINES | {
     "quantize_static percentile": ADVISED | {"calibrate_method": CalibrationMethod.Percentile},
 }
-FLOAT, TORCHAO, NNCF = "float", "torchao pt2e", "NNCF"
+FLOAT, TUNED, TORCHAO, NNCF = "float", "ours, tuned", "torchao pt2e", "NNCF"
 #: Where pt2e's model is only scored: its speed is a matter of torch.compile, which needs a compiler.
 PYTORCH = "PyTorch"
 CALIBRATION_IMAGES, BATCH = 32, 50
@@ -89,25 +90,22 @@ def material(fixtures: Path | None, model: str, count: int) -> Material:
     return Material(network, calibration, *source.load_images("val", count, size))
 
 
-def write_ours(given: Material, folder: Path, target: str) -> Iterator[tuple[str, Path]]:
-    """Write our files for a target; yield name and path.
-
-    "tuned" is for ONNX Runtime alone, where its products are timed.
-    """
-    example = given.calibration[:1]
+def our_models(given: Material) -> dict[str, GraphModule]:
+    """Return our calibrated models by name. "ours, tuned" is for ONNX Runtime, where its products are timed."""
+    ours: dict[str, GraphModule] = {}
     for twins in ("uniform", "exact"):
-        prepared = ptq.prepare_fx(given.network, ptq.recipes.best(twins=twins), example)
+        prepared = ptq.prepare_fx(given.network, ptq.recipes.best(twins=twins), given.calibration[:1])
         ptq.calibrate(prepared, given.calibration, progress=False)
-        yield f"ours, {twins}", _exported(prepared, example, folder / f"{twins}.onnx", target)
-    if target == "openvino":
-        return
-    tuned = ptq.tune(prepared, given.calibration, agreement=0.99, target=target, progress=False)
-    yield "ours, tuned", _exported(tuned.prepared, example, folder / "tuned.onnx", target)
+        ours[f"ours, {twins}"] = prepared
+    return ours | {TUNED: ptq.tune(prepared, given.calibration, agreement=0.99, progress=False).prepared}
 
 
-def _exported(prepared: Any, example: Tensor, path: Path, target: str) -> Path:
-    ptq.export_onnx(ptq.convert_fx(prepared), path, example, target=target)
-    return path
+def written(ours: Mapping[str, GraphModule], given: Material, folder: Path, target: str) -> Iterator[tuple[str, Path]]:
+    """Write models for a target; yield name and path."""
+    for name, prepared in ours.items():
+        path = folder / f"{name.removeprefix('ours, ')}.onnx"
+        ptq.export_onnx(ptq.convert_fx(prepared), path, given.calibration[:1], target=target)
+        yield name, path
 
 
 def pt2e(given: Material) -> nn.Module:
@@ -157,14 +155,16 @@ def entries(given: Material, folder: Path, threads: int, without: Sequence[str])
     images = [image[None].numpy() for image in given.calibration]
     static = write_static(folder / "float.onnx", folder, "image", images, STATIC)
     shared = [(FLOAT, folder / "float.onnx"), *static.items()]
-    for name, path in (*shared, *write_ours(given, folder, "onnxruntime")):
+    ours = our_models(given)
+    for name, path in (*shared, *written(ours, given, folder, "onnxruntime")):
         yield Entry("ONNX Runtime", name, in_onnxruntime(path, threads), path.stat().st_size)
     if find_spec("torchao") and "torchao" not in without:
         yield torchao_entry(given, folder, threads)
     if find_spec("openvino") and "openvino" not in without:
         own = folder / "openvino"
         own.mkdir()
-        for name, path in (*shared, *write_ours(given, own, "openvino")):
+        del ours[TUNED]
+        for name, path in (*shared, *written(ours, given, own, "openvino")):
             yield Entry("OpenVINO", name, in_openvino(path, threads), path.stat().st_size)
         if find_spec("nncf") and "nncf" not in without:
             path = write_nncf(folder, given.calibration)
