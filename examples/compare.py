@@ -172,11 +172,14 @@ def entries(given: Material, folder: Path, threads: int, without: Sequence[str])
             yield Entry("OpenVINO", NNCF, in_openvino(path, threads), size)
 
 
-def figures(entry: Entry, given: Material) -> str:
-    """Return top-1, agreement with float and KL of a row as cells of a Markdown table."""
-    outputs = torch.cat([torch.as_tensor(entry.run(batch)) for batch in given.images.split(BATCH)])
-    with torch.no_grad():
-        expected = torch.cat([given.network(batch) for batch in given.images.split(BATCH)])
+def answers(run: Run, given: Material) -> Tensor:
+    """Return the logits of all labelled images."""
+    return torch.cat([torch.as_tensor(run(batch)) for batch in given.images.split(BATCH)])
+
+
+def figures(entry: Entry, given: Material, expected: Tensor) -> str:
+    """Return top-1, agreement with float and KL of a row as cells of a Markdown table; expected: float's logits."""
+    outputs = answers(entry.run, given)
     found = against_float({"logits": expected.numpy()}, {"logits": outputs.numpy()}, kind="classes")
     right = float((outputs.argmax(1) == given.labels).float().mean())
     return f"{right:.2%} | {found.score:.2%} | {found.divergence:.2g}"
@@ -207,7 +210,8 @@ def main(
     given = material(fixtures, model, images)
     with tempfile.TemporaryDirectory() as name:
         rows = list(entries(given, Path(name), threads, without))
-        cells = [figures(entry, given) for entry in rows]
+        expected = answers(no_gradients(given.network), given)
+        cells = [figures(entry, given, expected) for entry in rows]
         timed = [entry for entry in rows if entry.runtime != PYTORCH]
         runs = {(entry.runtime, entry.name): partial(entry.run, given.images[:batch]) for entry in timed}
         times = in_turn(runs, rounds=rounds)
