@@ -9,7 +9,7 @@ defaults, as its documentation advises for x86, and with percentiles; NNCF where
 torchao's pt2e where `torchao` is, in ONNX Runtime where its model exports, else in PyTorch. Every one calibrates on the
 same 32 images. KL is from the float model, in nats. A latency is the median of rounds in turn, one image or --batch at
 a time; "times float" is that of the float file in the same runtime. Files for OpenVINO are written for it. Where one
-of them ends the process, as torchao 0.18 does on a Swin, `--without` leaves it out.
+of the others ends the process, `--without` leaves it out.
 """
 
 from __future__ import annotations
