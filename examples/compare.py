@@ -17,8 +17,9 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,14 @@ ANY_BATCH = ({0: torch.export.Dim("batch", min=1, max=1024)},)
 HEADER = """\
 | runtime | quantized by | top-1 | agrees with float | KL | MB | ms per image | times float |
 |---|---|---|---|---|---|---|---|"""
+
+
+class Other(str, Enum):
+    """What is compared where it is installed."""
+
+    torchao = "torchao"
+    openvino = "openvino"
+    nncf = "nncf"
 
 
 @dataclass(frozen=True)
@@ -149,8 +158,8 @@ def no_gradients(model: nn.Module) -> Run:
     return run
 
 
-def entries(given: Material, folder: Path, threads: int, without: Sequence[str]) -> Iterator[Entry]:
-    """Quantize with everything installed that is not left out; yield a row each, the float one of a runtime first."""
+def entries(given: Material, folder: Path, threads: int, used: Collection[Other]) -> Iterator[Entry]:
+    """Quantize with ours, quantize_static and these packages; yield a row each, the float one of a runtime first."""
     export_float(given.network, folder / "float.onnx", given.calibration[:1])
     images = [image[None].numpy() for image in given.calibration]
     static = write_static(folder / "float.onnx", folder, "image", images, STATIC)
@@ -158,15 +167,15 @@ def entries(given: Material, folder: Path, threads: int, without: Sequence[str])
     ours = our_models(given)
     for name, path in (*shared, *written(ours, given, folder, "onnxruntime")):
         yield Entry("ONNX Runtime", name, in_onnxruntime(path, threads), path.stat().st_size)
-    if find_spec("torchao") and "torchao" not in without:
+    if Other.torchao in used:
         yield torchao_entry(given, folder, threads)
-    if find_spec("openvino") and "openvino" not in without:
+    if Other.openvino in used:
         own = folder / "openvino"
         own.mkdir()
         del ours[TUNED]
         for name, path in (*shared, *written(ours, given, own, "openvino")):
             yield Entry("OpenVINO", name, in_openvino(path, threads), path.stat().st_size)
-        if find_spec("nncf") and "nncf" not in without:
+        if Other.nncf in used:
             path = write_nncf(folder, given.calibration)
             size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
             yield Entry("OpenVINO", NNCF, in_openvino(path, threads), size)
@@ -202,14 +211,14 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="images at a time, of the latency")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="of every file")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="of all files in turn")] = 15,
-    without: Annotated[list[str], typer.Option(help="torchao, openvino or nncf, repeatable: not used")] = [],  # noqa: B006
+    without: Annotated[list[Other], typer.Option(help="not used though installed, repeatable")] = [],  # noqa: B006
 ) -> None:
     """Print one Markdown table."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    given = material(fixtures, model, images)
+    given, used = material(fixtures, model, images), {own for own in Other if find_spec(own.value)} - {*without}
     with tempfile.TemporaryDirectory() as name:
-        rows = list(entries(given, Path(name), threads, without))
+        rows = list(entries(given, Path(name), threads, used))
         expected = answers(no_gradients(given.network), given)
         cells = [figures(entry, given, expected) for entry in rows]
         timed = [entry for entry in rows if entry.runtime != PYTORCH]
