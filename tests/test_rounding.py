@@ -128,21 +128,27 @@ def test_never_farther_than_nearest_and_within_the_grid(data, kind, quantizer):
     if kind == "conv2d" and quantizer.granularity == "group":
         quantizer = Uniform(4, granularity="channel")
     product = to_product(op, x, w, None, gradient)
-    result = search_op(op, product, Uniform(8), quantizer, GRAM)
-    assert result.distance_after <= result.distance_before
+    nearest, result = (
+        search_op(op, product, Uniform(8), quantizer, replace(GRAM, rounding=rounding))
+        for rounding in ("nearest", "gram")
+    )
+    assert torch.equal(result.rhs.tensors()["scale"], nearest.rhs.tensors()["scale"])
+    assert result.distance_before == nearest.distance_before
+    assert result.distance_after <= nearest.distance_after
     if result.codes is None:
+        assert (result.distance_after, result.snr) == (nearest.distance_after, nearest.snr)
         return
     assert (result.codes.shape, result.codes.dtype) == (w.shape, torch.int8)
     values = quantizer.decode(result.codes, result.rhs)
     assert torch.equal(quantizer.codes(values, result.rhs), result.codes.int())  # a fixed point of the quantizer
     if gradient is None:  # squared error: the figure is what the codes give
         inputs = Uniform(8).fake_quantize(x, result.lhs)
-        by_gram, nearest = (
+        by_gram, by_nearest = (
             float((op.compute(inputs, weight, None) - op.compute(x, w, None)).double().square().sum())
             for weight in (values, quantizer.fake_quantize(w, result.rhs))
         )
         assert by_gram == pytest.approx(result.distance_after, rel=1e-3, abs=1e-8)
-        assert by_gram <= nearest * (1 + 1e-5) + 1e-8
+        assert by_gram <= by_nearest * (1 + 1e-5) + 1e-8
         assert result.snr["rhs"] == pytest.approx(
             10 * math.log10(float(w.square().sum() / (values - w).square().sum().clamp_min(1e-30))), abs=0.01
         )
@@ -355,10 +361,10 @@ def test_a_file_gives_the_codes_back_and_nearest_is_what_it_was(rounded_model, s
     nearest = prepared_for(tiny(), small_images, MAPPING.with_search(rounding="nearest"))
     without = ptq.calibrate(nearest, small_images, progress=False)
     assert not without.codes
-    assert replace(calibration, codes={}).fingerprint() != calibration.fingerprint()
-    for name, (before, _) in calibration.distances.items():
+    assert without.fingerprint() == replace(calibration, codes={}).fingerprint() != calibration.fingerprint()
+    for name, (before, after) in calibration.distances.items():
         assert before == without.distances[name][0]
-    assert sum(after for _, after in calibration.distances.values()) < sum(x for _, x in without.distances.values())
+        assert after <= without.distances[name][1]
     one = next(iter(calibration.codes))
     flipped = calibration.codes[one].clone()
     flipped.view(-1)[0] ^= 1

@@ -56,8 +56,9 @@ def search_op(
     strategy: Strategy = Screened.of(landscape, settings, seed) if screened else Exhaustive(landscape)
     ends = [_end(strategy.anew(), place, settings.rounds) for place in _starts(landscape)]
     totals = [(landscape.total(choice), choice) for choice in (*ends, start)]
-    # Nearest codes say little of what rounding by the Gram matrix will leave: then the start is compared at the end.
-    (after, snr), choice = min(totals[:-1] if is_rounded else totals, key=lambda item: item[0][0])
+    # Nearest codes say little of scales that were searched for others: then the start is compared at the end.
+    for_rounding = landscape.searched_alone("rhs")
+    (after, snr), choice = min(totals[:-1] if for_rounding else totals, key=lambda item: item[0][0])
     (before, _), _ = totals[-1]
     settled = settle(landscape, choice)
     if settled is not choice:
@@ -65,7 +66,7 @@ def search_op(
     codes = None
     if is_rounded and _holds(landscape, choice, rhs, exponents["rhs"]):
         codes, (after, snr) = _rounded(op, landscape, choice, (after, snr))
-    if is_rounded and before < after:
+    if for_rounding and before < after:
         codes, ((after, snr), choice) = None, totals[-1]
     params = {o: multiplied(given[o], candidates[o].params(indices), exponents[o]) for o, indices in choice.items()}
     share = after / zero if zero > 0.0 else 0.0

@@ -105,12 +105,17 @@ class Screened:
 
     def best(self, operand: Operand, choice: Choice) -> Tensor:
         last, beside = self.found.get(operand), choice[OTHER[operand]]
-        if last is not None and (self.everything.searched_alone(operand) or torch.equal(last.beside, beside)):
-            return choice[operand]  # nothing has changed since the round before
+        if last is not None and self._still_holds(operand, choice):
+            return choice[operand]
         prior = self._first_guess(operand, choice) if last is None else last.expected
         table, expected = screen(make_evaluation(self.screened_on(operand), operand, choice), prior)
         self.found[operand] = _Found(table, expected, beside)
         return best_of(table)
+
+    def _still_holds(self, operand: Operand, choice: Choice) -> bool:
+        """Return whether the other operand is as it was when this one was screened, or does not matter to it."""
+        beside = self.found[operand].beside
+        return self.everything.searched_alone(operand) or torch.equal(beside, choice[OTHER[operand]])
 
     def decide(self, choice: Choice) -> Choice:
         if self.sample is self.everything:
@@ -123,12 +128,9 @@ class Screened:
                 few = leaders(self.found[operand].table, self.confirm)
                 best = make_evaluation(self.everything, operand, choice)(few).argmin(0)
                 choice = choice | {operand: few.gather(0, best[None])[0]}
-        if self.everything.searched_alone("rhs"):
-            return choice
-        last = self.found["rhs"]
-        if self.screened_on("rhs") is self.everything and not torch.equal(last.beside, choice["lhs"]):
+        if self.screened_on("rhs") is self.everything and not self._still_holds("rhs", choice):
             evaluation = make_evaluation(self.everything, "rhs", choice)
-            choice = choice | {"rhs": best_of(screen(evaluation, last.expected)[0])}
+            choice = choice | {"rhs": best_of(screen(evaluation, self.found["rhs"].expected)[0])}
         return choice
 
     def _first_guess(self, operand: Operand, choice: Choice) -> Tensor | None:
