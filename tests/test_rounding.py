@@ -24,11 +24,11 @@ from ptq4vit_fx.passes.graph.contract import history
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.quantizers import UniformParams
-from ptq4vit_fx.search.gram import DAMPING, inverse_factor, left_over
+from ptq4vit_fx.search.gram import DAMPING, damped, inverse_factor, left_over
 from ptq4vit_fx.search.landscape import Landscape
 from ptq4vit_fx.search.metrics import HESSIAN
 from ptq4vit_fx.search.products import to_product
-from ptq4vit_fx.search.rounding import least, rounded
+from ptq4vit_fx.search.rounding import descended, least, rounded
 from ptq4vit_fx.search.search_op import search_op
 
 GRAM = SearchSettings(n=20, rounds=1, rounding="gram")
@@ -94,6 +94,36 @@ def test_an_independent_input_is_rounded_to_nearest_and_twins_share_their_errors
     assert codes_of(weight, apart, scale, 4)[:, 0].tolist() == [0, 0, 0]
     together = np.array([[3.0, 2.9, 0], [2.9, 3.0, 0], [0, 0, 1.0]])
     assert codes_of(weight, together, scale, 4)[:, 0].tolist() == [0, 1, 0]  # 0.4 + 0.4 is nearer to 1 than to 0
+
+
+@pytest.mark.parametrize(("rows", "inner"), [(60, 12), (5, 20), (400, 150), (40, 1)])
+def test_a_sweep_takes_the_best_code_of_each_value_beside_all_others(rows, inner):
+    random = np.random.default_rng(inner)
+    x = random.normal(0, 1, (rows, inner)) @ random.normal(0, 1, (inner, inner))
+    x[:, 0] = 0
+    square = damped(torch.from_numpy(x.T @ x).float()[None], DAMPING)
+    aim = torch.from_numpy(random.normal(0, 1, (inner, 6))).float()[None]
+    params, grid = UniformParams(torch.full((1, 1, 6), 0.3)), np.arange(-8, 8)
+    codes = Uniform(4).codes(aim, params).to(torch.int8)
+    found = descended(codes, aim, square, Uniform(4), params)
+    matrix, expected = square[0].double().numpy(), codes[0].double().numpy()
+    differences, scale = 0.3 * expected - aim[0].double().numpy(), 0.3
+
+    def costs(differences):
+        return ((matrix @ differences) * differences).sum(0)
+
+    before = costs(differences)
+    for i in range(inner):
+        for column in range(6):
+            each = np.repeat(differences[:, column : column + 1], len(grid), axis=1)
+            each[i] = scale * grid - float(aim[0, i, column])
+            expected[i, column] = grid[costs(each).argmin()]
+        differences[i] = scale * expected[i] - aim[0, i].double().numpy()
+    assert found.dtype == torch.int8
+    assert (found[0].numpy() == expected).mean() > 0.99  # a tie may fall the other way in float32, and move its like
+    after = costs(0.3 * found[0].double().numpy() - aim[0].double().numpy())
+    assert (after <= before * (1 + 1e-5)).all()
+    assert inner == 1 or (after < 0.99 * before).any()
 
 
 def problem(draw, kind):

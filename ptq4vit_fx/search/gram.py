@@ -54,24 +54,36 @@ def left_over(square: Tensor) -> Tensor:
     return torch.empty_like(left).scatter_(1, order, left)
 
 
+def damped(square: Tensor, damping: float) -> Tensor:
+    """Return H with `damping` times its mean diagonal added to its diagonal: float32 (heads, inner, inner)."""
+    found = square.clone()
+    found.diagonal(dim1=1, dim2=2).add_(damping * mean_diagonal(square))
+    return found
+
+
+def mean_diagonal(square: Tensor) -> Tensor:
+    """Return the mean of H's diagonal over the inputs that are not always zero, (heads, 1), and 1 where all are."""
+    diagonal = square.diagonal(dim1=1, dim2=2).clamp_min(0)
+    mean = diagonal.sum(1) / (diagonal > 0).sum(1).clamp_min(1)
+    return torch.where(mean > 0, mean, 1.0)[:, None]
+
+
 def _factor(square: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """Return the order of rounding, the Cholesky factor L of H / mean in reversed order, the mean, and the damping."""
     diagonal = square.diagonal(dim1=1, dim2=2)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    dead = diagonal <= 0
-    mean = diagonal.clamp_min(0).sum(1) / (~dead).sum(1).clamp_min(1)
-    mean = torch.where(mean > 0, mean, 1.0)[:, None]
+    dead, mean = diagonal <= 0, mean_diagonal(square)
     backwards = order.flip(1)
-    damped = _permuted(square, backwards) / mean[..., None]
+    shares = _permuted(square, backwards) / mean[..., None]
     off = dead.gather(1, backwards)
-    damped.masked_fill_(off[:, :, None] | off[:, None, :], 0.0)
-    damped.diagonal(dim1=1, dim2=2).add_(damping)
+    shares.masked_fill_(off[:, :, None] | off[:, None, :], 0.0)
+    shares.diagonal(dim1=1, dim2=2).add_(damping)
     for _ in range(1 + MORE_DAMPING):
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower, info = torch.linalg.cholesky_ex(shares)
         failed = (info != 0) | ~lower.isfinite().all(2).all(1)
         if not bool(failed.any()):
             return order, lower, mean, damping
-        damped.diagonal(dim1=1, dim2=2).add_(9 * damping * failed[:, None])
+        shares.diagonal(dim1=1, dim2=2).add_(9 * damping * failed[:, None])
         damping *= 10
     return None
 

@@ -13,6 +13,9 @@ the best place beside what is rounded already (GPTQ, Frantar et al. 2022). With 
     q_i = quantize(w_i),  e = (w_i - q_i) / U_ii,  w_j -= U_ij e  for all j behind i
 
 All columns at once; their scales are fixed before. A value that the grid clips hands on its error like any other.
+
+What is rounded first has not seen how the rows behind it were rounded. On a coarse grid each value is then looked at
+again beside all the others, and takes the code of which the distance is least (coordinate descent).
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from torch import Tensor
 from ptq4vit_fx.errors import warn
 from ptq4vit_fx.quantizers import Quantizer, Uniform, UniformParams
 from ptq4vit_fx.search.candidates import UniformCandidates
-from ptq4vit_fx.search.gram import DAMPING, inverse_factor, root_weighted
+from ptq4vit_fx.search.gram import DAMPING, damped, inverse_factor, root_weighted
 from ptq4vit_fx.search.landscape import Choice, Landscape
 
 #: Rows that are rounded before what they hand on reaches the rows behind them, in one product.
 BLOCK = 64
+#: So often the values of a grid of fewer than so many bits are looked at again. It takes 4 % of the distance at any
+#: width, and of the divergence of a whole model 3 to 5 % at 4 bits; at 6 and at 8 none that 800 images show.
+SWEEPS, COARSE_BITS = 2, 6
 #: The largest code of a container of codes.
 LARGEST_CODE = 127
 
@@ -53,7 +59,12 @@ def round_weight(landscape: Landscape, choice: Choice, name: str) -> tuple[Tenso
     if damping > DAMPING:
         warn(f"calibrate: the weight of {name} is rounded with a damping of {damping:.3g} in place of {DAMPING}")
     params = searched.params_over(weight, choice["rhs"])
-    codes = rounded(least(weight[0], linear, order, factor), order, factor, searched.quantizer, params)
+    aim = least(weight[0], linear, order, factor)
+    codes = rounded(aim, order, factor, searched.quantizer, params)
+    if searched.quantizer.bits < COARSE_BITS:
+        damped_square = damped(square, damping)
+        for _ in range(SWEEPS):
+            codes = descended(codes, aim, damped_square, searched.quantizer, params)
     return codes[None], searched.quantizer.decode(codes, params)[None]
 
 
@@ -98,3 +109,25 @@ def rounded(weight: Tensor, order: Tensor, factor: Tensor, quantizer: Uniform, p
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
     quantized = torch.empty_like(left).scatter_(1, places, left)
     return quantizer.codes(quantized, params).to(torch.int8)
+
+
+def descended(codes: Tensor, aim: Tensor, square: Tensor, quantizer: Uniform, params: UniformParams) -> Tensor:
+    """Return codes, int8 (heads, inner, columns), each in turn the best beside all others: a sweep from row to row.
+
+    aim: where d' square d is least, d the distance from it, float32 as the codes. square: H + damping, (heads, inner,
+    inner). That sum never grows, but for float32's rounding: value i is best at its own less (square d)_i / square_ii.
+    """
+    values = quantizer.decode(codes, params)
+    slopes, own = square @ (values - aim), square.diagonal(dim1=1, dim2=2)[..., None]
+    inner = values.shape[1]
+    for start in range(0, inner, BLOCK):
+        stop = min(start + BLOCK, inner)
+        steps = torch.zeros_like(values[:, start:stop])
+        for i in range(start, stop):
+            here = i - start
+            slope = torch.baddbmm(slopes[:, i : i + 1], square[:, i : i + 1, start:i], steps[:, :here])
+            value = quantizer.fake_quantize(values[:, i : i + 1] - slope / own[:, i : i + 1], params)
+            steps[:, here : here + 1] = value - values[:, i : i + 1]
+            values[:, i : i + 1] = value
+        slopes[:, stop:].baddbmm_(square[:, stop:, start:stop], steps)
+    return quantizer.codes(values, params).to(torch.int8)
