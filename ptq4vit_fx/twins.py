@@ -23,13 +23,11 @@ from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.torch_state import independent_of_caller
 from ptq4vit_fx.tuning.allocation import Option, allocate
 from ptq4vit_fx.tuning.form_search import planned
-from ptq4vit_fx.tuning.forms import Form, Pair, plan_with, uniform_in_place_of
+from ptq4vit_fx.tuning.forms import EXACT, UNIFORM, Pair, plan_with, uniform_in_place_of
 from ptq4vit_fx.tuning.mixing import mixed_calibration, product_shapes, with_calibration
 
 #: How much `auto` may add to the distance of the whole model: a tenth of a loss that is small to begin with.
 DEFAULT_TOLERANCE = 0.1
-#: The two forms of a product, whatever its bits are.
-TWIN, UNIFORM = Form(8, 8), Form(8, 8, twins=False)
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,8 @@ def choose_twins(
     ]
     names = _cheapest(choices, tolerance * total) if uniform is None else _matching(uniform, choices)
     report = TwinReport(tuple(replace(c, chosen="uniform") if c.op in names else c for c in choices), total)
-    forms = {op.name: UNIFORM if op.name in names else TWIN for op in plan.ops}
-    merged = mixed_calibration(plan, {TWIN: calibration, UNIFORM: searched}, forms, {"uniform_twins": sorted(names)})
+    forms = {op.name: UNIFORM if op.name in names else EXACT for op in plan.ops}
+    merged = mixed_calibration(plan, {EXACT: calibration, UNIFORM: searched}, forms, {"uniform_twins": sorted(names)})
     return with_calibration(prepared, merged), report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -84,15 +86,29 @@ def test_quantize_with_other_twins(workspace, twins, site):
     assert site in rows[0]
 
 
-def test_quantize_chooses_the_twins(workspace):
-    out = workspace / "model.onnx"
-    done = run("quantize", *(a.format(w=workspace) for a in GOOD), "--out", out, "--twins", "auto")
+@pytest.mark.parametrize("twins", [[], ["--twins", "auto"]])
+def test_quantize_chooses_the_twins_on_images_that_calibration_has_not_seen(workspace, twins):
+    """By default; where the data hold no such images it is said, and all stay exact."""
+    out, images = workspace / "model.onnx", workspace / "images"
+    given = [*(a.format(w=workspace) for a in GOOD), "--out", out, *twins]
+    few = run("quantize", *given)
+    assert few.exit_code == 0, few.output
+    assert "twins: all exact, as images that calibration does not take are needed to choose" in few.output
+    assert sum("twin8" in line for line in run("inspect", out).output.splitlines() if ":lhs" in line) == 2
+    for number in range(20):
+        pixels = np.random.default_rng(9 + number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(images / "a" / f"more{number}.png")
+    done = run("quantize", *given, "--images", 8, "--checkpoint", workspace / "scales")
     assert done.exit_code == 0, done.output
-    assert "of 2 twins become uniform" in done.output
-    rows = {line.split()[0]: line for line in run("inspect", out).output.splitlines() if ":lhs" in line}
-    for op in ("blocks.0.attn.matmul_av", "blocks.0.mlp.fc2"):
-        chosen = next(line.split()[-1] for line in done.output.splitlines() if line.startswith(op))
-        assert (chosen == "twin") == ("twin8" in rows[f"{op}:lhs"]), done.output
+    told = re.search(r"twins: (\d) of 2 become uniform; KL to float \S+ on \d+ images, \S+ with all exact", done.output)
+    assert told, done.output
+    kept = [line for line in run("inspect", out).output.splitlines() if ":lhs" in line and "twin8" in line]
+    assert len(kept) == 2 - int(told[1])
+    assert (workspace / "scales.forms" / "uniform.safetensors").exists()
+    again = workspace / "again.onnx"
+    assert run("quantize", *given[: -len(twins) or None][:-1], again, *twins, "--images", 8).exit_code == 0
+    scales = [{i.name: i.raw_data for i in onnx.load(path).graph.initializer} for path in (out, again)]
+    assert scales[0] == scales[1]
 
 
 def test_quantize_for_a_target_with_a_fixed_batch(workspace):

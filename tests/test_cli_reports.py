@@ -147,7 +147,7 @@ def test_a_page_of_a_file_and_one_of_its_calibration(quantized, place):
 
 
 def test_a_poor_file_is_said_to_be_so_first(place):
-    bits = ["--w-bits", 3, "--a-bits", 3]
+    bits = ["--w-bits", 3, "--a-bits", 3, "--twins", "exact"]
     poor = run("quantize", *OPTIONS, "--out", "poor.onnx", *bits, "--no-bench", "--fail-under", 0.95)
     assert poor.exit_code == 3, poor.output
     warning, *_, error = [line for line in poor.stderr.splitlines() if line.startswith(("warning: w", "error: "))]

@@ -16,7 +16,8 @@ from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.passes.graph.stages import float_products
 from ptq4vit_fx.tuning.allocation import Option, allocate
 from ptq4vit_fx.tuning.form_search import path_of, search_forms
-from ptq4vit_fx.tuning.forms import FLOAT, Form, candidates_of, form_of
+from ptq4vit_fx.tuning.forms import EXACT, FLOAT, Form, candidates_of, form_of
+from ptq4vit_fx.tuning.forms import UNIFORM as OWN_UNIFORM
 from ptq4vit_fx.tuning.measuring import Measuring, divergence
 from ptq4vit_fx.tuning.mixing import mixed_calibration, model_of_plan, product_shapes, with_calibration
 from ptq4vit_fx.tuning.timings import BRANCHES, load_timings, measure_timings
@@ -202,7 +203,43 @@ def test_the_plan_keeps_what_is_asked_for_and_takes_no_more_than_any_other_that_
     assert set(tuned.point.forms) == {op.name for op in prepared.plan.ops}
     assert tuned.calibration.provenance["tuned"]["chosen"] == tuned.point.to_dict()
     json.dumps(tuned.to_dict())
-    assert "rank correlation" in tuned.report()
+    assert ("rank correlation" if tuned.sensitivity.images else "no product was measured alone") in tuned.report()
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 6)])
+def test_twins_become_uniform_in_the_bits_of_the_plan_as_far_as_the_whole_allows(bits):
+    """Multiplications are those of one image, twice with a twin; what may be added is beside all exact."""
+    torch.manual_seed(1)
+    model = prepared_of(tiny(), *bits)
+    none, every = (
+        ptq.tune(model, DATA, held_out=HELD, progress=False, kl_added=added, minimize="multiplications")
+        for added in (0.0, 1e9)
+    )
+    exact, uniform = (next(p for p in none.frontier if p.name == form.name) for form in (EXACT, OWN_UNIFORM))
+    counts, twins = model.plan.multiplications, {name for name, form in uniform.forms.items() if form == "uniform"}
+    assert twins == {f"blocks.{i}.{name}" for i in range(2) for name in ("attn.matmul_av", "mlp.fc2")}
+    assert uniform.takes == sum(counts.values())
+    assert exact.takes == uniform.takes + sum(counts[name] for name in twins)
+    assert none.point.divergence <= 1.1 * exact.divergence
+    assert none.budget.kl == pytest.approx(1.1 * exact.divergence)
+    assert dict(every.point.forms) == dict(uniform.forms)
+    assert every.sensitivity.images == 0  # the cheapest plan holds, no product needs to be known alone
+    quantizers = every.plan.quantizers
+    assert {key: q.bits for key, q in quantizers.items()} == {key: q.bits for key, q in model.plan.quantizers.items()}
+    assert not any(isinstance(q, ptq.TwinUniform) for q in quantizers.values())
+    searched = prepared_of(tiny(), *bits)
+    ptq.calibrate(searched, DATA, progress=False)
+    same = ptq.choose_twins(searched, DATA, uniform=[".*"], timing=lambda shapes: (2.0, 1.0), progress=False)[0]
+    assert same.calibration.fingerprint() == every.calibration.fingerprint()
+
+
+def test_where_not_all_twins_can_go_only_products_that_have_them_are_measured(prepared):
+    tuned = ptq.tune(prepared, DATA, held_out=HELD, progress=False, kl_added=1e-9, minimize="multiplications")
+    measured = {cost.product for cost in tuned.sensitivity.costs if cost.measured is not None}
+    assert measured == {f"blocks.{i}.{name}" for i in range(2) for name in ("attn.matmul_av", "mlp.fc2")}
+    exact, uniform = (next(p for p in tuned.frontier if p.name == name) for name in ("exact", "uniform"))
+    assert tuned.point.divergence <= 1.1 * exact.divergence < uniform.divergence
+    assert tuned.point.takes > uniform.takes
 
 
 def test_a_tighter_budget_takes_more_and_the_same_one_gives_the_same_plan(tmp_path, prepared, cache, timings):
@@ -313,7 +350,7 @@ REFUSED = {
         {"agreement": 1.01},
         "agreement: expected above 0 and at most 1, which float itself",
     ),
-    "no budget": ({}, "budget: expected one of agreement, kl, top1_drop, limit, got none"),
+    "no budget": ({}, "budget: expected one of agreement, kl, top1_drop, limit, kl_added, got none"),
     "two budgets": ({"kl": 1.0, "agreement": 0.9}, "got agreement and kl"),
     "labels of another length": ({"kl": 1.0, "labels": [0, 1]}, "labels: expected 12, one of each image, got shape"),
     "top-1 without labels": ({"top1_drop": 0.1}, "top1_drop: expected labels of the images, got none"),
@@ -322,7 +359,10 @@ REFUSED = {
         "held_out: expected 8 images or more .*, got 0 of 8",
     ),
     "too few images": ({"kl": 1.0, "held_out": None}, "held_out: expected 8 images or more .*, got 4 of 8"),
-    "a form that is none": ({"kl": 1.0, "forms": ["int9"]}, "form: expected float, or bits such as w8a8"),
+    "a form that is none": (
+        {"kl": 1.0, "forms": ["int9"]},
+        "form: expected float, exact, uniform, or bits such as w8a8",
+    ),
     "float alone": ({"kl": 1.0, "forms": ["float"]}, "forms: expected one that is quantized, got float"),
     "a target without it": (
         {"kl": 1.0, "target": "tensorrt", "forms": ["w4a4"]},

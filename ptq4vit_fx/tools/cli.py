@@ -64,11 +64,12 @@ def quantize(
         str, typer.Option(help="best, ptq4vit (the paper's), tensorrt (for that target) or base")
     ] = "best",
     twins: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="of best and ptq4vit: exact, wide, uniform, or auto: uniform where that adds little and saves time"
+            help="of best and ptq4vit: exact, wide, uniform, or auto (the default of best): uniform where that costs "
+            "next to nothing on images that calibration has not seen"
         ),
-    ] = "exact",
+    ] = None,
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
     a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
     images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
@@ -155,6 +156,9 @@ def quantize(
         from ptq4vit_fx.tools.mappings import mapping_of
         from ptq4vit_fx.tools.quantizing import plan_folder, quantize_folder
         from ptq4vit_fx.tools.request import Request, batch_of_calibration, gibibytes
+        from ptq4vit_fx.tools.tuned_request import default_twins
+
+        twins = twins or default_twins(recipe, agreement, sequential=sequential)
 
         request = Request(
             model=model,

@@ -36,8 +36,7 @@ from ptq4vit_fx.tools.request import Request, check_request
 from ptq4vit_fx.tools.schedulers import workers_at
 from ptq4vit_fx.tools.source import Say, Source, read_source
 from ptq4vit_fx.tools.summary import Summary
-from ptq4vit_fx.tools.tuned_request import tuned_model
-from ptq4vit_fx.twins import choose_twins
+from ptq4vit_fx.tools.tuned_request import tuned_model, with_chosen_twins
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
     float_file = _float_file(request, source, exported, phases)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
+    chosen = "tuned" in calibration.provenance
+    asked = request if chosen or request.twins != "auto" else replace(request, twins="exact")
     summary = Summary(
         model=request.model,
         bits=(request.w_bits, request.a_bits),
@@ -96,7 +97,7 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         float_file=request.float_onnx,
         float_bytes=float_file.bytes or exported.float_bytes,
         expensive=most_expensive(calibration),
-        flags=helpful_flags(request, source.compared.others),
+        flags=helpful_flags(asked, source.compared.others),
         warnings=tuple(heard),
         report=request.report,
         phases=phases.seconds,
@@ -145,17 +146,16 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases, work
         "progress": phases.show,
         **workers,
     }
-    if request.agreement is None:
+    known = options | {"kind": source.kind}
+    if request.agreement is not None:
+        with phases(phase.TUNE):
+            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **known)
+    elif request.twins == "auto":
+        with phases(phase.CALIBRATE):
+            prepared = with_chosen_twins(request, prepared, batches, source.tuned_on, say, **known)
+    else:
         with phases(phase.CALIBRATE):
             calibrate(prepared, batches, checkpoint=request.checkpoint, **options)
-    else:
-        with phases(phase.TUNE):
-            known = options | {"kind": source.kind}
-            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **known)
-    if request.twins == "auto":
-        with phases(phase.TWINS):
-            prepared, choice = choose_twins(prepared, batches, **options)
-        say(str(choice))
     calibration = calibration_of(prepared)
     assert calibration is not None
     return load_calibration(

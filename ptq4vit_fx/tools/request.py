@@ -71,6 +71,11 @@ class Request:
     timings: Path | None = None
     image_options: ImageOptions = field(default_factory=ImageOptions)
 
+    @property
+    def tunes(self) -> bool:
+        """Whether forms of products are chosen on images that calibration does not take."""
+        return self.agreement is not None or self.twins == "auto"
+
     def asked(self) -> Asked:
         """Return the float model that is asked for."""
         return Asked(self.model, self.weights, self.weights_entry, self.ema, self.model_args)
@@ -124,9 +129,6 @@ def check_request(request: Request) -> None:
     if request.target == "tensorrt" and request.recipe in ("best", "ptq4vit"):
         expected, do = "tensorrt or base with the target tensorrt", "add --recipe tensorrt"
         raise failure("quantize", "--recipe", expected=expected, got=repr(request.recipe), do=do)
-    if request.sequential and request.twins == "auto":
-        expected, do = "exact, wide or uniform with --sequential", "choose one: auto compares products that do not wait"
-        raise failure("quantize", "--twins", expected=expected, got="'auto'", do=do)
     if request.sequential and request.scheduler is not None:
         expected, do = "products that can be searched apart", "leave --sequential or --scheduler out"
         raise failure("quantize", "--scheduler", expected=expected, got="--sequential", do=do)

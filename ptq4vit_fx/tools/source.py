@@ -93,12 +93,12 @@ def _check_size(request: Request, size: Sequence[int], images: int) -> None:
 def _read(request: Request, listed: Images, preprocessing: dict[str, Any], phases: Phases) -> Read:
     items, channels, skipped = listed.items, preprocessing["input_size"][0], list[str]()
     taken = evenly_spread(len(items), request.images)
-    total = min(len(items), len(taken) + MOST * (1 if request.agreement is None else 2))
+    total = min(len(items), len(taken) + MOST * (2 if request.tunes else 1))
     transform = calls(transform_of(preprocessing), phases.show, phase.READ, total)
     calibrated = load_named([items[number] for number in taken], transform, skipped, channels)
     compared = images_to_compare(items, taken, calibrated, transform, channels)
     tuned_on = None
-    if request.agreement is not None:  # others than those of the last comparison, where there are enough
+    if request.tunes:  # others than those of the last comparison, where there are enough
         tuned_on = images_to_compare(items, (*taken, *compared.numbers), calibrated, transform, channels)
         tuned_on = tuned_on if tuned_on.unseen else compared
     return Read(calibrated[1], tuple(skipped), compared, tuned_on)

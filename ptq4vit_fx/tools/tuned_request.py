@@ -1,4 +1,4 @@
-"""`quantize --agreement`: what `tune` is asked for, and the images that it measures on."""
+"""`quantize --agreement` and `--twins auto`: what `tune` is asked for, and the images that it measures on."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
+from ptq4vit_fx.api import calibrate
 from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
+from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.tools.held_out import Compared
 from ptq4vit_fx.tools.terminal import forms_beside
-from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
+from ptq4vit_fx.tuning.forms import DEFAULT_FORMS, EXACT, UNIFORM
 from ptq4vit_fx.tuning.timings import load_timings
-from ptq4vit_fx.tuning.tune import tune
+from ptq4vit_fx.tuning.tune import Tuned, tune
 
 if TYPE_CHECKING:
     from ptq4vit_fx.tools.request import Request
 
 #: What --minimize calls the quantities of `tune`.
 MINIMIZED = {"time": "time", "size": "size", "bits": "average bits"}
+#: What uniform quantizers in the place of twins may add to the divergence from float, in nats, by default: top-1 on
+#: 5,000 images does not tell it (docs/tuning.md). Forward passes of 32 images that measuring single products may take.
+KL_ADDED, PASSES = 0.001, 8.0
 
 
 def check_tuning(request: Request) -> None:
     """Raise PTQError on options of tuning that exclude others, and on timings that cannot be read."""
     if request.minimize not in MINIMIZED:
         raise unknown_name("quantize", "--minimize", request.minimize, MINIMIZED)
+    if request.twins == "auto" and request.agreement is None and request.sequential:
+        expected, do = "exact, wide or uniform with --sequential", "choose one: auto compares products that do not wait"
+        raise failure("quantize", "--twins", expected=expected, got="'auto'", do=do)
     if request.agreement is None:
         given = [("--minimize", request.minimize != "time"), ("--timings", request.timings is not None)]
         for option in (name for name, there in given if there):
@@ -47,6 +56,61 @@ def check_tuning(request: Request) -> None:
         raise failure("quantize", "--set", expected="bits that --agreement decides", got=bits[0], do=do)
     if request.timings is not None:
         load_timings(request.timings, "quantize")
+
+
+def default_twins(recipe: str, agreement: float | None, *, sequential: bool) -> str:
+    """Return what --twins is where nobody says it: auto where it can be, which the paper's own recipes are not."""
+    return "auto" if recipe == "best" and agreement is None and not sequential else "exact"
+
+
+def with_chosen_twins(
+    request: Request,
+    prepared: TracedModule,
+    batches: list[torch.Tensor],
+    compared: Compared | None,
+    say: Callable[[str], None],
+    **calibrate_kwargs: Any,
+) -> TracedModule:
+    """Return the calibrated model with uniform quantizers in the place of the twins that it can do without.
+
+    `--twins auto`: the fewest multiplications with which the divergence from float, on images that calibration has not
+    seen, is at most KL_ADDED above that with all twins. Where there are no such images all twins stay, and it is said.
+    """
+    checkpoint, known = request.checkpoint, calibrate_kwargs
+    twins = any(isinstance(quantizer, TwinUniform) for quantizer in plan_of(prepared).quantizers.values())
+    if not twins or compared is None or not compared.unseen:
+        calibrate(prepared, batches, checkpoint=checkpoint, **{k: v for k, v in known.items() if k != "kind"})
+        if twins:
+            reason = "none" if compared is None else compared.reason
+            say(f"twins: all exact, as images that calibration does not take are needed to choose, and {reason}")
+        return prepared
+    cache = None if checkpoint is None else forms_beside(checkpoint)
+    held_out = list(torch.split(compared.pixels, request.batch_size))
+    tuned = tune(
+        prepared,
+        batches,
+        held_out=held_out,
+        kl_added=KL_ADDED,
+        minimize="multiplications",
+        target=request.target,
+        opset=request.opset,
+        passes=PASSES,
+        cache=cache,
+        **known,
+    )
+    say(_said_of_twins(tuned))
+    return tuned.prepared
+
+
+def _said_of_twins(tuned: Tuned) -> str:
+    """Return a line: how many twins became uniform, and what that costs and saves."""
+    named = {point.name: point for point in tuned.frontier}
+    exact, fastest, chosen = named[EXACT.name], named[UNIFORM.name], tuned.point
+    twins, uniform = (point.counts().get(UNIFORM.name, 0) for point in (fastest, chosen))
+    return (
+        f"twins: {uniform} of {twins} become uniform; KL to float {chosen.divergence:.2g} on {tuned.images} images, "
+        f"{exact.divergence:.2g} with all exact, and {exact.takes / chosen.takes:.2f} times fewer multiplications"
+    )
 
 
 def tuned_model(

@@ -26,22 +26,27 @@ _SPELLED = re.compile(r"[wW](\d)[aA](\d)( uniform)?")
 class Form:
     """Bits of a product's weight and of its activations, and whether these may have twins; no bits: it is float.
 
-    What the image is quantized to stays what the recipe says: it is 8-bit data.
+    What the image is quantized to stays what the recipe says: it is 8-bit data. own: the bits are those of the plan.
     """
 
     weights: int = 0
     activations: int = 0
     twins: bool = True
+    own: bool = False
 
     @property
     def name(self) -> str:
-        """`float`, `w8a8`, or `w8a8 uniform` without twins; `form_of` reads it."""
+        """`float`, `w8a8`, or `w8a8 uniform` without twins; `exact` or `uniform` in own bits; `form_of` reads it."""
+        if self.own:
+            return "exact" if self.twins else "uniform"
         if not self.weights:
             return "float"
         return f"w{self.weights}a{self.activations}" + ("" if self.twins else " uniform")
 
 
 FLOAT = Form()
+#: As the plan says, and the same with uniform quantizers in the place of twins.
+EXACT, UNIFORM = Form(own=True), Form(own=True, twins=False)
 #: Bits that a quantizer may have.
 BITS = range(2, 9)
 #: What is tried by default for each quantity that `tune` makes small. Float stands last: of two that cost and take the
@@ -50,6 +55,7 @@ DEFAULT_FORMS: Mapping[str, tuple[Form, ...]] = {
     "time": (Form(8, 8), Form(8, 8, twins=False), FLOAT),
     "size": (Form(8, 8), Form(4, 8), FLOAT),
     "average bits": (Form(8, 8), Form(6, 6), Form(4, 6), Form(4, 4), FLOAT),
+    "multiplications": (EXACT, UNIFORM),
 }
 
 
@@ -57,10 +63,12 @@ def form_of(name: str, operation: str = "tune") -> Form:
     """Return the form of that name; raises PTQError on any other text."""
     spelled = _SPELLED.fullmatch(name)
     bits = [int(spelled[place]) for place in (1, 2)] if spelled else []
-    if name == FLOAT.name:
-        return FLOAT
+    named = next((form for form in (FLOAT, EXACT, UNIFORM) if form.name == name), None)
+    if named is not None:
+        return named
     if spelled is None or not all(width in BITS for width in bits):
-        expected, do = "float, or bits such as w8a8, w4a8 or 'w8a8 uniform'", "spell it so, with 2 to 8 bits"
+        expected = "float, exact, uniform, or bits such as w8a8, w4a8 or 'w8a8 uniform'"
+        do = "spell it so, with 2 to 8 bits"
         raise failure(operation, "form", expected=expected, got=quoted(name), do=do)
     return Form(bits[0], bits[1], twins=spelled[3] is None)
 
@@ -69,7 +77,7 @@ def held_forms(forms: Iterable[Form], target: Target, operation: str = "tune") -
     """Return the forms; raises PTQError if the target cannot hold one of them, or if only float is left."""
     given = tuple(dict.fromkeys(forms))
     for form in given:
-        if form != FLOAT and form.activations not in target.activation_bits:
+        if form != FLOAT and not form.own and form.activations not in target.activation_bits:
             held = ", ".join(map(str, target.activation_bits))
             do = "leave that form out, or choose another target"
             expected = f"activations of {held} bits"
@@ -141,7 +149,7 @@ def _pair(plan: QuantPlan, node: Node, name: str, form: Form) -> Pair:
         if origin(source).op == "placeholder":
             found.append(quantizer)
         elif operand == "rhs" and op.rhs_is_weight:
-            found.append(replace(quantizer, bits=form.weights))
+            found.append(quantizer if form.own else replace(quantizer, bits=form.weights))
         else:
             per_head = op.kind == "matmul" and len(shape_of(source)) == 4
             found.append(_activation(quantizer, form, per_head=per_head))
@@ -149,7 +157,7 @@ def _pair(plan: QuantPlan, node: Node, name: str, form: Form) -> Pair:
 
 
 def _activation(quantizer: Quantizer, form: Form, *, per_head: bool) -> Quantizer:
-    quantizer = replace(quantizer, bits=form.activations)
+    quantizer = quantizer if form.own else replace(quantizer, bits=form.activations)
     if isinstance(quantizer, TwinUniform) and not form.twins:
         return uniform_in_place_of(quantizer, per_head=per_head)
     return quantizer

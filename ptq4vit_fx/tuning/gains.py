@@ -1,4 +1,4 @@
-"""What a product takes in each of its forms: seconds of an image, bytes of a file, or bits."""
+"""What a product takes in each of its forms: seconds of an image, bytes of a file, bits, or multiplications."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.tuning.forms import Candidates, Form, Pair
 from ptq4vit_fx.tuning.timings import Timings
 
-Quantity = Literal["time", "size", "average bits"]
+Quantity = Literal["time", "size", "average bits", "multiplications"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 #: Bits of an operand, and bytes of a weight's value, in float.
 FLOAT_BITS, FLOAT_BYTES = 32, 4.0
+#: A float multiplication counts as so many of int8: as many of these fill its lanes.
+FLOAT_MULTIPLICATIONS = 4
 #: The first opset with tensors of 4 bits.
 PACKED_OPSET = 21
 #: How a sum over all products is printed: a factor, and its unit.
@@ -24,6 +26,7 @@ UNITS: Mapping[Quantity, tuple[float, str]] = {
     "time": (1e3, "ms per image in products"),
     "size": (1e-6, "MB of weights"),
     "average bits": (1.0, "bits on average"),
+    "multiplications": (1e-9, "G multiplications an image"),
 }
 
 
@@ -45,7 +48,7 @@ def takes_of(
     """Return product -> form -> what it takes; sums over products are what the whole takes.
 
     timings: needed for "time", of all but convolutions; fewer than 8 bits take the time of 8. Of bits a product adds
-    its share of the multiplications times the mean of both operands'.
+    its share of the multiplications times the mean of both operands'. Exact twins multiply twice.
     """
     packed = target.packed_bits if opset >= PACKED_OPSET else 0
     counts = {name: candidates.plan.multiplications.get(name, 0) or 1 for name in candidates.pairs}
@@ -57,6 +60,8 @@ def takes_of(
                 taken = _seconds(shapes[name], pair, timings)
             elif quantity == "size":
                 taken = _bytes(shapes[name], pair, packed)
+            elif quantity == "multiplications":
+                taken = float(counts[name] * (_branches(pair) or FLOAT_MULTIPLICATIONS))
             else:
                 bits = (FLOAT_BITS, FLOAT_BITS) if pair is None else tuple(quantizer.bits for quantizer in pair)
                 taken = counts[name] / total * sum(bits) / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.tuning.allocation import Option, allocate
@@ -41,17 +41,24 @@ class PlanSearch:
     def run(self) -> Point:
         """Return the chosen point; raises PTQError if none holds.
 
-        The sum of costs that a plan may have is searched between that of the cheapest plan and that of the finest one
-        that has no product in float, or next to nothing where even that does not hold, by halving its logarithm.
+        Where the plan that takes least of all holds, that is it, and no product is measured alone. Else the sum of
+        costs that a plan may have is searched between that of the cheapest plan and that of the finest one that has no
+        product in float, or next to nothing where even that does not hold, by halving its logarithm.
         """
         if self.known.measuring.labels is not None:
             self.float_right = self.known.measuring.right()
         if self.budget.limit is not None:
+            self._measure_all()
             return self._within(self.budget.limit)
-        for form in self.known.found:
+        own = [
             self._point({name: self.known.candidates.as_form(name, form) for name in self.takes}, form.name)
-        high, low = (max(self._sum(forms), TINY) for forms in (self._cheapest(), self._finest()))
-        if not self.budget.holds(self._try(high)):
+            for form in self.known.found
+        ]
+        self.budget = self.budget.beside(own[0])
+        cheapest = self._point(self._cheapest(), "tuned")
+        if not self.budget.holds(cheapest):
+            self._measure_all()
+            high, low = (max(self._sum(forms), TINY) for forms in (self._cheapest(), self._finest()))
             if not self.budget.holds(self._try(low)):
                 low *= ALMOST_FLOAT
             for _ in range(ROUNDS):
@@ -61,6 +68,13 @@ class PlanSearch:
                 holds = self.budget.holds(self._try(middle))
                 low, high = (middle, high) if holds else (low, middle)
         return self._best()
+
+    def _measure_all(self) -> None:
+        """Have products measured alone, and say anew what these plans were expected to be."""
+        self.known.measure_all()
+        for key, point in self.points.items():
+            forms = {name: form_of(form) for name, form in point.forms.items()}
+            self.points[key] = replace(point, predicted=self._sum(forms))
 
     def _best(self) -> Point:
         held = [point for point in self.points.values() if self.budget.holds(point)]
@@ -94,7 +108,12 @@ class PlanSearch:
         return point.divergence > OFF * point.predicted or point.predicted > OFF * point.divergence
 
     def _unmeasured(self, point: Point) -> list[tuple[str, str]]:
-        costs = [c for c in self.known.sensitivity.worst() if point.forms.get(c.product) == c.form]
+        """Return products that were only predicted, and could be another form than they are in this plan."""
+        costs = [
+            c
+            for c in self.known.sensitivity.worst()
+            if point.forms.get(c.product) == c.form and len(self.takes[c.product]) > 1
+        ]
         return [(c.product, c.form) for c in costs if c.measured is None][:MEASURED_AT_ONCE]
 
     def _options(self) -> dict[str, list[Option]]:

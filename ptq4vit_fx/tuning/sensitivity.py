@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -128,6 +128,8 @@ class Sensitivity:
     def headline(self) -> str:
         """Return in a sentence how much was measured, and how well predictions agree with it."""
         count = sum(cost.measured is not None for cost in self.costs)
+        if not count:
+            return "no product was measured alone: the plan that takes least holds"
         told = (
             f"{count} of {len(self.costs)} costs measured on {self.images} images in {self.passes:.1f} forward passes"
         )
@@ -177,15 +179,17 @@ def measure(
     *,
     passes: float = DEFAULT_PASSES,
     wanted: Iterable[tuple[str, str]] | None = None,
+    among: Container[str] | None = None,
     progress: bool | Show = True,
 ) -> Sensitivity:
     """Return the table with costs measured, as many as these forward passes allow: each product once, then the dearest.
 
-    wanted: these (product, form) instead, whatever they take.
+    wanted: these (product, form) instead, whatever they take. among: of these products alone, by default of all.
     """
     order = {op.name: place for place, op in enumerate(plan_of(measuring.observed).ops)}
     if wanted is None:
-        chosen = _that_matter(sensitivity.costs, order, passes - measuring.passes, measuring.images)
+        costs = [cost for cost in sensitivity.costs if among is None or cost.product in among]
+        chosen = _that_matter(costs, order, passes - measuring.passes, measuring.images)
     else:
         chosen = sorted(wanted, key=lambda pair: (order[pair[0]], pair[1]))
     tried: dict[str, list[str]] = {}

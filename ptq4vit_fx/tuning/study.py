@@ -48,7 +48,8 @@ class Study:
     """What is known of a prepared model's forms: calibrations of all of them, costs, and the means to measure more.
 
     measuring: on all images that are held out, what the whole model does; few: on as many of them as leave
-    room to measure everything, what a product alone does.
+    room to measure everything, what a product alone does, once somebody asks: of the products `among` them, in `passes`
+    forward passes. folder: that keeps it.
     """
 
     prepared: GraphModule
@@ -57,6 +58,21 @@ class Study:
     measuring: Measuring
     few: Measuring
     sensitivity: Sensitivity
+    among: frozenset[str]
+    passes: float
+    folder: Path | None
+    progress: bool | Show
+
+    def measure_all(self) -> None:
+        """Measure each product alone, as many forms as the passes allow, or take what the folder has of it."""
+        known = None if self.folder is None else Sensitivity.load(self.folder)
+        if known is None or known.identity != self.sensitivity.identity:
+            known = measure(
+                self.sensitivity, self.few, self.found, passes=self.passes, among=self.among, progress=self.progress
+            )
+            if self.folder is not None:
+                known.save(self.folder)
+        self.sensitivity = known
 
     def measure(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Measure these (product, form) too."""
@@ -88,7 +104,7 @@ def sensitivity(
     """
     chosen = None if forms is None else tuple(form_of(name, "sensitivity") for name in forms)
     images = split_images(prepared, data, held_out, None, "sensitivity")
-    return study(
+    known = study(
         prepared,
         images,
         held_forms(chosen or DEFAULT_FORMS["time"], target_of(target, "sensitivity"), "sensitivity"),
@@ -97,7 +113,9 @@ def sensitivity(
         cache=cache,
         progress=progress,
         **calibrate_kwargs,
-    ).sensitivity
+    )
+    known.measure_all()
+    return known.sensitivity
 
 
 def study(
@@ -109,9 +127,10 @@ def study(
     kind: Kind | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool | Show = True,
+    choices_only: bool = False,
     **calibrate_kwargs: Any,
 ) -> Study:
-    """Search and measure; see `sensitivity`."""
+    """Search; see `sensitivity`. choices_only: what is measured later is products that have more than one form."""
     prepared = model_at(Stage.OBSERVED, prepared, "tune", "call prepare_fx first")
     check_distances(prepared)
     folder = None if cache is None else _folder(cache)
@@ -122,20 +141,19 @@ def study(
     count = sum(len(batch[0]) for batch in images.calibrated)
     table = predicted(found, candidates, count)
     order = {op.name: place for place, op in enumerate(candidates.plan.ops)}
-    few = measuring.on_few(images_that_fit(table.costs, order, passes, min(measuring.images, PASS_IMAGES)))
+    among = frozenset(name for name, own in candidates.pairs.items() if len(own) > 1 or not choices_only)
+    costs = [cost for cost in table.costs if cost.product in among]
+    few = measuring.on_few(images_that_fit(costs, order, passes, min(measuring.images, PASS_IMAGES)))
     identity = {
         "forms": [form.name for form in found],
         "held_out": fingerprint_tensors(x for batch in images.held_out for x in batch),
         "calibrations": [own.fingerprint() for own in found.values()],
         "kind": kind,
         "passes": passes,
+        "measured": sorted(among),
     }
-    known = None if folder is None else Sensitivity.load(folder)
-    if known is None or known.identity != identity:
-        known = measure(replace(table, identity=identity), few, found, passes=passes, progress=progress)
-        if folder is not None:
-            known.save(folder)
-    return Study(prepared, candidates, found, measuring, few, known)
+    known = replace(table, identity=identity)
+    return Study(prepared, candidates, found, measuring, few, known, among, passes, folder, progress)
 
 
 def target_of(name: str, operation: str) -> Target:

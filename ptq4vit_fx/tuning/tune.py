@@ -112,6 +112,7 @@ def tune(
     top1_drop: float | None = None,
     minimize: str = "time",
     limit: float | None = None,
+    kl_added: float | None = None,
     forms: Sequence[str] | None = None,
     timings: Timings | str | os.PathLike[str] | None = None,
     batch: int | None = None,
@@ -126,11 +127,13 @@ def tune(
 
     prepared: of `prepare_fx`; it is not changed, and need not be calibrated. data, held_out: as for `sensitivity`.
     agreement, kl, top1_drop (with labels, of `held_out`, or of `data` without it): what must hold on the images that
-    are held out; or limit: the most that may be taken (seconds per image, bytes, bits), the best within it is chosen.
-    minimize: "time" of the products in the runtime of `target`, "size" of the weights, or "average bits". forms: what a
-    product may be, as for `sensitivity`; by default what `minimize` can gain from. timings: of `ptq4vit timings`, or
-    their file; by default the products are timed here, `batch` images at a time. cache: a folder; interrupted work goes
-    on from there. The other arguments are those of `calibrate`.
+    are held out; or kl_added: a KL of so much more than that of every product in the first form, or of a tenth more;
+    or limit: the most that may be taken (seconds per image, bytes, bits), the best within it is chosen. minimize:
+    "time" of the products in the runtime of `target`, "size" of the weights, "average bits", or "multiplications", of
+    which exact twins take two and which depend on no machine: they choose between the twins of the plan and uniform
+    ones. forms: what a product may be, as for `sensitivity`; by default what `minimize` can gain from. timings: of
+    `ptq4vit timings`, or their file; by default the products are timed here, `batch` images at a time. cache: a folder;
+    interrupted work goes on from there. The other arguments are those of `calibrate`.
 
     Costs are divergences of single products, which add up as long as they are small; so plans are measured as wholes,
     and the sum that is allowed is halved or raised until the cheapest plan that holds is found. The same images,
@@ -138,7 +141,7 @@ def tune(
     """
     quantity, rules = check_quantity(minimize), target_of(target, "tune")
     images = split_images(prepared, data, held_out, labels, "tune")
-    budget = budget_of(agreement, kl, top1_drop, limit, images.labels)
+    budget = budget_of(agreement, kl, top1_drop, limit, kl_added, images.labels)
     chosen = DEFAULT_FORMS[quantity] if forms is None else tuple(form_of(name) for name in forms)
     read = load_timings(timings) if isinstance(timings, (str, os.PathLike)) else timings
     _check_timings(read, quantity, target)
@@ -150,6 +153,7 @@ def tune(
         kind=kind,
         cache=cache,
         progress=progress,
+        choices_only=True,
         **calibrate_kwargs,
     )
     warn_of_few(budget, known.measuring.images)
