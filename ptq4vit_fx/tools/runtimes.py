@@ -20,9 +20,7 @@ class Runtime:
 
 
 RUNTIMES = (
-    Runtime(
-        "ONNX Runtime, x86 with VNNI or AMX", DEFAULT, "The default target. `--twins auto` is faster, nearly as good."
-    ),
+    Runtime("ONNX Runtime, x86 with VNNI or AMX", DEFAULT, "The default target. `--twins uniform` has no twin left."),
     Runtime(
         "ONNX Runtime, x86 with AVX2 alone",
         "--target onnxruntime-avx2",
@@ -36,7 +34,7 @@ RUNTIMES = (
     ),
     Runtime(
         "Browser: onnxruntime-web",
-        "--twins auto",
+        DEFAULT,
         "WebAssembly, the default target; figures and a page in docs/browser.md. Not its WebGPU provider.",
     ),
     Runtime("Node: onnxruntime-node", DEFAULT, "As ONNX Runtime on the same CPU: take the flags of that row."),
