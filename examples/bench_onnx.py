@@ -60,8 +60,8 @@ QUICKEST = {"n": 2, "rounds": 1, "screen_rows": 32, "confirm": 1, "max_shift": 1
 def write_ours(model: nn.Module, images: Tensor, search: dict[str, Any], folders: dict[str, Path]) -> None:
     """Export ours with each kind of twins for each target (target -> folder), wide ones for ONNX Runtime alone.
 
-    In OpenVINO these cost what exact ones do. "auto" is the calibrated exact one with uniform quantizers where these
-    add little and save time on this machine.
+    In OpenVINO these cost what exact ones do. "auto" is what `choose_twins` makes of the exact one, on the second half
+    of the images.
     """
 
     def write(kind: str, prepared: GraphModule) -> None:

@@ -39,7 +39,7 @@ from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.proof.float_figures import against_float
 from ptq4vit_fx.export.proof.latency import InTurn, in_turn
 from ptq4vit_fx.export.proof.static_baseline import BASELINES, write_static
-from ptq4vit_fx.tools.tuned_request import KL_ADDED
+from ptq4vit_fx.twins import KL_ADDED
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ADVISED = BASELINES["quantize_static u8s8 per channel"]

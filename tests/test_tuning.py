@@ -229,7 +229,7 @@ def test_twins_become_uniform_in_the_bits_of_the_plan_as_far_as_the_whole_allows
     assert not any(isinstance(q, ptq.TwinUniform) for q in quantizers.values())
     searched = prepared_of(tiny(), *bits)
     ptq.calibrate(searched, DATA, progress=False)
-    same = ptq.choose_twins(searched, DATA, uniform=[".*"], timing=lambda shapes: (2.0, 1.0), progress=False)[0]
+    same = ptq.choose_twins(searched, DATA, uniform=[".*"], progress=False)[0]
     assert same.calibration.fingerprint() == every.calibration.fingerprint()
 
 

@@ -30,12 +30,6 @@ class ProductShapes:
     rhs_is_weight: bool
 
 
-def measure_product(shapes: ProductShapes) -> tuple[float, float]:
-    """Return the median seconds of the product with two branches on its left and with one, run in turn."""
-    two, one = measure_branches(shapes, (2, 1))
-    return two, one
-
-
 def measure_branches(shapes: ProductShapes, branches: Sequence[int]) -> tuple[float, ...]:
     """Return the median seconds of the product with so many branches on its left, 0 in float, all run in turn."""
     sessions = [open_model(product_model(shapes, number)) for number in branches]

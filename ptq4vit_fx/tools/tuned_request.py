@@ -15,18 +15,16 @@ from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.tools.held_out import Compared
 from ptq4vit_fx.tools.terminal import forms_beside
-from ptq4vit_fx.tuning.forms import DEFAULT_FORMS, EXACT, UNIFORM
+from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
 from ptq4vit_fx.tuning.timings import load_timings
-from ptq4vit_fx.tuning.tune import Tuned, tune
+from ptq4vit_fx.tuning.tune import tune
+from ptq4vit_fx.twins import choose_twins
 
 if TYPE_CHECKING:
     from ptq4vit_fx.tools.request import Request
 
 #: What --minimize calls the quantities of `tune`.
 MINIMIZED = {"time": "time", "size": "size", "bits": "average bits"}
-#: What uniform quantizers in the place of twins may add to the divergence from float, in nats, by default: top-1 on
-#: 5,000 images does not tell it (docs/tuning.md). Forward passes of 32 images that measuring single products may take.
-KL_ADDED, PASSES = 0.001, 8.0
 
 
 def check_tuning(request: Request) -> None:
@@ -73,8 +71,8 @@ def with_chosen_twins(
 ) -> TracedModule:
     """Return the calibrated model with uniform quantizers in the place of the twins that it can do without.
 
-    `--twins auto`: the fewest multiplications with which the divergence from float, on images that calibration has not
-    seen, is at most KL_ADDED above that with all twins. Where there are no such images all twins stay, and it is said.
+    `--twins auto`: see `choose_twins`. Where there are no images that calibration does not take all twins stay, and it
+    is said.
     """
     checkpoint, known = request.checkpoint, calibrate_kwargs
     twins = any(isinstance(quantizer, TwinUniform) for quantizer in plan_of(prepared).quantizers.values())
@@ -84,33 +82,17 @@ def with_chosen_twins(
             reason = "none" if compared is None else compared.reason
             say(f"twins: all exact, as images that calibration does not take are needed to choose, and {reason}")
         return prepared
-    cache = None if checkpoint is None else forms_beside(checkpoint)
-    held_out = list(torch.split(compared.pixels, request.batch_size))
-    tuned = tune(
+    chosen, report = choose_twins(
         prepared,
         batches,
-        held_out=held_out,
-        kl_added=KL_ADDED,
-        minimize="multiplications",
+        held_out=list(torch.split(compared.pixels, request.batch_size)),
         target=request.target,
         opset=request.opset,
-        passes=PASSES,
-        cache=cache,
+        cache=None if checkpoint is None else forms_beside(checkpoint),
         **known,
     )
-    say(_said_of_twins(tuned))
-    return tuned.prepared
-
-
-def _said_of_twins(tuned: Tuned) -> str:
-    """Return a line: how many twins became uniform, and what that costs and saves."""
-    named = {point.name: point for point in tuned.frontier}
-    exact, fastest, chosen = named[EXACT.name], named[UNIFORM.name], tuned.point
-    twins, uniform = (point.counts().get(UNIFORM.name, 0) for point in (fastest, chosen))
-    return (
-        f"twins: {uniform} of {twins} become uniform; KL to float {chosen.divergence:.2g} on {tuned.images} images, "
-        f"{exact.divergence:.2g} with all exact, and {exact.takes / chosen.takes:.2f} times fewer multiplications"
-    )
+    say(f"twins: {report.headline()}")
+    return chosen
 
 
 def tuned_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def table(points: Sequence[Point], quantity: Quantity, chosen: Point | None) -> 
 
 
 def draw(points: Sequence[Point], quantity: Quantity, chosen: Point | None, path: str | os.PathLike[str]) -> None:
-    """Write a picture of the points, PNG: what they take against how much agrees with float.
+    """Write a picture of the points, PNG: what they take against how much agrees with float, and against the KL.
 
     Raises PTQError without matplotlib, which the extra `report` brings.
     """
@@ -78,18 +78,26 @@ def draw(points: Sequence[Point], quantity: Quantity, chosen: Point | None, path
     from matplotlib.figure import Figure
 
     factor, unit = UNITS[quantity]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels: tuple[tuple[Any, str, Callable[[Point], float]], ...] = (
+        (figure.add_subplot(1, 2, 1), "agreement with float, %", lambda point: 100 * point.score),
+        (figure.add_subplot(1, 2, 2), "KL from float, nats", lambda point: point.divergence),
+    )
     tuned = sorted((p for p in points if p.name == "tuned"), key=lambda p: (p.takes, p.score))
     uniform = [p for p in points if p.name != "tuned"]
-    axes.plot([factor * p.takes for p in tuned], [100 * p.score for p in tuned], "o-", label="tuned")
-    axes.plot([factor * p.takes for p in uniform], [100 * p.score for p in uniform], "s", label="one form")
-    for point in uniform:
-        axes.annotate(point.name, (factor * point.takes, 100 * point.score), xytext=(4, 4), textcoords="offset points")
-    if chosen is not None:
-        axes.plot([factor * chosen.takes], [100 * chosen.score], "*", markersize=16, label=told(chosen.takes, quantity))
-    axes.set(xlabel=unit, ylabel="agreement with float, %")
-    axes.legend()
+    for axes, label, height in panels:
+        axes.plot([factor * p.takes for p in tuned], [height(p) for p in tuned], "o-", label="tuned")
+        axes.plot([factor * p.takes for p in uniform], [height(p) for p in uniform], "s", label="one form")
+        for point in uniform:
+            place = (factor * point.takes, height(point))
+            axes.annotate(point.name, place, xytext=(4, 4), textcoords="offset points")
+        if chosen is not None:
+            label_of_chosen = told(chosen.takes, quantity)
+            axes.plot([factor * chosen.takes], [height(chosen)], "*", markersize=16, label=label_of_chosen)
+        axes.set(xlabel=unit, ylabel=label)
+        axes.legend()
+    if all(point.divergence > 0 for point in points):
+        panels[1][0].set_yscale("log")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     write_file(path, picture.getvalue(), "save picture")

@@ -163,12 +163,12 @@ def target_of(name: str, operation: str) -> Target:
     return TARGETS[name]
 
 
-def check_distances(prepared: GraphModule) -> None:
+def check_distances(prepared: GraphModule, operation: str = "tune") -> None:
     """Raise PTQError unless the distances of a model's searches compare products with each other."""
     metrics = {search.metric for search in plan_of(prepared).searches.values()}
     if metrics != {"hessian"}:
         do, got = "prepare with the metric hessian", ", ".join(sorted(metrics))
-        raise failure("tune", "plan", expected="distances that compare products", got=got, do=do)
+        raise failure(operation, "plan", expected="distances that compare products", got=got, do=do)
 
 
 def split_images(prepared: GraphModule, data: Any, held_out: Any, labels: Any, operation: str) -> Images:
