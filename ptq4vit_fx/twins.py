@@ -112,9 +112,10 @@ def choose_twins(
         budget: dict[str, Any] = {"kl_added": kl_added, "minimize": "multiplications"}
         tuned = tune(prepared, data, held_out=held_out, **budget, **{"passes": PASSES} | options)
         chosen = {name for name, form in tuned.point.forms.items() if form == UNIFORM.name}
-        exact = next(point for point in tuned.frontier if point.name == EXACT.name)
-        divergences = exact.divergence, tuned.point.divergence
-        return tuned.prepared, _report(plan_of(prepared), ops, tuned.sensitivity, chosen, divergences)
+        points = next(point for point in tuned.frontier if point.name == EXACT.name), tuned.point
+        choices = _choices(plan_of(prepared), ops, tuned.sensitivity, chosen)
+        report = TwinReport(choices, (points[0].takes, points[1].takes), (points[0].divergence, points[1].divergence))
+        return tuned.prepared, report
     chosen = _matching(uniform, [op.name for op in ops])
     batches = batches_for(prepared, data, "choose_twins", images=images)
     candidates = candidates_of(prepared, (EXACT, UNIFORM))
@@ -122,17 +123,21 @@ def choose_twins(
     forms: Mapping[str, Form] = {op.name: UNIFORM if op.name in chosen else EXACT for op in candidates.plan.ops}
     merged = mixed_calibration(candidates.plan, found, forms, {"uniform_twins": sorted(chosen)})
     costs = predicted(found, candidates, sum(len(batch[0]) for batch in batches))
-    return with_calibration(prepared, merged), _report(candidates.plan, ops, costs, chosen)
+    counts = {name: float(candidates.plan.multiplications.get(name, 0) or 1) for name in candidates.pairs}
+    exact = sum(counts.values()) + sum(counts[op.name] for op in ops)
+    report = TwinReport(
+        _choices(candidates.plan, ops, costs, chosen), (exact, exact - sum(counts[name] for name in chosen))
+    )
+    return with_calibration(prepared, merged), report
 
 
-def _report(
-    plan: QuantPlan,
-    ops: Sequence[QuantOp],
-    costs: Sensitivity,
-    chosen: set[str],
-    divergences: tuple[float, float] | None = None,
-) -> TwinReport:
-    choices = tuple(
+def products_with_twins(plan: QuantPlan) -> tuple[QuantOp, ...]:
+    """Return the products of a plan that have a twin, in the order of execution."""
+    return tuple(op for op in plan.ops if any(isinstance(plan.quantizers[key], TwinUniform) for key in _sites(op)))
+
+
+def _choices(plan: QuantPlan, ops: Sequence[QuantOp], costs: Sensitivity, chosen: set[str]) -> tuple[TwinChoice, ...]:
+    return tuple(
         TwinChoice(
             op.name,
             tuple(key for key in _sites(op) if isinstance(plan.quantizers[key], TwinUniform)),
@@ -142,10 +147,6 @@ def _report(
         )
         for op in ops
     )
-    counts = {op.name: float(plan.multiplications.get(op.name, 0) or 1) for op in plan.ops}
-    second = {op.name: counts[op.name] for op in ops}
-    exact = sum(counts.values()) + sum(second.values())
-    return TwinReport(choices, (exact, exact - sum(second[name] for name in chosen)), divergences)
 
 
 def _twin_ops(prepared: GraphModule) -> tuple[QuantOp, ...]:
@@ -153,8 +154,7 @@ def _twin_ops(prepared: GraphModule) -> tuple[QuantOp, ...]:
     if not hasattr(prepared, "plan"):
         do = "call prepare_fx first"
         raise failure("choose_twins", "model", expected="a prepared model", got="one without a plan", do=do)
-    plan = plan_of(prepared)
-    ops = tuple(op for op in plan.ops if any(isinstance(plan.quantizers[key], TwinUniform) for key in _sites(op)))
+    ops = products_with_twins(plan_of(prepared))
     if not ops:
         do = "prepare with recipes.best()"
         raise failure("choose_twins", "plan", expected="at least one twin", got="none", do=do)

@@ -105,6 +105,9 @@ def test_quantize_chooses_the_twins_on_images_that_calibration_has_not_seen(work
     kept = [line for line in run("inspect", out).output.splitlines() if ":lhs" in line and "twin8" in line]
     assert len(kept) == 2 - int(told[1])
     assert (workspace / "scales.forms" / "uniform.safetensors").exists()
+    scales = ["--calibration", workspace / "scales", "--weights", workspace / "weights.safetensors"]
+    verified = run("verify", out, "--data", images, *scales)
+    assert verified.exit_code == 0, verified.output
     again = workspace / "again.onnx"
     assert run("quantize", *given[: -len(twins) or None][:-1], again, *twins, "--images", 8).exit_code == 0
     scales = [{i.name: i.raw_data for i in onnx.load(path).graph.initializer} for path in (out, again)]

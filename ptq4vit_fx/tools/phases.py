@@ -14,7 +14,7 @@ from ptq4vit_fx.inputs.progress import Display, Show, UnderWay, show_nothing
 
 IMPORT, MODEL, READ, TRACE = "import torch and ONNX Runtime", "read the model", "read images", "trace the model"
 CONVERT, EXPORT, VERIFY = "convert", "export to ONNX", "verify in ONNX Runtime"
-CALIBRATE, TWINS, TUNE, CLASSIFY = "calibrate", "choose twins", "tune", "classify images"
+CALIBRATE, TUNE, CLASSIFY = "calibrate", "tune", "classify images"
 COMPARE, FLOAT, MEASURE, REPORT = "compare with float", "write the float file", "measure", "write the report"
 DEMO, ROUNDS = "quantize the digits model", "time files in turn"
 #: Seconds that importing takes where the files are in memory.

@@ -146,13 +146,12 @@ def _calibrated(request: Request, source: Source, say: Say, phases: Phases, work
         "progress": phases.show,
         **workers,
     }
-    known = options | {"kind": source.kind}
     if request.agreement is not None:
         with phases(phase.TUNE):
-            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, **known)
+            prepared = tuned_model(request, prepared, batches, source.tuned_on, say, kind=source.kind, **options)
     elif request.twins == "auto":
         with phases(phase.CALIBRATE):
-            prepared = with_chosen_twins(request, prepared, batches, source.tuned_on, say, **known)
+            prepared = with_chosen_twins(request, prepared, batches, source.tuned_on, say, source.kind, **options)
     else:
         with phases(phase.CALIBRATE):
             calibrate(prepared, batches, checkpoint=request.checkpoint, **options)

@@ -10,15 +10,15 @@ from torch.fx import GraphModule
 
 from ptq4vit_fx.api import calibrate
 from ptq4vit_fx.errors import failure, unknown_name
+from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
-from ptq4vit_fx.quantizers import TwinUniform
 from ptq4vit_fx.tools.held_out import Compared
 from ptq4vit_fx.tools.terminal import forms_beside
 from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
 from ptq4vit_fx.tuning.timings import load_timings
 from ptq4vit_fx.tuning.tune import tune
-from ptq4vit_fx.twins import choose_twins
+from ptq4vit_fx.twins import choose_twins, products_with_twins
 
 if TYPE_CHECKING:
     from ptq4vit_fx.tools.request import Request
@@ -67,17 +67,17 @@ def with_chosen_twins(
     batches: list[torch.Tensor],
     compared: Compared | None,
     say: Callable[[str], None],
+    kind: Kind | None,
     **calibrate_kwargs: Any,
 ) -> TracedModule:
     """Return the calibrated model with uniform quantizers in the place of the twins that it can do without.
 
     `--twins auto`: see `choose_twins`. Where there are no images that calibration does not take all twins stay, and it
-    is said.
+    is said. The checkpoint ends as the scales of the file; what is searched on the way is kept beside it.
     """
-    checkpoint, known = request.checkpoint, calibrate_kwargs
-    twins = any(isinstance(quantizer, TwinUniform) for quantizer in plan_of(prepared).quantizers.values())
+    checkpoint, twins = request.checkpoint, bool(products_with_twins(plan_of(prepared)))
     if not twins or compared is None or not compared.unseen:
-        calibrate(prepared, batches, checkpoint=checkpoint, **{k: v for k, v in known.items() if k != "kind"})
+        calibrate(prepared, batches, checkpoint=checkpoint, **calibrate_kwargs)
         if twins:
             reason = "none" if compared is None else compared.reason
             say(f"twins: all exact, as images that calibration does not take are needed to choose, and {reason}")
@@ -88,9 +88,12 @@ def with_chosen_twins(
         held_out=list(torch.split(compared.pixels, request.batch_size)),
         target=request.target,
         opset=request.opset,
+        kind=kind,
         cache=None if checkpoint is None else forms_beside(checkpoint),
-        **known,
+        **calibrate_kwargs,
     )
+    if checkpoint is not None and chosen.calibration is not None:
+        chosen.calibration.save(checkpoint)
     say(f"twins: {report.headline()}")
     return chosen
 
