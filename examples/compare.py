@@ -118,12 +118,11 @@ def our_models(given: Material, folder: Path, batch: int) -> dict[str, GraphModu
         prepared = ptq.prepare_fx(given.network, ptq.recipes.best(twins=twins), given.calibration[:1])
         ptq.calibrate(prepared, given.calibration, progress=False)
         ours[f"ours, {twins}"] = prepared
-    budget: dict[str, Any] = {"kl_added": KL_ADDED, "held_out": given.held_out, "cache": folder, "progress": False}
-    chosen = ptq.tune(prepared, given.calibration, minimize="multiplications", **budget)
-    tuned = ptq.tune(prepared, given.calibration, forms=("exact", "uniform", "float"), batch=batch, **budget)
-    for name, one in ((DEFAULT, chosen), (TUNED, tuned)):
-        print(f"{name}: {one.point.counts()}, KL {one.point.divergence:.2g} on {one.images} images")
-    return ours | {DEFAULT: chosen.prepared, TUNED: tuned.prepared}
+    options: dict[str, Any] = {"kl_added": KL_ADDED, "held_out": given.held_out, "cache": folder, "progress": False}
+    chosen, report = ptq.choose_twins(prepared, given.calibration, **options)
+    tuned = ptq.tune(prepared, given.calibration, forms=("exact", "uniform", "float"), batch=batch, **options)
+    print(f"{DEFAULT}: {report.headline()}\n{TUNED}: {tuned.point.counts()}, KL {tuned.point.divergence:.2g}")
+    return ours | {DEFAULT: chosen, TUNED: tuned.prepared}
 
 
 def written(ours: Mapping[str, GraphModule], given: Material, folder: Path, target: str) -> Iterator[tuple[str, Path]]:
