@@ -232,7 +232,8 @@ def _quantizer(
     elif source == "softmax":
         quantizer = qconfig.softmax or quantizer
     elif source is not None and NEGATIVE_RANGE[source]:
-        quantizer = qconfig.gelu or quantizer
+        convolved = qconfig.convolved if op.kind == "conv2d" else None
+        quantizer = convolved or qconfig.gelu or quantizer
         if isinstance(quantizer, TwinUniform) or (quantizer is not None and not quantizer.signed):
             quantizer = replace(quantizer, minimum=NEGATIVE_RANGE[source])
     elif source is not None and isinstance(quantizer, Uniform):

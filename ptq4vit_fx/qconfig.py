@@ -125,6 +125,7 @@ class QConfig:
 
     activation: input of a linear or convolution. weight: its weight. matmul: operands of a product of two
     activations. softmax, gelu: operands that come out of a softmax or a GELU; None treats them like any other.
+    convolved: the same of a GELU, or SiLU, where a convolution reads it; None takes that of `gelu`.
     kernel: weight of a convolution; image: what the model is given; None treats them like any other.
     """
 
@@ -133,13 +134,15 @@ class QConfig:
     matmul: Quantizer | None = field(default_factory=Uniform)
     softmax: Quantizer | None = None
     gelu: Quantizer | None = None
+    convolved: Quantizer | None = None
     kernel: Uniform | None = None
     image: Quantizer | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
 
     def with_bits(self, w: int | None, a: int | None) -> QConfig:
         """Return a copy with other bits, None for those that it has; the image keeps its own, which are its data's."""
-        bits = dict.fromkeys(("weight", "kernel"), w) | dict.fromkeys(("activation", "matmul", "softmax", "gelu"), a)
+        activations = ("activation", "matmul", "softmax", "gelu", "convolved")
+        bits = dict.fromkeys(("weight", "kernel"), w) | dict.fromkeys(activations, a)
         quantizers = {name: getattr(self, name) for name, number in bits.items() if number is not None}
         changed = {name: q and replace(q, bits=bits[name]) for name, q in quantizers.items()}
         return replace(self, **changed)

@@ -18,11 +18,17 @@ def best(
 ) -> QConfigMapping:
     """`ptq4vit` with what keeps more of the float model at no cost in the runtime (docs/transforms.md).
 
-    The residual stream is rotated, queries, keys and values are balanced, weights are rounded by the Gram matrix of
-    their inputs, and the search is weighted by how far the direction of the output moves. Where a step is not exact on
-    a model it is left out, and the plan says why. Bits from 2 to 8, else PTQError; weights and twins as in `ptq4vit`.
+    The residual stream is rotated, queries, keys, values and convolutions are balanced, weights are rounded by the
+    Gram matrix of their inputs, and the search is weighted by how far the direction of the output moves. Where a step
+    is not exact on a model it is left out, and the plan says why. Convolutions read one uniform grid behind GELU and
+    SiLU, whatever `twins` is: they gain nothing from two. Bits from 2 to 8, else PTQError; weights and twins as in
+    `ptq4vit`.
     """
-    mapping = ptq4vit(w_bits, a_bits, weights, twins).with_transforms(rotation=0, attention=0.5)
+    mapping = ptq4vit(w_bits, a_bits, weights, twins)
+    qconfig = mapping.global_qconfig
+    assert qconfig is not None
+    mapping.set_global(replace(qconfig, convolved=Uniform(a_bits, signed=False)))
+    mapping = mapping.with_transforms(rotation=0, attention=0.5, convolutions=0.5, depthwise=1.0)
     mapping.recipe = f"best({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})"
     return mapping.with_search(rounding="gram").with_loss("projection")
 

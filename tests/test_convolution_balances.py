@@ -437,6 +437,27 @@ def test_a_hybrid_is_balanced_and_keeps_its_function(calibrated):
     assert max(differences(prepared, IMAGES)) < 1e-5
 
 
+@pytest.mark.parametrize("twins", ["exact", "wide", "uniform"])
+def test_best_balances_convolutions_and_gives_them_one_grid_behind_silu(twins):
+    plan = ptq.prepare_fx(hybrid(), ptq.recipes.best(8, 6, twins=twins).with_bits("stages.0", a=5), IMAGES[:1]).plan
+    found = {op.name: plan.quantizers[f"{op.name}:lhs"] for op in plan.ops if op.kind == "conv2d" and op.lhs_source}
+    minimum = {round(quantizer.minimum, 4) for quantizer in found.values()}
+    assert minimum == {0.2785}  # of SiLU
+    assert all(isinstance(quantizer, ptq.Uniform) and not quantizer.signed for quantizer in found.values())
+    assert {quantizer.bits for name, quantizer in found.items() if name.startswith("stages.0")} == {5}
+    assert {quantizer.bits for name, quantizer in found.items() if not name.startswith("stages.0")} == {6}
+    linears = [plan.quantizers[f"{op.name}:lhs"] for op in plan.ops if op.kind == "linear" and op.lhs_source == "silu"]
+    assert {type(quantizer) for quantizer in linears} == {ptq.Uniform if twins == "uniform" else ptq.TwinUniform}
+    assert {"convolution", "depthwise"} <= {balance.kind for balance in plan.balances}
+
+
+def test_the_paper_gives_convolutions_a_twin_behind_silu():
+    plan = ptq.prepare_fx(hybrid(), ptq.recipes.ptq4vit(), IMAGES[:1]).plan
+    behind = [plan.quantizers[f"{op.name}:lhs"] for op in plan.ops if op.lhs_source == "silu"]
+    assert {type(quantizer) for quantizer in behind} == {ptq.TwinUniform}
+    assert not plan.balances
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "generic", "openvino"])
 def test_the_file_computes_the_simulation(calibrated, tmp_path, target):
     prepared, _ = calibrated

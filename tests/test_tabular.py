@@ -56,7 +56,7 @@ def test_what_the_tables_say(shown):
     assert (first["rule"], first["weight"], first["softmax"]) == ("global", "uniform4/channel", "twin8/softmax")
     assert (last["rule"], last["key"], last["weight"]) == ("module name", "head", None)
     assert (change["rule"], change["key"], change["weight"]) == ("bits w8", "blocks.0", None)
-    assert {"activation", "weight", "matmul", "softmax", "gelu", "kernel", "image", "search"} == {
+    assert {"activation", "weight", "matmul", "softmax", "gelu", "convolved", "kernel", "image", "search"} == {
         entry.name for entry in fields(ptq.QConfig)
     }  # whoever adds an operand adds its column
     assert "<td>head</td><td></td>" in shown["QConfigMapping"]._repr_html_()

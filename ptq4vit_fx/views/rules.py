@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ptq4vit_fx.qconfig import QConfig, QConfigMapping
 
 #: What a rule gives a quantizer of, as in `QConfig`.
-OPERANDS = ("activation", "weight", "matmul", "softmax", "gelu", "kernel", "image")
+OPERANDS = ("activation", "weight", "matmul", "softmax", "gelu", "convolved", "kernel", "image")
 
 
 def rules_of(mapping: QConfigMapping) -> list[dict[str, Any]]:

@@ -1,0 +1,150 @@
+"""What the steps for convolutions keep of a hybrid of inverted residuals and attention, trained here on the digits.
+
+    python examples/hybrid.py --bits W8A8 --bits W6A6
+
+The hybrid is a small MobileViT. Before training, the weights of its batch norms are drawn log-normally with the
+standard deviation --spread, so that channels differ as they do after long training on many images; with --spread 0 they
+start at 1. Trained weights are kept in --kept and reused. Chosen on training images, counted on the 500 test images, in
+PyTorch, as simulate.py does. SNR: that of the depthwise convolutions against the float model, least and mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from simulate import simulation, widths
+from timm.models import mobilevit
+from timm.models.byobnet import ByobNet, ByoModelCfg
+from torch import Tensor, nn
+from train_digits_vit import augment, learning_rate_factor
+
+import ptq4vit_fx as ptq
+from ptq4vit_fx.passes.graph.contract import plan_of
+from ptq4vit_fx.quantizers import Uniform
+from ptq4vit_fx.tools.digits import load_digits_images
+
+EPOCHS = 14
+BATCH_SIZE = 32
+LEARNING_RATE = 2e-3
+
+
+def uniform_convolutions(mapping: ptq.QConfigMapping, bits: int) -> ptq.QConfigMapping:
+    """Return the mapping with one uniform grid, from SiLU's minimum on, in the place of a twin before convolutions."""
+    qconfig = mapping.global_qconfig
+    assert qconfig is not None
+    return mapping.set_object_type(nn.Conv2d, replace(qconfig, gelu=Uniform(bits, signed=False)))
+
+
+#: What is done -> bits of weights and activations -> the recipe.
+STEPS: dict[str, Callable[[int, int], ptq.QConfigMapping]] = {
+    "none (`ptq4vit`)": ptq.recipes.ptq4vit,
+    "rounding": lambda w, a: ptq.recipes.ptq4vit(w, a).with_search(rounding="gram"),
+    "uniform": lambda w, a: uniform_convolutions(ptq.recipes.ptq4vit(w, a), a),
+    "uniform, depthwise 1": lambda w, a: uniform_convolutions(
+        ptq.recipes.ptq4vit(w, a).with_transforms(depthwise=1.0), a
+    ),
+    "`best`": ptq.recipes.best,
+    "`best`, uniform": lambda w, a: uniform_convolutions(ptq.recipes.best(w, a), a),
+    "`best`, uniform, depthwise 1": lambda w, a: uniform_convolutions(
+        ptq.recipes.best(w, a).with_transforms(rotation=0, attention=0.5, depthwise=1.0), a
+    ),
+    "`best`, uniform, depthwise 1, convolutions 0.5": lambda w, a: uniform_convolutions(
+        ptq.recipes.best(w, a).with_transforms(rotation=0, attention=0.5, depthwise=1.0, convolutions=0.5), a
+    ),
+}
+
+
+def build(spread: float) -> nn.Module:
+    """Return an untrained hybrid for images (batch, 1, 16, 16) and ten classes."""
+    residual, attention = mobilevit._inverted_residual_block, mobilevit._mobilevit_block
+    blocks = (
+        residual(d=2, c=24, s=1, br=4.0),
+        attention(d=1, c=32, s=2, transformer_dim=48, transformer_depth=2, patch_size=2, br=4.0),
+        attention(d=1, c=48, s=1, transformer_dim=64, transformer_depth=1, patch_size=2, br=4.0),
+    )
+    settings = {"stem_chs": 16, "stem_type": "3x3", "stem_pool": "", "downsample": "", "num_features": 96}
+    model = ByobNet(ByoModelCfg(blocks, act_layer="silu", **settings), num_classes=10, in_chans=1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 1.0)
+            module.weight.data.mul_(torch.randn_like(module.weight).mul(spread).exp())
+    return model
+
+
+def trained(spread: float, kept: Path) -> nn.Module:
+    """Return the trained hybrid: from the folder, or trained now and kept there."""
+    torch.manual_seed(0)
+    model, path = build(spread), kept / f"hybrid_{spread:g}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    images, labels = load_digits_images("train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    steps = EPOCHS * math.ceil(len(images) / BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, steps // 10))
+    for _ in track(range(EPOCHS), "training"):
+        for batch in torch.randperm(len(images)).split(BATCH_SIZE):
+            loss = F.cross_entropy(model(augment(images[batch])), labels[batch], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    kept.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path)
+    return model.eval()
+
+
+@torch.inference_mode()
+def measured(
+    model: nn.Module, mapping: ptq.QConfigMapping, first: int, count: int
+) -> tuple[float, Tensor, list[float]]:
+    """Return top-1 on the test images, the divergence of each, and the SNR of each depthwise convolution, in dB."""
+    pixels = load_digits_images("train")[0][first : first + count]
+    images, labels = load_digits_images("test")
+    with torch.inference_mode(False):
+        prepared = ptq.prepare_fx(model, mapping, pixels[:1])
+        calibration = ptq.calibrate(prepared, pixels, progress=False)
+    logits, reference = simulation(prepared)(images).log_softmax(1), model(images).log_softmax(1)
+    snr = [calibration.snr[op.name] for op in plan_of(prepared).ops if op.groups > 1]
+    right = float((logits.argmax(1) == labels).float().mean())
+    return right, (reference.exp() * (reference - logits)).sum(1), snr
+
+
+def main(
+    bits: Annotated[list[str], typer.Option(help="W8A8, W4A8, ..., repeatable")] = ["W8A8", "W6A6"],  # noqa: B006
+    step: Annotated[list[str] | None, typer.Option(help="a row, by its name, repeatable (default: all)")] = None,
+    first: Annotated[list[int], typer.Option(help="number of the first of the 32 images, repeatable")] = [0, 32],  # noqa: B006
+    spread: float = 1.0,
+    calibration_images: int = 32,
+    kept: Annotated[Path, typer.Option(help="folder of trained weights")] = Path("out/hybrids"),
+) -> None:
+    """Print one Markdown row per step and width."""
+    torch.set_num_threads(2)
+    model = trained(spread, kept)
+    images, labels = load_digits_images("test")
+    with torch.inference_mode():
+        right = float((model(images).argmax(1) == labels).float().mean())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\nhybrid of {count:,} parameters, spread {spread:g}, float {right:.1%}, {len(images)} test images\n")
+    print("| step | bits | KL | top-1 | SNR, depthwise |\n|---|---|---|---|---|")
+    for name in step or STEPS:
+        for weights, activations in map(widths, bits):
+            found = [measured(model, STEPS[name](weights, activations), one, calibration_images) for one in first]
+            far, snr = torch.cat([one[1] for one in found]), [value for one in found for value in one[2]]
+            tops = ", ".join(f"{one[0]:.1%}" for one in found)
+            error = float(far.std()) / math.sqrt(len(far))
+            print(f"| {name} | W{weights}A{activations} | {float(far.mean()):.4f} ± {error:.4f} | {tops} ", end="")
+            print(f"| {min(snr):.1f}, {sum(snr) / len(snr):.1f} dB |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
