@@ -1,10 +1,11 @@
-"""Calibration on real clusters of processes: Dask with a scheduler and two workers, one of which dies."""
+"""Calibration on real clusters: Dask with a scheduler and two workers, one of which dies, and two workers of MPI."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,33 @@ def test_the_command_line_calibrates_on_a_cluster(cluster, tmp_path, monkeypatch
     refused = CliRunner().invoke(app, f"{line} --out n.onnx --scheduler nonsense://1".split())
     assert refused.exit_code == 1
     assert "--scheduler nonsense://1: expected a Dask scheduler at tcp://HOST:PORT" in refused.output
+
+
+#: What each process of MPI runs; all but the first one are workers, which only import it.
+BOTH = """
+import timm, torch
+from mpi4py.futures import MPIPoolExecutor
+import ptq4vit_fx as ptq
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
+    images, found = torch.randn(16, 3, 32, 32), []
+    with MPIPoolExecutor() as pool:
+        print(pool.num_workers, "workers")
+        for arguments in ({}, {"executor": pool, "groups": 4}):
+            prepared = ptq.prepare_fx(model, ptq.recipes.best(4, 8).with_search(n=4, rounds=1), images[:1])
+            found.append(ptq.calibrate(prepared, images, progress=False, **arguments).fingerprint())
+    print("the same bits" if found[0] == found[1] else "other bits")
+"""
+
+
+def test_mpi_finds_the_same_bits(tmp_path):
+    pytest.importorskip("mpi4py")
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if not mpiexec.exists():
+        pytest.skip("no mpiexec beside this Python: the package mpich brings one")
+    (tmp_path / "both.py").write_text(BOTH)
+    command = [mpiexec, "-n", "3", sys.executable, "-m", "mpi4py.futures", "both.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.splitlines() == ["2 workers", "the same bits"], done.stderr
