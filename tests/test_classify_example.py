@@ -22,7 +22,7 @@ from ptq4vit_fx.data.folders import list_images
 from ptq4vit_fx.data.reading import read_images
 from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
-from ptq4vit_fx.tools.evaluation import preprocessing_of_file
+from ptq4vit_fx.tools.file_images import preprocessing_of_file
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "classify_onnxruntime.py"
 CONFIG = {

@@ -18,6 +18,7 @@ import ptq4vit_fx as ptq
 from ptq4vit_fx.export.metadata import LABELS_KEY, PROVENANCE_KEY, labels_of
 from ptq4vit_fx.tools.evaluation import evaluate_file
 from ptq4vit_fx.tools.phases import Phases
+from ptq4vit_fx.tools.shards import Question
 
 LABELS = ["ant", "bee", "cat", "dog", "elk"]
 
@@ -62,7 +63,7 @@ def test_it_is_evaluated_and_deployed_without_more(tmp_path, small_converted, sm
         (tmp_path / "images" / f"{number}").mkdir(parents=True)
         pixels = np.random.default_rng(number).integers(0, 255, (20, 24, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}" / "a.png")
-    assert evaluate_file(path, tmp_path / "images", None, 2, Phases(Console(quiet=True))).images == 5
+    assert evaluate_file(Question(path, tmp_path / "images", batch_size=2), Phases(Console(quiet=True))).images == 5
     done = classify(path, tmp_path / "images")
     assert done.returncode == 0, done.stderr
     assert {line.split()[-1] for line in done.stdout.splitlines()[1:]} <= set(LABELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,11 @@ def test_the_command_line_calibrates_on_a_cluster(cluster, tmp_path, monkeypatch
         assert done.exit_code == 0, done.output
     here, there = (ptq.Calibration.load(f"{number}.safetensors") for number in range(2))
     assert here.fingerprint() == there.fingerprint()
+    np.savez("labelled.npz", images=pixels.numpy(), labels=np.arange(20) % 3)
+    counted = "eval m.onnx --data labelled.npz --batch-size 1 --json"
+    scores = [CliRunner().invoke(app, f"{counted}{where}".split()).stdout for where in ("", f" --scheduler {address}")]
+    assert json.loads(scores[0])["images"] == 20
+    assert scores[0] == scores[1]
     refused = CliRunner().invoke(app, f"{line} --out n.onnx --scheduler nonsense://1".split())
     assert refused.exit_code == 1
     assert "--scheduler nonsense://1: expected a Dask scheduler at tcp://HOST:PORT" in refused.output
@@ -113,6 +119,6 @@ def test_mpi_finds_the_same_bits(tmp_path):
     if not mpiexec.exists():
         pytest.skip("no mpiexec beside this Python: the package mpich brings one")
     (tmp_path / "both.py").write_text(BOTH)
-    command = [mpiexec, "-n", "3", sys.executable, "-m", "mpi4py.futures", "both.py"]
+    command = [str(mpiexec), "-n", "3", sys.executable, "-m", "mpi4py.futures", "both.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines() == ["2 workers", "the same bits"], done.stderr

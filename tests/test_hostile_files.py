@@ -29,6 +29,7 @@ from ptq4vit_fx.export.scales import read_scales
 from ptq4vit_fx.tools.cli import app
 from ptq4vit_fx.tools.evaluation import evaluate_file
 from ptq4vit_fx.tools.phases import Phases
+from ptq4vit_fx.tools.shards import Question
 
 CASES: dict[str, Case] = PLACES | RECORDS | CHANGES | PROGRAMS | WEIGHTS
 #: Memory that a file may make its readers take.
@@ -60,7 +61,7 @@ def readers(small_converted, small_images, labelled):
     return (
         lambda path: f"{inspect_file(path)}{inspect_file(path).to_json()}",
         lambda path: repr(read_scales(path)),
-        lambda path: str(evaluate_file(path, labelled, None, 4, Phases(Console(quiet=True)))),
+        lambda path: str(evaluate_file(Question(path, labelled), Phases(Console(quiet=True)))),
         lambda path: str(ptq.verify_onnx(path, small_converted, small_images[:4], layers=2)),
     )
 

@@ -23,7 +23,7 @@ from ptq4vit_fx.export.metadata import PROVENANCE_KEY
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.inputs.sizes import bytes_of
 from ptq4vit_fx.tools.cli import app
-from ptq4vit_fx.tools.evaluation import preprocessing_of_file
+from ptq4vit_fx.tools.file_images import preprocessing_of_file
 from ptq4vit_fx.tools.image_options import ImageOptions, image_options
 from ptq4vit_fx.tools.models import parse_arguments
 from ptq4vit_fx.tools.named.kinds import load_model

@@ -26,6 +26,7 @@ from ptq4vit_fx.export.proof.layers import add_outputs
 from ptq4vit_fx.export.proof.runtime import exact_here, open_model, open_session
 from ptq4vit_fx.tools.evaluation import evaluate_file
 from ptq4vit_fx.tools.phases import Phases
+from ptq4vit_fx.tools.shards import Question
 
 MEAN, STD = CONFIG["mean"], CONFIG["std"]
 LABELS = ["ant", "bee", "cat", "dog", "elk"]
@@ -155,7 +156,9 @@ def test_scores_and_scripts_read_it(tmp_path, files, photos):
         folder = tmp_path / "images" / str(number % 5)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo).resize((20 + number, 24)).save(folder / f"{number}.png")
-    scores = {evaluate_file(path, tmp_path / "images", None, 4, Phases(Console(quiet=True))) for path in files.values()}
+    scores = {
+        evaluate_file(Question(path, tmp_path / "images"), Phases(Console(quiet=True))) for path in files.values()
+    }
     assert len(scores) == 1
     assert scores.pop().images == 10
     found = {classify(path, tmp_path / "images").stdout for path in files.values()}

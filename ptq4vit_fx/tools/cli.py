@@ -237,6 +237,7 @@ def evaluate(
         typer.Option(help="classes, or embeddings: each image is looked for among the others (default: file)"),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="list the classes that lose against float")] = False,
+    scheduler: options.Scheduler = None,
     mean: options.Mean = None,
     std: options.Std = None,
     crop_pct: options.CropPct = None,
@@ -252,15 +253,17 @@ def evaluate(
             )
             raise failure("eval", "options", expected=expected, got="none", do=do)
         phases = showing(not as_json)
-        from ptq4vit_fx.tools.classifiers import float_outputs
         from ptq4vit_fx.tools.evaluation import evaluate_file
         from ptq4vit_fx.tools.image_options import image_options
         from ptq4vit_fx.tools.named.model import Asked
+        from ptq4vit_fx.tools.schedulers import workers_at
+        from ptq4vit_fx.tools.shards import Question
 
-        asked = Asked(against or "", weights, weights_entry, ema, tuple(model_arg or ()))
-        reference = float_outputs(asked, file) if against else None
+        asked = Asked(against, weights, weights_entry, ema, tuple(model_arg or ())) if against else None
         pixels = image_options("eval", None, mean, std, crop_pct, interpolation)
-        found = evaluate_file(file, data, model, batch_size, phases, reference, output_kind, pixels)
+        question = Question(file, data, model, batch_size, asked, output_kind, pixels)
+        with workers_at(scheduler, "eval") as workers:
+            found = evaluate_file(question, phases, workers.get("executor"))
         if as_json:
             say_json(found.to_dict())
         else:

@@ -38,7 +38,7 @@ WeightsGranularity = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="where the model is calibrated: cpu, cuda, cuda:1 or auto")]
 Scheduler = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="Dask scheduler whose workers calibrate: tcp://HOST:8786")
+    str | None, typer.Option(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://HOST:8786")
 ]
 Sequential = Annotated[
     bool, typer.Option("--sequential", help="search each product on the values that the quantized ones before give")

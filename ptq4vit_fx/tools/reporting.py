@@ -17,7 +17,7 @@ from ptq4vit_fx.export.report.collect import is_calibration, report
 from ptq4vit_fx.export.report.content import Known, Report
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.tools.classifiers import is_file
-from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
+from ptq4vit_fx.tools.file_images import image_channels, preprocessing_of_file
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.phases import MEASURE, READ, Phases
 from ptq4vit_fx.tools.remade import float_network

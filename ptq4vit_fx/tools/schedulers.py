@@ -1,4 +1,4 @@
-"""`--scheduler`: the workers of a Dask cluster, as the executor that `calibrate` takes."""
+"""`--scheduler`: the workers of a Dask cluster, as the executor that calibration and `eval` take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PER_WORKER = 2
 
 
 @contextmanager
-def workers_at(address: str | None) -> Iterator[dict[str, Any]]:
+def workers_at(address: str | None, operation: str = "quantize") -> Iterator[dict[str, Any]]:
     """Give the arguments of `calibrate` that say where its work is done; none without an address.
 
     address: of a Dask scheduler, `tcp://HOST:PORT`. Raises PTQError where `distributed` is not installed, and where no
@@ -28,9 +28,9 @@ def workers_at(address: str | None) -> Iterator[dict[str, Any]]:
         import distributed
     except ImportError as error:
         do = "pip install ptq4vit-fx[distributed]"
-        raise failure("quantize", "--scheduler", expected="the package distributed", got=str(error), do=do) from error
+        raise failure(operation, "--scheduler", expected="the package distributed", got=str(error), do=do) from error
     expected, do = "a Dask scheduler at tcp://HOST:PORT", "start one with `dask scheduler`"
-    with foreign("quantize", f"--scheduler {address}", expected=expected, do=do):
+    with foreign(operation, f"--scheduler {address}", expected=expected, do=do):
         client = distributed.Client(address, timeout=PATIENCE)
     with client:
         try:
@@ -38,5 +38,5 @@ def workers_at(address: str | None) -> Iterator[dict[str, Any]]:
         except TimeoutError as error:
             expected, do = "workers", f"start them with `dask worker {address}`"
             subject = f"--scheduler {address}"
-            raise failure("quantize", subject, expected=expected, got=reason_of(error), do=do) from error
+            raise failure(operation, subject, expected=expected, got=reason_of(error), do=do) from error
         yield {"executor": client.get_executor(), "groups": PER_WORKER * len(client.nthreads())}

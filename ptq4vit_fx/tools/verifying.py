@@ -16,7 +16,7 @@ from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.other_runtimes import ONNXRUNTIME, RUNTIMES, RuntimeReport, verify_runtime
 from ptq4vit_fx.export.proof.runtime import open_session
 from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
-from ptq4vit_fx.tools.evaluation import image_channels, preprocessing_of_file
+from ptq4vit_fx.tools.file_images import image_channels, preprocessing_of_file
 from ptq4vit_fx.tools.phases import CONVERT, READ, TRACE, VERIFY, Phases
 from ptq4vit_fx.tools.remade import Named, network_of, of_file
 from ptq4vit_fx.tools.some_images import some_images

@@ -31,6 +31,7 @@ from ptq4vit_fx.export.scales import read_scales
 from ptq4vit_fx.tools.checkpoints import load_weights
 from ptq4vit_fx.tools.evaluation import evaluate_file
 from ptq4vit_fx.tools.phases import Phases
+from ptq4vit_fx.tools.shards import Question
 
 TRANSFORM = timm.data.create_transform((3, 16, 16))
 FORMATS = ("PNG", "JPEG", "PPM", "TIFF", "BMP", "WEBP", "GIF")
@@ -78,7 +79,7 @@ def read_onnx(path: Path, images: Path) -> None:
     readers: tuple[Callable[[], object], ...] = (
         lambda: str(inspect_file(path)).isprintable() and inspect_file(path).to_json(),
         lambda: read_scales(path),
-        lambda: evaluate_file(path, images, None, 4, Phases(Console(quiet=True))),
+        lambda: evaluate_file(Question(path, images), Phases(Console(quiet=True))),
     )
     for read in readers:
         try:
