@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -32,6 +31,7 @@ from ptq4vit_fx.tools.class_labels import check_classes
 from ptq4vit_fx.tools.classifiers import Array, embedding_in, file_outputs, float_outputs, logits_of
 from ptq4vit_fx.tools.file_images import AS_RECORDED, image_channels, preprocessing_of_file
 from ptq4vit_fx.tools.image_options import ImageOptions
+from ptq4vit_fx.tools.named.kinds import absolute
 from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.neighbours import vectors_of
 from ptq4vit_fx.tools.scores import ranks
@@ -62,8 +62,8 @@ class Question:
         against = self.against
         if against is not None:
             weights = None if against.weights is None else against.weights.absolute()
-            against = replace(against, name=_absolute(against.name), weights=weights)
-        model = None if self.model is None else _absolute(self.model)
+            against = replace(against, name=absolute(against.name), weights=weights)
+        model = None if self.model is None else absolute(self.model)
         return replace(self, file=self.file.absolute(), data=self.data.absolute(), model=model, against=against)
 
 
@@ -87,6 +87,7 @@ class Opened:
         Raises PTQError if no preprocessing is known, or if the file takes something else than images.
         """
         self.question = question
+        self.reference = None if question.against is None else float_outputs(question.against, question.file)
         session = open_session(question.file, threads=threads)
         self.channels = image_channels(session, question.file, "eval")
         self.runs = file_outputs(session, question.file)
@@ -96,7 +97,6 @@ class Opened:
         check_float_shape(self.folder, tuple(config["input_size"]), question.data)
         self.transform = transform_of(config)
         self.batch = fixed_batch("eval", str(question.file), session) or question.batch_size
-        self.reference = None if question.against is None else float_outputs(question.against, question.file)
 
     @property
     def pieces(self) -> list[range]:
@@ -184,12 +184,6 @@ def shards_elsewhere(
         file = write_state(SharedQuestion(question.absolute(), uuid.uuid4().hex), folder / "state.pt", "eval")
         for answer in answers(executor, file, [ShardTask(piece, total) for piece in pieces], "eval"):
             yield answer.value
-
-
-def _absolute(name: str) -> str:
-    """Return the name of a model with the path in it, if it is one, absolute: `net.py:Net` for example."""
-    path, colon, rest = name.partition(":")
-    return os.path.abspath(path) + colon + rest if os.path.exists(path) else name
 
 
 def _kind(session: onnxruntime.InferenceSession, file: Path, kind: str | None) -> str | None:

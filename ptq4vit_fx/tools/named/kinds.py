@@ -50,6 +50,12 @@ def kind_of(name: str) -> ModelKind:
     return "timm"
 
 
+def absolute(name: str) -> str:
+    """Return the name with the path in it, if it is one, absolute: `net.py:Net`, a folder, an ONNX file."""
+    path, colon, rest = name.partition(":")
+    return os.path.abspath(path) + colon + rest if os.path.exists(path) else name
+
+
 def _check_no_file(name: str) -> None:
     """Raise PTQError on the path of a file, which is no model by itself."""
     suffix = os.path.splitext(name)[1].lower()
