@@ -12,6 +12,7 @@ from torch import nn
 import ptq4vit_fx as ptq
 from ptq4vit_fx.balances import LEAST_RANGE, ChannelAffine, shrunk_ranges
 from ptq4vit_fx.passes.apply_balances import apply_balances
+from ptq4vit_fx.passes.graph.channels import Groups
 from ptq4vit_fx.passes.graph.contract import history, plan_of, sharing_tensors
 from ptq4vit_fx.tools.families import find_family
 
@@ -511,3 +512,20 @@ def test_constant_channels():
     balanced = apply_balances(sharing_tensors(prepared), calibration.balances)
     with torch.no_grad():
         torch.testing.assert_close(balanced(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_join_the_channels_that_meet():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randint(0, 40, (2, 500), generator=generator, dtype=torch.float64)
+    one, other = one[other - one == 3], other[other - one == 3]  # chains of numbers that lie 3 apart
+    groups = Groups()
+    joined = groups.join(one, other)
+    assert all(low < high for low, high in joined)
+    meet = {tuple(pair) for pair in torch.stack([one, other], 1).tolist()}
+    for number in range(40):
+        down = float(number)
+        while (down - 3, down) in meet:
+            down -= 3
+        assert groups.first(float(number)) == down
+    assert groups.join(one, other) == []
+    assert groups.join(torch.zeros(0), torch.zeros(0)) == []

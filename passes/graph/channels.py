@@ -79,9 +79,8 @@ class Groups:
 
         Return the smallest numbers of the groups that became one, the lower of each pair first.
         """
-        pairs: Tensor = torch.unique(torch.stack([one.flatten(), other.flatten()], 1), dim=0)
         joined = []
-        for pair in pairs.tolist():
+        for pair in _distinct_pairs(one.flatten().long(), other.flatten().long()):
             low, high = sorted(map(self.first, pair))
             if low != high:
                 self._smaller[high] = low
@@ -99,6 +98,16 @@ class Groups:
             return numbers
         found, places = torch.unique(numbers, return_inverse=True)
         return torch.tensor([self.first(number) for number in found.tolist()], dtype=numbers.dtype)[places]
+
+
+def _distinct_pairs(one: Tensor, other: Tensor) -> list[tuple[float, float]]:
+    """Return the different pairs, in order: torch sorts rows ten times as slowly as the one number made of each."""
+    if not len(one):
+        return []
+    lowest, width = other.min(), other.max() - other.min() + 1
+    found = torch.unique(one * width + (other - lowest))
+    left = found.div(width, rounding_mode="floor")
+    return list(zip(left.tolist(), (found - left * width + lowest).tolist(), strict=True))
 
 
 def readers_of(
