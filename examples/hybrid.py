@@ -37,29 +37,32 @@ BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 
 
-def uniform_convolutions(mapping: ptq.QConfigMapping, bits: int) -> ptq.QConfigMapping:
-    """Return the mapping with one uniform grid, from SiLU's minimum on, in the place of a twin before convolutions."""
+def uniform(mapping: ptq.QConfigMapping, bits: int, **transforms: float) -> ptq.QConfigMapping:
+    """Return the mapping with one grid, from SiLU's minimum on, in the place of a twin in front of convolutions."""
     qconfig = mapping.global_qconfig
     assert qconfig is not None
-    return mapping.set_object_type(nn.Conv2d, replace(qconfig, gelu=Uniform(bits, signed=False)))
+    grid = Uniform(bits, signed=False)
+    return mapping.with_transforms(**transforms).set_global(replace(qconfig, convolved=grid))
+
+
+def without_convolutions(w: int, a: int) -> ptq.QConfigMapping:
+    """Return the recipe `best` without what it does for convolutions."""
+    mapping = ptq.recipes.best(w, a)
+    qconfig = mapping.global_qconfig
+    assert qconfig is not None
+    return mapping.with_transforms(convolutions=0.0, depthwise=0.0).set_global(replace(qconfig, convolved=None))
 
 
 #: What is done -> bits of weights and activations -> the recipe.
 STEPS: dict[str, Callable[[int, int], ptq.QConfigMapping]] = {
     "none (`ptq4vit`)": ptq.recipes.ptq4vit,
     "rounding": lambda w, a: ptq.recipes.ptq4vit(w, a).with_search(rounding="gram"),
-    "uniform": lambda w, a: uniform_convolutions(ptq.recipes.ptq4vit(w, a), a),
-    "uniform, depthwise 1": lambda w, a: uniform_convolutions(
-        ptq.recipes.ptq4vit(w, a).with_transforms(depthwise=1.0), a
-    ),
-    "`best`": ptq.recipes.best,
-    "`best`, uniform": lambda w, a: uniform_convolutions(ptq.recipes.best(w, a), a),
-    "`best`, uniform, depthwise 1": lambda w, a: uniform_convolutions(
-        ptq.recipes.best(w, a).with_transforms(rotation=0, attention=0.5, depthwise=1.0), a
-    ),
-    "`best`, uniform, depthwise 1, convolutions 0.5": lambda w, a: uniform_convolutions(
-        ptq.recipes.best(w, a).with_transforms(rotation=0, attention=0.5, depthwise=1.0, convolutions=0.5), a
-    ),
+    "uniform": lambda w, a: uniform(ptq.recipes.ptq4vit(w, a), a),
+    "uniform, depthwise 1": lambda w, a: uniform(ptq.recipes.ptq4vit(w, a), a, depthwise=1.0),
+    "`best` without what is for convolutions": without_convolutions,
+    "the same, uniform": lambda w, a: uniform(without_convolutions(w, a), a),
+    "the same, uniform, depthwise 1": lambda w, a: uniform(without_convolutions(w, a), a, depthwise=1.0),
+    "the same, uniform, depthwise 1, convolutions 0.5 (`best`)": ptq.recipes.best,
 }
 
 
