@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ MEAN_AND_STD = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic
 
 @pytest.fixture(scope="module")
 def question(tmp_path_factory, small_converted, small_images):
-    """Two files of one model, of which the second is float, and a folder of images, one of them broken."""
+    """A file, and a folder of images, one of them broken."""
     folder = tmp_path_factory.mktemp("eval")
     ptq.export_onnx(small_converted, folder / "int8.onnx", small_images[:1], preprocessing=MEAN_AND_STD)
     generator = np.random.default_rng(0)
@@ -35,7 +36,10 @@ def question(tmp_path_factory, small_converted, small_images):
     return Question(folder / "int8.onnx", folder / "images", batch_size=2)
 
 
-def test_workers_count_what_this_process_counts(question):
+@pytest.mark.parametrize("beside", [False, True])
+def test_workers_count_what_this_process_counts(question, beside):
+    if beside:
+        question = replace(question, against=Asked(str(question.file)))
     here = evaluate_file(question, Phases(Console(quiet=True)))
     assert here.images == IMAGES - 1
     assert [name.partition(":")[0].rpartition("/")[2] for name in here.skipped] == ["13.png"]
@@ -73,7 +77,6 @@ def test_a_worker_with_other_images_is_refused(question):
 
 def test_an_error_on_a_worker_is_the_one_that_is_raised_here(question, tmp_path):
     (tmp_path / "one" / "99").mkdir(parents=True)
-    (question.data / "0" / "0.png").read_bytes()
     (tmp_path / "one" / "99" / "a.png").write_bytes((question.data / "0" / "0.png").read_bytes())
     asked = Question(question.file, tmp_path / "one")
     said = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any
@@ -30,15 +30,17 @@ def evaluate_file(question: Question, phases: Phases, executor: Executor | None 
     warn_of_empty(opened.folder, question.data)
     total = len(opened.folder.items)
     found: dict[int, Shard] = {}
+    answers: Iterator[tuple[int, Shard]]
     with phases(CLASSIFY):
         if executor is None:
-            for piece in opened.pieces:
-                show = partial(_show, phases, piece.start, total)
-                found[piece.start] = opened.shard(piece, show)
+            answers = (
+                (one.start, opened.shard(one, partial(_show, phases, one.start, total))) for one in opened.pieces
+            )
         else:
-            for start, shard in shards_elsewhere(question, opened.pieces, total, executor):
-                found[start] = shard
-                _show(phases, 0, total, sum(len(one.numbers) + len(one.skipped) for one in found.values()))
+            answers = shards_elsewhere(question, opened.pieces, total, executor)
+        for start, shard in answers:
+            found[start] = shard
+            _show(phases, 0, total, sum(len(one.numbers) + len(one.skipped) for one in found.values()))
     shards = [found[start] for start in sorted(found)]
     skipped = tuple(name for shard in shards for name in shard.skipped)
     images = [number for shard in shards for number in shard.numbers]

@@ -36,7 +36,7 @@ from ptq4vit_fx.tools.named.model import Asked
 from ptq4vit_fx.tools.neighbours import vectors_of
 from ptq4vit_fx.tools.scores import ranks
 
-#: So many batches are classified as a piece: what a worker is given, and all that this process reads ahead.
+#: So many batches are classified as a piece, which is what a worker is given at a time.
 BATCHES = 16
 
 
