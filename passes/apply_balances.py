@@ -13,8 +13,7 @@ from torch.fx import GraphModule, Node
 from ptq4vit_fx.balances import ChannelAffine
 from ptq4vit_fx.names import Site
 from ptq4vit_fx.passes.graph.affine_norms import argument, opened_norm, parameters_of, place_of
-from ptq4vit_fx.passes.graph.balance_places import balance_places
-from ptq4vit_fx.passes.graph.balanced_layers import Columns, Rows
+from ptq4vit_fx.passes.graph.balanced_layers import Columns, Rows, marked_places
 from ptq4vit_fx.passes.graph.channels import is_observer
 from ptq4vit_fx.passes.graph.contract import calibration_of, graph_pass, plan_of
 from ptq4vit_fx.passes.graph.dataflow import get_attribute, is_stored, stored_path
@@ -36,7 +35,7 @@ def apply_balances(graph_module: GraphModule, numbers: Mapping[Site, ChannelAffi
         numbers = calibration.balances
     if not numbers:
         return 0
-    places, _ = balance_places(graph_module, plan_of(graph_module).transforms)
+    places = marked_places(graph_module.graph, plan_of(graph_module).balances)
     writers = dict.fromkeys(rows.node for place in places for rows in place.writers)
     opened = {node: opened_norm(graph_module, node) for node in writers}
     for place in places:

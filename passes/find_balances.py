@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from ptq4vit_fx.passes.graph.balance_places import balance_places
+from ptq4vit_fx.passes.graph.balanced_layers import mark_places
 from ptq4vit_fx.passes.graph.contract import attach, graph_pass, plan_of
 from ptq4vit_fx.passes.graph.stages import Stage
 
@@ -20,6 +21,7 @@ def find_balances(graph_module: GraphModule) -> int:
     """
     plan = plan_of(graph_module)
     places, notes = balance_places(graph_module, plan.transforms)
+    mark_places(places)
     balances = tuple(place.balance for place in places)
     attach(graph_module, plan=replace(plan, balances=balances, transformed=(*plan.transformed, *notes)))
     return len(places)

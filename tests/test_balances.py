@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import numpy as np
@@ -463,6 +464,18 @@ def test_a_file_carries_them_and_a_resumed_calibration_too(model, calibrated, tm
         checkpoint=tmp_path / "b.safetensors",
     )
     assert resumed.fingerprint() == calibration.fingerprint()
+
+
+@pytest.mark.parametrize("how", ["copied", "through a file"])
+def test_a_prepared_model_keeps_its_places(model, calibrated, how):
+    (prepared, _), images = calibrated, images_of(32, 2)
+    if how == "copied":
+        again = copy.deepcopy(prepared)
+    else:
+        torch.save(prepared, file := io.BytesIO())
+        again = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert torch.equal(ptq.convert_fx(again)(images), ptq.convert_fx(prepared)(images))
+    assert not torch.equal(ptq.convert_fx(again)(images), model(images))
 
 
 def test_sequential_and_in_groups(model, calibrated):

@@ -7,7 +7,6 @@ group from there on.
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -72,7 +71,9 @@ class Groups:
 
     def first(self, number: float) -> float:
         """Return the smallest number of this channel's group."""
-        return deque(self.path(number), maxlen=1)[0]
+        while number in self._smaller:
+            number = self._smaller[number]
+        return number
 
     def join(self, one: Tensor, other: Tensor) -> list[tuple[float, float]]:
         """Let the channels that meet in any entry of two tensors of numbers, of one shape, be of one group.

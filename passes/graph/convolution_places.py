@@ -96,9 +96,10 @@ def _together(read: Iterable[Tensor]) -> list[Tensor]:
 def _numbered(layers: dict[Node, Tensor], own: Tensor) -> Iterator[tuple[Node, Tensor]]:
     """Yield the layers that have some of these classes, with the place of each of their channels in them, or -1."""
     for node, numbers in layers.items():
-        mine = torch.isin(numbers, own)
+        places = torch.searchsorted(own, numbers).clamp_(max=len(own) - 1)
+        mine = own[places] == numbers
         if bool(mine.any()):
-            yield node, torch.where(mine, torch.searchsorted(own, numbers), -1)
+            yield node, torch.where(mine, places, -1)
 
 
 def _reason(graph_module: GraphModule, node: Node, classes: ChannelClasses) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -140,32 +141,39 @@ def propagate_shapes(graph_module: GraphModule, pass_name: str) -> None:
     if not has_shapes(graph_module):
         return
     known = graph_module.meta.setdefault(KNOWN, {})
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
-        call = call_of(node)
-        if node.meta.get(CALL) == call:
-            continue
-        key = _key(graph_module, node, call)
-        if key not in known:
-            known[key] = _computed(graph_module, node, pass_name)
-        node.meta[RESULT], node.meta[MULTIPLIES], node.meta[OPAQUE] = known[key]
-        node.meta[CALL] = call
+    with _on_fake_tensors(graph_module) as recorder:
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                node.meta[RESULT] = _described(get_attribute(graph_module, str(node.target)))
+            if node.op in ("placeholder", "get_attr", "output"):
+                continue
+            call = call_of(node)
+            if node.meta.get(CALL) == call:
+                continue
+            key = _key(graph_module, node, call)
+            if key not in known:
+                known[key] = _computed(recorder, node, pass_name)
+            node.meta[RESULT], node.meta[MULTIPLIES], node.meta[OPAQUE] = known[key]
+            node.meta[CALL] = call
 
 
-def _computed(graph_module: GraphModule, node: Node, pass_name: str) -> tuple[Any, int, str]:
-    """Return the result of a node, its multiplications and what it hides, on fake tensors of its operands' shapes."""
+@contextmanager
+def _on_fake_tensors(graph_module: GraphModule) -> Iterator[_Recorder]:
+    """Give what runs single nodes on tensors that have a shape and no values."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        without_fast_attention(),
+        _flop_counter() as counter,
+        OperatorWatch() as watch,
+    ):
+        yield _Recorder(graph_module, counter, watch, whole=False)
+
+
+def _computed(recorder: _Recorder, node: Node, pass_name: str) -> tuple[Any, int, str]:
+    """Return the result of a node, its multiplications and what it hides."""
     try:
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            torch.no_grad(),
-            without_fast_attention(),
-            _flop_counter() as counter,
-            OperatorWatch() as watch,
-        ):
-            return _Recorder(graph_module, counter, watch, whole=False).recompute(node)
+        return recorder.recompute(node)
     except Exception as error:
         raise failure(
             f"pass {pass_name}",

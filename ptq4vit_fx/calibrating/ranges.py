@@ -14,8 +14,7 @@ from ptq4vit_fx.balances import ChannelAffine, balanced_ranges, matched_ranges, 
 from ptq4vit_fx.calibrating.capture import check_finite, recording
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import Site
-from ptq4vit_fx.passes.graph.balance_places import balance_places
-from ptq4vit_fx.passes.graph.balanced_layers import FIELDS, Columns, Place
+from ptq4vit_fx.passes.graph.balanced_layers import FIELDS, Columns, Place, marked_places
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.exclusive import exclusive
 from ptq4vit_fx.passes.graph.marks import planned_product
@@ -54,7 +53,7 @@ def measure_balances(prepared: GraphModule, batches: Iterable[Inputs], images: i
 
     images: how many there are in all batches.
     """
-    places, _ = balance_places(prepared, plan_of(prepared).transforms)
+    places = marked_places(prepared.graph, plan_of(prepared).balances)
     watched = _watched(places)
     convolutions = {op.name for op in plan_of(prepared).ops if op.kind == "conv2d"}
     extremes: dict[tuple[str, str], Extremes] = {}
