@@ -1,25 +1,34 @@
-"""What the steps for convolutions keep of a hybrid of inverted residuals and attention, trained here on the digits.
+"""What the steps for convolutions keep of hybrids of convolutions and attention, and what they do to the time of files.
 
-    python examples/hybrid.py --bits W8A8 --bits W6A6
+    python examples/hybrid.py kept --bits W8A8 --bits W6A6
+    python examples/hybrid.py faster mobilevit_s tiny_vit_5m_224
 
-The hybrid is a small MobileViT. Before training, the weights of its batch norms are drawn log-normally with the
-standard deviation --spread, so that channels differ as they do after long training on many images; with --spread 0 they
-start at 1. Trained weights are kept in --kept and reused. Chosen on training images, counted on the 500 test images, in
-PyTorch, as simulate.py does. SNR: that of the depthwise convolutions against the float model, least and mean.
+What they keep: of a hybrid of inverted residuals and attention, a small MobileViT, trained here. Before training, the
+weights of its batch norms are drawn log-normally with the standard deviation --spread, so that channels differ as they
+do after long training on many images; with --spread 0 they start at 1. Trained weights are kept in --weights-in and
+reused. Chosen on training images, counted on the 500 test images, in PyTorch, as simulate.py does. SNR: that of the
+depthwise convolutions against the float model, least and mean.
+
+What they do to time: of models of timm with random weights, whose batch norms have seen the images.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import timm
 import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import track
+from runtimes import in_onnxruntime
 from safetensors.torch import load_file, save_file
 from simulate import simulation, widths
 from timm.models import mobilevit
@@ -28,11 +37,14 @@ from torch import Tensor, nn
 from train_digits_vit import augment, learning_rate_factor
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.proof.latency import in_turn
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.quantizers import Uniform
 from ptq4vit_fx.tools.digits import load_digits_images
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 EPOCHS = 14
+MODELS = ("mobilevit_s", "mobilevitv2_050", "tiny_vit_5m_224", "efficientformerv2_s0", "edgenext_xx_small", "pvt_v2_b0")
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 
@@ -83,10 +95,10 @@ def build(spread: float) -> nn.Module:
     return model
 
 
-def trained(spread: float, kept: Path) -> nn.Module:
+def trained(spread: float, folder: Path) -> nn.Module:
     """Return the trained hybrid: from the folder, or trained now and kept there."""
     torch.manual_seed(0)
-    model, path = build(spread), kept / f"hybrid_{spread:g}.safetensors"
+    model, path = build(spread), folder / f"hybrid_{spread:g}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
@@ -101,7 +113,7 @@ def trained(spread: float, kept: Path) -> nn.Module:
             loss.backward()
             optimizer.step()
             schedule.step()
-    kept.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), path)
     return model.eval()
 
@@ -122,17 +134,18 @@ def measured(
     return right, (reference.exp() * (reference - logits)).sum(1), snr
 
 
-def main(
+@app.command()
+def kept(
     bits: Annotated[list[str], typer.Option(help="W8A8, W4A8, ..., repeatable")] = ["W8A8", "W6A6"],  # noqa: B006
     step: Annotated[list[str] | None, typer.Option(help="a row, by its name, repeatable (default: all)")] = None,
     first: Annotated[list[int], typer.Option(help="number of the first of the 32 images, repeatable")] = [0, 32],  # noqa: B006
     spread: float = 1.0,
     calibration_images: int = 32,
-    kept: Annotated[Path, typer.Option(help="folder of trained weights")] = Path("out/hybrids"),
+    weights_in: Annotated[Path, typer.Option(help="folder of trained weights")] = Path("out/hybrids"),
 ) -> None:
-    """Print one Markdown row per step and width."""
+    """Print one Markdown row per step and width, of a hybrid trained on the digits."""
     torch.set_num_threads(2)
-    model = trained(spread, kept)
+    model = trained(spread, weights_in)
     images, labels = load_digits_images("test")
     with torch.inference_mode():
         right = float((model(images).argmax(1) == labels).float().mean())
@@ -149,5 +162,45 @@ def main(
             print(f"| {min(snr):.1f}, {sum(snr) / len(snr):.1f} dB |", flush=True)
 
 
+def random(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a model of timm with random weights, and random images of its size that its batch norms have seen."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False).train()
+    images = torch.randn(8, *timm.data.resolve_data_config(model=model)["input_size"])
+    with torch.no_grad():
+        for _ in range(3):
+            model(images)
+    return model.eval(), images
+
+
+@app.command()
+def faster(
+    models: Annotated[list[str] | None, typer.Argument(help="of timm")] = None,
+    rounds: Annotated[int, typer.Option(help="of measuring, the two files in turn")] = 9,
+) -> None:
+    """Print one Markdown row per model: milliseconds of four images without what is for convolutions and with it."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    recipes = {"before": without_convolutions(8, 8), "best": ptq.recipes.best()}
+    print("| model | before | `best` | SNR |\n|---|---|---|---|")
+    for name in models or MODELS:
+        (model, images), runs, snr = random(name), {}, []
+        with torch.no_grad():
+            reference = model(images)
+        with tempfile.TemporaryDirectory() as folder:
+            for recipe, mapping in recipes.items():
+                prepared = ptq.prepare_fx(model, mapping, images[:1])
+                ptq.calibrate(prepared, images[:4], progress=False)
+                path = Path(folder) / f"{recipe}.onnx"
+                ptq.export_onnx(ptq.convert_fx(prepared), path, images[:1])
+                run = in_onnxruntime(path, 2)
+                noise = reference - torch.from_numpy(run(images))
+                snr.append(10 * math.log10(float(reference.square().sum() / noise.square().sum())))
+                runs[recipe] = partial(run, images[:4])
+            taken = in_turn(runs, rounds=rounds)
+        times = " | ".join(f"{taken.spread(recipe).median:.0f} ms" for recipe in recipes)
+        print(f"| `{name}` | {times} | {', '.join(f'{x:.1f}' for x in snr)} dB |", flush=True)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()
