@@ -18,7 +18,7 @@ from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.contract import rewrite
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PAIR, QUANTIZE, Array
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.quantizers import Uniform
+from ptq4vit_fx.quantizers import Uniform, Unquantized
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def activation_quantizers(model: ir.Model) -> list[ir.Node]:
 def _used_codes(plan: QuantPlan, branch: str, low: int, high: int) -> tuple[int, int]:
     """Return the smallest and largest code, zero point 0, that this grid uses inside of low .. high."""
     quantizer = plan.quantizers[names.site_of(branch)]
+    assert not isinstance(quantizer, Unquantized)  # which no node stands for
     if isinstance(quantizer, Uniform):
         first = -(1 << (quantizer.bits - 1)) if quantizer.signed else low  # unsigned grids start at the container's end
         last = first + quantizer.top

@@ -61,7 +61,8 @@ class Target:
 
     activation_bits: of the grids of activations that it holds. twins: whether two branches may stand behind a softmax.
     packed_bits: weights of so many bits or fewer take half a byte in its files, 0 if none do. measured: whether ONNX
-    Runtime on this machine is what runs its files, so that their products can be timed here.
+    Runtime on this machine is what runs its files, so that their products can be timed here. weights_alone: whether
+    weights may be quantized beside float activations.
     """
 
     name: str
@@ -71,6 +72,17 @@ class Target:
     twins: bool = True
     packed_bits: int = 0
     measured: bool = False
+    weights_alone: bool = False
+
+
+def check_weights_alone(target: Target, asked: str, operation: str) -> None:
+    """Raise PTQError if a target does not hold quantized weights beside float activations; asked: what asks for them.
+
+    ONNX Runtime on CPUs quantizes such activations itself, unless a session says otherwise (traps.py).
+    """
+    if not target.weights_alone:
+        expected, do = "quantized activations beside quantized weights", "use the target generic, or 8 bits"
+        raise failure(operation, f"target {target.name}", expected=expected, got=asked, do=do)
 
 
 def rewrite(*, nothing: str) -> Callable[[Callable[..., int]], Step]:

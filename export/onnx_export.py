@@ -155,7 +155,7 @@ def export_onnx(
     counts = dict(Counter(node.op_type for node in model.graph))
     float_bytes = sum(4 * tensor.size for tensor in tensors_of(model))
     outputs = tuple(interface.outputs.values())
-    return ExportReport(Path(path), size, float_bytes, counts, len(plan.quantizers), opset, target, rewrites, outputs)
+    return ExportReport(Path(path), size, float_bytes, counts, len(plan.grids), opset, target, rewrites, outputs)
 
 
 def check_target(target: str, opset: int, batch: int | None) -> Target:

@@ -34,6 +34,8 @@ class SiteScales:
 def read_scales(path: str | os.PathLike[str]) -> dict[Site, SiteScales]:
     """Return the scales of every site of a file that `export_onnx` wrote, bit for bit as they were calibrated.
 
+    Operands that stay float have none.
+
     They are initializers with the site's name: `<site>.scale`, `<site>_fine.scale` and `<site>_coarse.scale` of a twin.
     Where the file computes with others, because scales per head were divided out, or holds a weight in parts, they are
     in its metadata (docs/targets.md reads both without this package). Raises PTQError if the file has no plan, or
@@ -58,7 +60,7 @@ def _scales_of(model: ir.Model, path: str) -> dict[Site, SiteScales]:
         return array(model.graph.initializers[name])
 
     scales, elsewhere = {}, calibrated_scales(model.metadata_props, "read_scales", path)
-    for site, quantizer in QuantPlan.from_json(plan, "read_scales", path).quantizers.items():
+    for site, quantizer in QuantPlan.from_json(plan, "read_scales", path).grids.items():
         if isinstance(quantizer, TwinUniform):
             scales[site] = SiteScales(quantizer, *(read(branch(site, part)) for part in RANGES))
         elif site in elsewhere:

@@ -21,6 +21,8 @@ from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, QUANTIZE, array, is_co
 ONNXRUNTIME, OPENVINO = "ONNX Runtime on CPUs", "OpenVINO"
 #: The entry of a session's options that says how exact products of weights in blocks are; with EXACT they are float.
 ACCURACY_LEVEL, EXACT = "session.qdq_matmulnbits_accuracy_level", "1"
+#: The property of a compiled model in OpenVINO that says how many activations it quantizes together: none with 0.
+GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 #: ONNX Runtime's product of weights in blocks of few bits; at DYNAMIC, its own choice, activations are quantized too.
 BLOCK_PRODUCT, DYNAMIC = "MatMulNBits", 4
 #: Two products of 255 and a weight up to this size fit into 16 bits: kernels that saturate are exact then.
@@ -91,6 +93,10 @@ def _weights_alone(graph: ir.Graph) -> Iterator[ir.Node]:
     return (node for node, left, _ in _constant_right(graph) if left is None)
 
 
+def _bytes_alone(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node, left, right in _constant_right(graph) if left is None and codes_kind(right) in BYTES)
+
+
 def _blocks(graph: ir.Graph) -> Iterator[ir.Node]:
     for node, left, right in _constant_right(graph):
         in_blocks = right.attributes.get_int("block_size", 0) > 0 and codes_kind(right) in BYTES
@@ -117,7 +123,7 @@ def _clip_behind_division(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 ANEW = f"quantizes its first operand to 8 bits itself while it runs ({BLOCK_PRODUCT}, accuracy level {DYNAMIC})"
-SIXTEEN, ALONE, BLOCKS, SATURATION, DIVISION = (
+SIXTEEN, ALONE, BLOCKS, SATURATION, DIVISION, ALONE_OPENVINO = (
     Rule(
         "16-bit activations",
         ONNXRUNTIME,
@@ -156,8 +162,15 @@ SIXTEEN, ALONE, BLOCKS, SATURATION, DIVISION = (
         "export with target='openvino' or 'generic', which bound in front of the division",
         _clip_behind_division,
     ),
+    Rule(
+        "weights alone in OpenVINO",
+        OPENVINO,
+        "only the weights are quantized in the file, and it quantizes 32 neighbouring activations to 8 bits itself",
+        f"set {GROUP_SIZE} to 0 to have float activations",
+        _bytes_alone,
+    ),
 )
-RULES = (SIXTEEN, ALONE, BLOCKS, SATURATION, DIVISION)
+RULES = (SIXTEEN, ALONE, BLOCKS, SATURATION, DIVISION, ALONE_OPENVINO)
 
 
 def traps_in(model: ir.Model, rules: tuple[Rule, ...] = RULES) -> tuple[Trap, ...]:

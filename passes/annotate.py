@@ -38,7 +38,7 @@ from ptq4vit_fx.passes.graph.transformed import TRANSFORMED
 from ptq4vit_fx.plan import FloatOp, QuantOp, QuantPlan
 from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
-from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform, Unquantized
 
 #: So many reasons why products stay float are told in the warning.
 MOST_REASONS = 3
@@ -69,8 +69,11 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
         qconfig, rule = mapping.resolve(op.name, op.kind)
         chosen = {operand: _quantizer(node, op, operand, qconfig, group_counts) for operand in OPERANDS}
         lhs, rhs = chosen["lhs"], chosen["rhs"]
-        if qconfig is None or lhs is None or rhs is None:
+        untouched = isinstance(lhs, Unquantized) and isinstance(rhs, Unquantized)
+        if qconfig is None or lhs is None or rhs is None or untouched:
             reason = f"left float by {rule}" if rule else "no rule of the QConfigMapping matches it"
+            if untouched:
+                reason = "both operands are activations, which stay float"
             float_ops.append(FloatOp(op.name, reason, asked=rule is not None))
             continue
         mark_product(node, op.name)
@@ -234,7 +237,7 @@ def _quantizer(
     elif source is not None and NEGATIVE_RANGE[source]:
         convolved = qconfig.convolved if op.kind == "conv2d" else None
         quantizer = convolved or qconfig.gelu or quantizer
-        if isinstance(quantizer, TwinUniform) or (quantizer is not None and not quantizer.signed):
+        if isinstance(quantizer, TwinUniform) or (isinstance(quantizer, Uniform) and not quantizer.signed):
             quantizer = replace(quantizer, minimum=NEGATIVE_RANGE[source])
     elif source is not None and isinstance(quantizer, Uniform):
         quantizer = replace(quantizer, signed=False)

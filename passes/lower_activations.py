@@ -24,7 +24,7 @@ from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, QUANTIZE
 from ptq4vit_fx.passes.graph.rewriter import Writer, rename, replace
 from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.insert_quantizers import FakeQuantize
-from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform, UniformParams, usable_scale
+from ptq4vit_fx.quantizers import TwinParams, TwinUniform, Uniform, UniformParams, Unquantized, usable_scale
 
 UINT8_MAX = 255
 
@@ -164,8 +164,14 @@ def _pair(write: Writer, site: Site, x: Any, part: Branch) -> Node:
     return own(DEQUANTIZE, own(QUANTIZE, x, scale, zero, 0), scale, zero, 0)
 
 
+def _unquantized(write: Writer, operand: Node, quantizer: Unquantized, params: object, _: list[Tensor]) -> list[Node]:
+    """Return the operand itself."""
+    return [cast("Node", operand.args[0])]
+
+
 #: Kind of quantizer -> what writes the dequantized branches of an operand, and appends scales per head if it has any.
 LOWERINGS: dict[type, Callable[[Writer, Node, Any, Any, list[Tensor]], list[Node]]] = {
     Uniform: _uniform,
     TwinUniform: _twin,
+    Unquantized: _unquantized,
 }

@@ -54,15 +54,18 @@ def _write(node: Node, weight: Node) -> None:
         result = write(torch.add, product, bias)
     if len(shape_of(node)) == 2:
         result = write(torch.squeeze, result, 0)
-        _add_dimension(cast("Node", lhs))
+        product.update_arg(0, _with_dimension(cast("Node", lhs)))
     replace(node, result, product=product)
 
 
-def _add_dimension(dequantize: Node) -> None:
-    """Make the lhs of a product of matrices three-dimensional, in front of its quantizer.
+def _with_dimension(lhs: Node) -> Node:
+    """Return the lhs of a product of matrices with three dimensions, in front of its quantizer if it has one.
 
     ONNX Runtime turns a two-dimensional MatMul and Add into Gemm, for which it has no integer kernel with float
     output (onnxruntime/core/optimizer/matmul_add_fusion.cc); with three dimensions the product stays MatMul.
     """
-    quantize = cast("Node", dequantize.args[0])
+    if lhs.target is not DEQUANTIZE:
+        return Writer(lhs.next, like=lhs)(torch.unsqueeze, lhs, 0)
+    quantize = cast("Node", lhs.args[0])
     quantize.update_arg(0, Writer(quantize)(torch.unsqueeze, quantize.args[0], 0))
+    return lhs

@@ -45,7 +45,9 @@ def _float_reason(node: Node) -> str | None:
     if node.target is not torch.matmul:
         return "its windows overlap, and no runtime has an integer convolution with float output"
     lhs, rhs = cast("tuple[Node, Node]", node.args)
-    if lhs.target is not DEQUANTIZE or rhs.target is not DEQUANTIZE:
+    if lhs.target is not DEQUANTIZE:
+        return "its weight alone is quantized"
+    if rhs.target is not DEQUANTIZE:
         return "its weight is computed and transposed behind its quantizer"
     scales = [len(shape_of(cast("Node", operand.args[1]))) for operand in (lhs, rhs)]
     codes = rhs.args[0]

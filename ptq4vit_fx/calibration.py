@@ -241,7 +241,7 @@ class Calibration(Tabular):
 
     def brief(self) -> str:
         """Return how many sites are calibrated, on how many images."""
-        sites = f"{len(self.params)} of {len(self.plan.quantizers)} sites"
+        sites = f"{len(self.params.keys() & self.plan.grids.keys())} of {len(self.plan.grids)} sites"
         return f"{sites}, {self.provenance.get('images', 'unknown')} images, recipe {self.plan.recipe}"
 
     def records(self) -> list[dict[str, Any]]:
@@ -280,10 +280,12 @@ def _params(
         found.setdefault(key, {})[role] = tensor
     for strange in sorted(found.keys() - plan.quantizers.keys()):
         raise place.at(strange).refusal("a site of the plan in the same file", "another")
-    for without in sorted(found.keys() ^ axes.keys()):
-        raise place.at(without).refusal("tensors and an axis", "one of them alone")
+    for strange in sorted(axes.keys() - plan.quantizers.keys()):
+        raise place.at(strange).refusal("a site of the plan in the same file", "another")
+    for without in sorted(found.keys() - axes.keys()):
+        raise place.at(without).refusal("an axis beside its tensors", "none")
     try:
-        return {key: plan.quantizers[key].params_from(own, axes[key]) for key, own in found.items()}
+        return {key: plan.quantizers[key].params_from(found.get(key, {}), axis) for key, axis in axes.items()}
     except PTQError as error:
         raise place.with_reason(error) from error
 

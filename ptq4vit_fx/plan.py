@@ -19,7 +19,7 @@ from ptq4vit_fx.inputs.records import Place, read_as, read_json
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
 from ptq4vit_fx.qconfig import LOSSES, SearchSettings, Transforms
-from ptq4vit_fx.quantizers import Quantizer, describe_quantizer, quantizer_to_dict
+from ptq4vit_fx.quantizers import Quantizer, Unquantized, describe_quantizer, quantizer_to_dict
 from ptq4vit_fx.views.tabular import Tabular
 
 
@@ -125,6 +125,11 @@ class QuantPlan(Tabular):
             got = "none" if strange in sites else "a quantizer of no operand"
             raise failure("QuantPlan", quoted(strange), expected=expected, got=got, do="give each operand its own")
 
+    @property
+    def grids(self) -> dict[Site, Quantizer]:
+        """The quantizers that have codes: of all sites but those of activations beside a weight quantized alone."""
+        return {key: own for key, own in self.quantizers.items() if not isinstance(own, Unquantized)}
+
     def op(self, name: str) -> QuantOp:
         """Return the product called `name`; KeyError if there is none."""
         for op in self.ops:
@@ -159,7 +164,7 @@ class QuantPlan(Tabular):
 
     def brief(self) -> str:
         """Return how many products are quantized, and how many stay float."""
-        quantized = f"{len(self.ops)} products, {len(self.quantizers)} sites"
+        quantized = f"{len(self.ops)} products, {len(self.grids)} sites"
         return f"{quantized}, {len(self.float_ops)} left float, recipe {self.recipe}"
 
     def records(self) -> list[dict[str, Any]]:

@@ -13,7 +13,15 @@ from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.inputs.changes import Change, listed
 from ptq4vit_fx.names import is_inside, is_meant
 from ptq4vit_fx.product_forms import FORMS
-from ptq4vit_fx.quantizers import Quantizer, Uniform, check_bits
+from ptq4vit_fx.quantizers import (
+    FLOAT_BITS,
+    Quantizer,
+    Uniform,
+    Unquantized,
+    check_activation_bits,
+    check_bits,
+    of_bits,
+)
 from ptq4vit_fx.views.rules import rules_of
 from ptq4vit_fx.views.tabular import Tabular
 
@@ -123,6 +131,8 @@ class Transforms:
 class QConfig:
     """Quantizers of one product's operands; None leaves that operand float (and the whole product with it).
 
+    `Unquantized()` leaves an activation float beside a quantized weight.
+
     activation: input of a linear or convolution. weight: its weight. matmul: operands of a product of two
     activations. softmax, gelu: operands that come out of a softmax or a GELU; None treats them like any other.
     convolved: the same of a GELU, or SiLU, where a convolution reads it; None takes that of `gelu`.
@@ -140,11 +150,17 @@ class QConfig:
     search: SearchSettings = field(default_factory=SearchSettings)
 
     def with_bits(self, w: int | None, a: int | None) -> QConfig:
-        """Return a copy with other bits, None for those that it has; the image keeps its own, which are its data's."""
+        """Return a copy with other bits, None for those that it has; the image keeps its own, which are its data's.
+
+        With a=32 activations stay float, the image too. Raises PTQError on fewer bits for activations that do.
+        """
         activations = ("activation", "matmul", "softmax", "gelu", "convolved")
-        bits = dict.fromkeys(("weight", "kernel"), w) | dict.fromkeys(activations, a)
+        if a == FLOAT_BITS:
+            changed: dict[str, Any] = dict.fromkeys((*activations, "image"), Unquantized())
+            return replace(self.with_bits(w, None), **changed)
+        bits: dict[str, Any] = dict.fromkeys(("weight", "kernel"), w) | dict.fromkeys(activations, a)
         quantizers = {name: getattr(self, name) for name, number in bits.items() if number is not None}
-        changed = {name: q and replace(q, bits=bits[name]) for name, q in quantizers.items()}
+        changed = {name: q and of_bits(q, bits[name]) for name, q in quantizers.items()}
         return replace(self, **changed)
 
 
@@ -267,14 +283,16 @@ class QConfigMapping(Tabular):
 
         names: of products or modules, or patterns of such: `blocks.0.mlp`, `blocks.*.mlp.fc2`, `blocks.[0-3]`. w, a:
         bits of weights and of activations; one of them alone leaves the other. Of this and `skipping` the last call on
-        a product wins. Raises PTQError on bits out of 2 to 8; `prepare_fx` does on a name of nothing.
+        a product wins. a=32 leaves activations float, beside quantized weights. Raises PTQError on
+        other bits than these and 2 to 8; `prepare_fx` does on a name of nothing.
         """
         if w is None and a is None:
             do = "call skipping to leave products float"
             raise failure("with_bits", "bits", expected="w, a or both", got="neither", do=do)
-        for bits in (w, a):
-            if bits is not None:
-                check_bits("with_bits", bits)
+        if w is not None:
+            check_bits("with_bits", w)
+        if a is not None:
+            check_activation_bits("with_bits", a)
         return self._changed([Change(name, w, a) for name in listed(names)])
 
     def skipping(self, names: str | Sequence[str]) -> QConfigMapping:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
-from ptq4vit_fx.quantizers import TwinUniform, Uniform, check_bits
+from ptq4vit_fx.quantizers import FLOAT_BITS, TwinUniform, Uniform, check_activation_bits, check_bits
 
 
 def best(
@@ -21,13 +21,14 @@ def best(
     The residual stream is rotated, queries, keys, values and convolutions are balanced, weights are rounded by the
     Gram matrix of their inputs, and the search is weighted by how far the direction of the output moves. Where a step
     is not exact on a model it is left out, and the plan says why. Convolutions read one uniform grid behind GELU and
-    SiLU, whatever `twins` is: they gain nothing from two. Bits from 2 to 8, else PTQError; weights and twins as in
-    `ptq4vit`.
+    SiLU, whatever `twins` is: they gain nothing from two. Bits from 2 to 8, or 32 of activations, which leaves these
+    float, else PTQError; weights and twins as in `ptq4vit`.
     """
     mapping = ptq4vit(w_bits, a_bits, weights, twins)
     qconfig = mapping.global_qconfig
     assert qconfig is not None
-    mapping.set_global(replace(qconfig, convolved=Uniform(a_bits, signed=False)))
+    if a_bits != FLOAT_BITS:
+        mapping.set_global(replace(qconfig, convolved=Uniform(a_bits, signed=False)))
     mapping = mapping.with_transforms(rotation=0, attention=0.5, convolutions=0.5, depthwise=1.0)
     mapping.recipe = f"best({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})"
     return mapping.with_search(rounding="gram").with_loss("projection")
@@ -75,7 +76,10 @@ def ptq4vit(
     """Twin uniform quantization and the Hessian-guided metric (PTQ4ViT, sections 3.2 and 3.3).
 
     Twin quantizers after softmax and GELU; separate scales for each head's attention operands; candidates from 0 to
-    1.2 times the range, three alternating rounds. Bits from 2 to 8, else PTQError.
+    1.2 times the range, three alternating rounds. Bits from 2 to 8, or 32 of activations,
+    else PTQError.
+
+    With a_bits=32 weights alone are quantized: files are small, and run in float.
 
     weights: "channel" gives every output channel of a weight its scale, which every integer runtime computes at no
     cost; "tensor" gives each weight one; "group" is the paper's, one scale per layer and separate ones for the q, k and
@@ -88,7 +92,12 @@ def ptq4vit(
     At 8 bits the latter is as good as the twin, the former costs accuracy (docs/speed.md); below 8 bits both do.
     """
     check_bits("recipes.ptq4vit", w_bits)
-    check_bits("recipes.ptq4vit", a_bits)
+    check_activation_bits("recipes.ptq4vit", a_bits)
+    recipe = f"ptq4vit({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})"
+    if a_bits == FLOAT_BITS:
+        quantized = ptq4vit(w_bits, 8, weights, twins).global_qconfig
+        assert quantized is not None
+        return QConfigMapping(recipe).set_global(quantized.with_bits(None, FLOAT_BITS))
     uniform, wide = twins == "uniform", twins == "wide"
     qconfig = QConfig(
         activation=Uniform(a_bits),
@@ -101,4 +110,4 @@ def ptq4vit(
         kernel=Uniform(w_bits, granularity="channel"),
         image=Uniform(8),
     )
-    return QConfigMapping(f"ptq4vit({w_bits}, {a_bits}, weights={weights!r}, twins={twins!r})").set_global(qconfig)
+    return QConfigMapping(recipe).set_global(qconfig)

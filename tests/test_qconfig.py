@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.quantizers import of_bits
 
 A, B, C, D = (ptq.QConfig(activation=ptq.Uniform(bits)) for bits in (8, 7, 6, 5))
 
@@ -121,7 +121,7 @@ def test_other_bits_keep_the_method(small_vit, small_images):
     assert after == before | changed
     assert before["patch_embed.proj"] == after["patch_embed.proj"] == (8, 4)  # the image keeps its bits
     for site, quantizer in plans[0].quantizers.items():
-        assert replace(plans[1].quantizers[site], bits=quantizer.bits) == quantizer
+        assert of_bits(plans[1].quantizers[site], quantizer.bits) == quantizer
     assert plans[0].searches == plans[1].searches
     assert plans[0].transforms == plans[1].transforms == recipe.transforms
     assert recipe.changes == ()

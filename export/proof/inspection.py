@@ -120,7 +120,7 @@ def _report(model: ir.Model, path: str) -> FileReport:
         target=properties.get(TARGET_KEY, "unknown"),
         calibration=properties.get(CALIBRATION_KEY, "unknown"),
         inputs={name_of(value): _shape(value) for value in model.graph.inputs},
-        sites=tuple(_record(site, quantizer, stored, path) for site, quantizer in plan.quantizers.items()),
+        sites=tuple(_record(site, quantizer, stored, path) for site, quantizer in plan.grids.items()),
         float_ops=plan.float_ops,
         graph=graph,
         runtime=onnxruntime.__version__,

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.nodes import Array
 from ptq4vit_fx.export.proof.outputs import filled, fixed_batch, run
-from ptq4vit_fx.export.proof.runtime import exact_here, open_model
+from ptq4vit_fx.export.proof.runtime import exact_here, exact_options, open_model
 from ptq4vit_fx.export.proof.runtime_functions import RuntimeFunctions
 from ptq4vit_fx.export.proof.site_codes import CodeCount, Layers, add_counts, comparison_of, count_codes
 from ptq4vit_fx.export.stored_sites import StoredSite, integers, stored_sites
@@ -58,7 +58,7 @@ def _compare(
     stored = stored_sites(model, "verify_onnx", path)
     read = tuple({site.tensor for site in stored.values() if site.codes is None})
     add_outputs(model, read)
-    session = open_model(model)
+    session = open_model(model, options=exact_options(0))
     simulation = _Simulation(copy.deepcopy(converted).cpu(), stored)
     fixed = fixed_batch("verify_onnx", path, session)
     at_once = fixed or 1

@@ -18,6 +18,7 @@ from ptq4vit_fx.errors import failure, foreign, reason_of
 from ptq4vit_fx.export.model_files import data_files, load_file, unreadable
 from ptq4vit_fx.export.nodes import DEQUANTIZE, PRODUCTS, Array, array, maker, name_of
 from ptq4vit_fx.export.proof.running import Opened
+from ptq4vit_fx.export.traps import GROUP_SIZE
 from ptq4vit_fx.files import check_readable
 
 #: Layer types of OpenVINO's runtime graph that multiply matrices, and the precisions that are integers.
@@ -25,7 +26,8 @@ PRODUCT_LAYERS = frozenset(["FullyConnected", "MatMul", "Convolution", "GroupCon
 #: A kernel compiled for a whole group of operators, such as q @ k, softmax and softmax @ v (on CPUs with AVX-512).
 COMPILED = "Subgraph"
 INTEGERS = frozenset(["u8", "i8"])
-FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+#: What is float in a file is computed in float32.
+FLOAT32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", GROUP_SIZE: 0}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def facts_of(report: Report) -> tuple[tuple[str, str], ...]:
     known, plan, inspected = report.known, report.plan, report.inspected
     rows = [
         ("model", str(report.provenance.get("model", ""))),
-        ("quantized", f"{bits_of(plan)}, {len(plan.ops)} products, {len(plan.quantizers)} sites"),
+        ("quantized", f"{bits_of(plan)}, {len(plan.ops)} products, {len(plan.grids)} sites"),
         ("left float", f"{len(plan.float_ops)} products" if plan.float_ops else "nothing"),
         ("recipe", plan.recipe),
         ("calibrated", _calibrated(report)),

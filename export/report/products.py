@@ -68,7 +68,9 @@ def stored_in_file(inspected: FileReport) -> Stored:
     records: dict[Site, SiteRecord] = {record.site: record for record in inspected.sites}
 
     def stored(key: Site) -> tuple[str, float | None, str]:
-        record = records[key]
+        record = records.get(key)
+        if record is None:  # a float operand beside a weight that is quantized alone
+            return "", None, ""
         note = "" if record.merged_with is None else f"one quantizer with {record.merged_with}"
         return record.scale_text, record.threshold, note
 

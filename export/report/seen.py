@@ -20,7 +20,7 @@ from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.inputs.tensors import Inputs
 from ptq4vit_fx.names import Site
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams
+from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams, Unquantized
 
 BINS = 96
 #: Values of a site that are kept of each run for its histogram, evenly spread; ends, noise and codes are of all.
@@ -169,6 +169,8 @@ def _watched(site: Site, model: ir.Model, stored: dict[str, StoredSite], plan: Q
     Raises PTQError on scales that no quantizer of this package has.
     """
     quantizer = plan.quantizers[site]
+    if isinstance(quantizer, Unquantized):
+        return None
     parts = names.RANGES if isinstance(quantizer, TwinUniform) else (None,)
     found = [stored.get(names.branch(site, part)) for part in parts]
     if any(one is None or one.codes is not None or one.scale.ndim for one in found):
@@ -196,6 +198,7 @@ def _in_front(quantize: ir.Node, site: Site) -> str:
 
 def levels(quantizer: Quantizer, params: QParams) -> Tensor:
     """Return the values that a quantizer gives, ascending, float32; params: of one scale, or of a twin."""
+    assert not isinstance(quantizer, Unquantized)
     if isinstance(quantizer, TwinUniform):
         codes = torch.arange(2 * quantizer.levels, dtype=torch.int32)
     else:

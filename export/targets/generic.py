@@ -77,4 +77,4 @@ def check_plain(model: ir.Model) -> None:
 
 #: Bounds stand in front of divisions for OpenVINO; for every other runtime either form is the same.
 STEPS = (pack_weights, bound_in_front_of_division, keep_biases_out_of_gemm)
-TARGET = Target("generic", STEPS, check_plain, packed_bits=INT4_BITS, measured=True)
+TARGET = Target("generic", STEPS, check_plain, packed_bits=INT4_BITS, measured=True, weights_alone=True)

@@ -126,4 +126,5 @@ TARGET = Target(
         keep_biases_out_of_gemm,  # for whoever checks the file in ONNX Runtime; last: it looks at codes
     ),
     check_openvino,
+    weights_alone=True,
 )

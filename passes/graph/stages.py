@@ -30,6 +30,7 @@ from ptq4vit_fx.passes.graph.observer import ProductObserver
 from ptq4vit_fx.passes.graph.operators import DEQUANTIZE, INTEGER_MATMUL, QUANTIZE
 from ptq4vit_fx.plan import FloatOp
 from ptq4vit_fx.product_forms import FORMS, form_of
+from ptq4vit_fx.quantizers import Unquantized
 
 #: Where a GraphModule keeps the products of the plan that no runtime multiplies as integers, and why.
 FLOAT_PRODUCTS = "ptq4vit_float_products"
@@ -136,7 +137,7 @@ def _lowered(graph_module: GraphModule) -> Iterator[Fault]:
             yield node, f"a module call of {type(module).__name__}"
     for node, name in planned_products(graph_module.graph):
         if node.target is not INTEGER_MATMUL:
-            yield from _not_dequantized(node, name)
+            yield from _not_dequantized(graph_module, node, name)
 
 
 def _converted(graph_module: GraphModule) -> Iterator[Fault]:
@@ -153,11 +154,14 @@ def _qdq(graph_module: GraphModule) -> Iterator[Fault]:
         if node.target is INTEGER_MATMUL:
             yield node, "a product on integer codes"
     for node, name in planned_products(graph_module.graph):
-        yield from _not_dequantized(node, name)
+        yield from _not_dequantized(graph_module, node, name)
 
 
-def _not_dequantized(node: Node, name: str) -> Iterator[Fault]:
-    for value in node.args[:2]:
+def _not_dequantized(graph_module: GraphModule, node: Node, name: str) -> Iterator[Fault]:
+    quantizers: Any = getattr(getattr(graph_module, "plan", None), "quantizers", {})
+    for value, operand in zip(node.args[:2], OPERANDS, strict=True):
+        if isinstance(quantizers.get(site(name, operand)), Unquantized):
+            continue
         source = value.args[0] if isinstance(value, Node) and value.target in TRANSPOSITIONS else value
         if not isinstance(source, Node) or source.target is not DEQUANTIZE:
             yield node, f"operand {value} of {name} is not dequantized"

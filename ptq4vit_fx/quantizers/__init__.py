@@ -18,31 +18,38 @@ the methods below, and a class of parameters of its own, a `QParams`. A method r
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
+from ptq4vit_fx.errors import failure
 from ptq4vit_fx.inputs.records import Place, read_as
-from ptq4vit_fx.quantizers.kind import QParams, check_bits, usable_scale
+from ptq4vit_fx.quantizers.kind import FLOAT_BITS, QParams, check_activation_bits, check_bits, usable_scale
 from ptq4vit_fx.quantizers.twin import TwinParams, TwinUniform
 from ptq4vit_fx.quantizers.uniform import Uniform, UniformParams
+from ptq4vit_fx.quantizers.unquantized import NoParams, Unquantized
 
 __all__ = [
+    "FLOAT_BITS",
     "KINDS",
+    "NoParams",
     "QParams",
     "Quantizer",
     "TwinParams",
     "TwinUniform",
     "Uniform",
     "UniformParams",
+    "Unquantized",
+    "check_activation_bits",
     "check_bits",
     "describe_quantizer",
+    "of_bits",
     "quantizer_from_dict",
     "quantizer_to_dict",
     "usable_scale",
 ]
 
-Quantizer = Uniform | TwinUniform
-KINDS: dict[str, type[Quantizer]] = {kind.__name__: kind for kind in (Uniform, TwinUniform)}
+Quantizer = Uniform | TwinUniform | Unquantized
+KINDS: dict[str, type[Quantizer]] = {kind.__name__: kind for kind in (Uniform, TwinUniform, Unquantized)}
 
 
 def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
@@ -54,6 +61,14 @@ def quantizer_from_dict(record: Any) -> Quantizer:
     """Return the quantizer of a dictionary; raises PTQError on an unknown kind or field, or another value in one."""
     place = Place("quantizer_from_dict", "record", do="read it with the version that wrote it")
     return cast("Quantizer", read_as(Quantizer, record, place))
+
+
+def of_bits(quantizer: Quantizer, bits: int) -> Quantizer:
+    """Return the same quantizer with so many bits; raises PTQError on one that leaves floats as they are."""
+    if isinstance(quantizer, Unquantized):
+        do = "start from a recipe that quantizes activations, and set those that stay float to 32 bits"
+        raise failure("quantizer", f"{bits} bits", expected="a grid that may have other bits", got="none", do=do)
+    return replace(quantizer, bits=bits)
 
 
 def describe_quantizer(quantizer: Quantizer) -> str:

@@ -16,6 +16,10 @@ from ptq4vit_fx.inputs.records import Place
 Granularity = Literal["tensor", "head", "channel", "group"]
 
 
+#: What stands for float32 where bits of activations are asked for.
+FLOAT_BITS = 32
+
+
 class QParams(Protocol):
     """The tensors that a quantizer needs to run, and along which dimension of the operand they lie."""
 
@@ -73,6 +77,12 @@ def check_bits(what: str, bits: int) -> None:
     """Raise PTQError unless bits is an integer from 2 to 8."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         raise failure(what, "bits", expected="an integer from 2 to 8", got=repr(bits), do="choose 8, 6 or 4")
+
+
+def check_activation_bits(what: str, bits: int) -> None:
+    """Raise PTQError unless bits is an integer from 2 to 8, or 32, which leaves activations float."""
+    if bits != FLOAT_BITS or isinstance(bits, bool):
+        check_bits(what, bits)
 
 
 def check_choice(what: str, field: str, value: str, choices: tuple[str, ...]) -> None:

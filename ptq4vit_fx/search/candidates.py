@@ -13,7 +13,16 @@ from torch import Tensor
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
 from ptq4vit_fx.qconfig import SearchSettings
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinParams, TwinUniform, Uniform, UniformParams
+from ptq4vit_fx.quantizers import (
+    NoParams,
+    QParams,
+    Quantizer,
+    TwinParams,
+    TwinUniform,
+    Uniform,
+    UniformParams,
+    Unquantized,
+)
 from ptq4vit_fx.search.products import Product, ScaleGroups, scale_groups, site_params
 
 
@@ -137,12 +146,35 @@ class TwinCandidates:
         return TwinParams(*(scale[indices.flatten()].view(shape) for scale in self.choices.tensors().values()))
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """The operand as it is, the one candidate of an operand that stays float."""
+
+    count: ClassVar[int] = 1
+    groups: ClassVar[ScaleGroups] = ScaleGroups()
+    ordered: ClassVar[bool] = True
+
+    def fake_quantize(self, x: Tensor, indices: Tensor, axis: int | None = None) -> Tensor:
+        shape = list(x.shape)
+        if axis is not None:
+            shape[axis] = len(indices)
+        return x.expand(shape).clone()
+
+    def params(self, indices: Tensor) -> NoParams:
+        return NoParams()
+
+    def narrow(self, columns: Tensor) -> Candidates:
+        raise NotImplementedError("there is nothing to choose per column")
+
+
 def make_candidates(
     quantizer: Quantizer, op: QuantOp, product: Product, operand: Operand, settings: SearchSettings
 ) -> Candidates:
     """Return the candidates of one operand under its quantizer."""
     if isinstance(quantizer, Uniform):
         return UniformCandidates.of(quantizer, op, product, operand, settings)
+    if isinstance(quantizer, Unquantized):
+        return Untouched()
     return TwinCandidates.of(quantizer, op, product, operand, settings)
 
 

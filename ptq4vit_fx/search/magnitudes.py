@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ptq4vit_fx.names import Operand
-from ptq4vit_fx.quantizers import QParams, Quantizer, TwinUniform
+from ptq4vit_fx.quantizers import QParams, Quantizer, TwinUniform, Unquantized
 from ptq4vit_fx.search.products import Product
 
 #: Largest magnitudes from 2^-20 to 2^20 are ordinary: errors of products are then within 2^-60 and 2^60.
@@ -49,12 +49,14 @@ def divided(product: Product, exponents: Mapping[Operand, int]) -> Product:
 
 def divided_quantizer(quantizer: Quantizer, exponent: int) -> Quantizer:
     """Return the quantizer of values that were divided by 2^exponent: the lowest of them is divided too."""
-    return replace(quantizer, minimum=math.ldexp(quantizer.minimum, -exponent)) if exponent else quantizer
+    if not exponent or isinstance(quantizer, Unquantized):
+        return quantizer
+    return replace(quantizer, minimum=math.ldexp(quantizer.minimum, -exponent))
 
 
 def multiplied(quantizer: Quantizer, params: QParams, exponent: int) -> QParams:
     """Return the parameters of the operand as it was: its scales times 2^exponent, usable ones."""
-    if not exponent:
+    if not exponent or isinstance(quantizer, Unquantized):
         return params
     scales = {name: scale * math.ldexp(1.0, exponent) for name, scale in params.tensors().items()}
     if isinstance(quantizer, TwinUniform):

@@ -71,7 +71,7 @@ def quantize(
         ),
     ] = None,
     w_bits: Annotated[int, typer.Option(help="bits of weights, 2 to 8")] = 8,
-    a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8")] = 8,
+    a_bits: Annotated[int, typer.Option(help="bits of activations, 2 to 8; 32: weights alone are quantized")] = 8,
     images: Annotated[int, typer.Option(min=1, help="calibration images")] = 32,
     calibration_batch: Annotated[int, typer.Option(min=1, help="images per forward and backward of calibration")] = 8,
     batch_size: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,

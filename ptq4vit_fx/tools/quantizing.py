@@ -77,14 +77,14 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
     float_file = _float_file(request, source, exported, phases)
     plan, calibration = plan_of(prepared), calibration_of(prepared)
     assert calibration is not None
-    chosen = "tuned" in calibration.provenance
+    chosen, alone = "tuned" in calibration.provenance, len(plan.quantizers) - len(plan.grids)
     asked = request if chosen or request.twins != "auto" else replace(request, twins="exact")
     summary = Summary(
         model=request.model,
         bits=(request.w_bits, request.a_bits),
         products=len(plan.ops),
         set_apart=set_apart(request.mapping, plan),
-        sites=len(plan.quantizers),
+        sites=len(plan.grids),
         images=len(source.pixels),
         skipped=source.skipped,
         seconds=float(calibration.provenance["seconds"]),
@@ -102,7 +102,8 @@ def quantize_folder(request: Request, say: Say, phases: Phases, *, heard: Sequen
         report=request.report,
         phases=phases.seconds,
         file_batch=request.batch,
-        left_float=len(float_products(converted)),
+        left_float=len(float_products(converted)) - alone,
+        weights_alone=alone,
     )
     if request.report is not None:
         with phases(phase.REPORT):

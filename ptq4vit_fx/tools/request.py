@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptq4vit_fx.errors import check_extra, failure, unknown_name, warn
+from ptq4vit_fx.export.contract import check_weights_alone
 from ptq4vit_fx.export.onnx_export import check_target
 from ptq4vit_fx.export.proof.against_float import KINDS, Kind
+from ptq4vit_fx.export.targets import TARGETS
 from ptq4vit_fx.files import check_writable
 from ptq4vit_fx.inputs.sizes import bytes_of
 from ptq4vit_fx.qconfig import QConfigMapping
+from ptq4vit_fx.quantizers import FLOAT_BITS
 from ptq4vit_fx.tools.devices import check_device
 from ptq4vit_fx.tools.image_options import ImageOptions
 from ptq4vit_fx.tools.layouts import Destination
@@ -132,6 +135,10 @@ def check_request(request: Request) -> None:
     if request.sequential and request.scheduler is not None:
         expected, do = "products that can be searched apart", "leave --sequential or --scheduler out"
         raise failure("quantize", "--scheduler", expected=expected, got="--sequential", do=do)
+    alone = [f"--a-bits {request.a_bits}"] if request.a_bits == FLOAT_BITS else []
+    alone += [f"--set {change.pattern}=a{change.a}" for change in request.mapping.changes if change.a == FLOAT_BITS]
+    for asked in alone[:1]:
+        check_weights_alone(TARGETS[request.target], asked, "quantize")
     narrow = [change for change in request.mapping.changes if change.a not in (None, 8)]
     if request.target == "tensorrt" and narrow:
         expected, do = "8 bits of activations with the target tensorrt", "set those of weights alone"

@@ -13,6 +13,7 @@ from ptq4vit_fx.export.onnx_export import ExportReport
 from ptq4vit_fx.export.proof.against_float import BOUND, AgainstFloat
 from ptq4vit_fx.export.proof.latency import Latency
 from ptq4vit_fx.export.proof.verify import VerifyReport
+from ptq4vit_fx.export.traps import SATURATION
 from ptq4vit_fx.tools.runtimes import made_for
 
 #: Columns of a terminal, and those of the word that a line starts with.
@@ -28,7 +29,8 @@ class Summary:
     the calibration, "" if they are not. float_file: the float model's file, None if it was not kept; float_bytes: of
     that file, or of its weights. expensive: product -> share of the distance of all products. flags: options that would
     help. warnings: those on the way. phases: seconds of each. report: the page that was written. file_batch: the only
-    number of images that the file takes, None of any. left_float: products that are multiplied in float.
+    number of images that the file takes, None of any. left_float: products that are multiplied in float;
+    weights_alone: those whose weight is quantized, beside float activations.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Summary:
     report: str | None = None
     file_batch: int | None = None
     left_float: int = 0
+    weights_alone: int = 0
 
     def complaints(self) -> tuple[str, ...]:
         """Return what the user must know first, a sentence each; nothing of a file that is as good as float."""
@@ -100,13 +103,14 @@ class Summary:
         rows += [
             ("speed", self.why_no_latency if self.latency is None else str(self.latency)),
             ("simulation", f"{'the file computes it' if self.verified.ok else 'NOT what the file computes'}: {exact}"),
-            *([("", f"{self._floats()}, whose last bits differ")] if self.left_float and same.bit_equal < 1 else []),
+            *([("", f"{self._floats()}, whose last bits differ")] if self._floats() and same.bit_equal < 1 else []),
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
             ("file", str(report.path)),
             ("", f"{size}, opset {report.opset}, target {report.target}{self._only_batch()}"),
             ("runtime", made_for(report.target)),
             ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
-            *([("", self._floats())] if self.left_float else []),
+            *([("", self._floats())] if self._floats() else []),
+            *(("trap", str(trap)) for trap in self.verified.traps if trap.name != SATURATION.name),
             ("", f"calibrated in {self.seconds:.1f} s"),
         ]
         if self.report is not None:
@@ -118,7 +122,8 @@ class Summary:
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
 
     def _floats(self) -> str:
-        return f"{self.left_float} product{'s' if self.left_float > 1 else ''} left float"
+        counts = ((self.left_float, "left float"), (self.weights_alone, "with float activations"))
+        return ", ".join(f"{count} product{'s' if count > 1 else ''} {what}" for count, what in counts if count)
 
     def _only_batch(self) -> str:
         return "" if self.file_batch is None else f", takes batches of {self.file_batch} only"

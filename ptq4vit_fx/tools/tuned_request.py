@@ -13,9 +13,9 @@ from ptq4vit_fx.errors import failure, unknown_name
 from ptq4vit_fx.export.proof.against_float import Kind
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
+from ptq4vit_fx.quantizers import FLOAT_BITS
 from ptq4vit_fx.tools.held_out import Compared
 from ptq4vit_fx.tools.terminal import forms_beside
-from ptq4vit_fx.tuning.forms import DEFAULT_FORMS
 from ptq4vit_fx.tuning.timings import load_timings
 from ptq4vit_fx.tuning.tune import tune
 from ptq4vit_fx.twins import choose_twins, products_with_twins
@@ -114,7 +114,9 @@ def tuned_model(
         raise failure("quantize", "--agreement", expected=expected, got=reason, do=do)
     bits = f"w{request.w_bits}a{request.a_bits}"
     quantity = MINIMIZED[request.minimize]
-    forms = [bits, f"{bits} uniform", "float"] if quantity == "time" else [f.name for f in DEFAULT_FORMS[quantity]]
+    forms = [bits, f"{bits} uniform", "float"] if quantity == "time" else None
+    if request.a_bits == FLOAT_BITS:
+        forms = [bits, "w8a32", "float"]
     tuned = tune(
         prepared,
         batches,

@@ -10,23 +10,24 @@ from typing import cast
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.errors import failure, quoted, some_names
-from ptq4vit_fx.export.contract import Target
+from ptq4vit_fx.export.contract import Target, check_weights_alone
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.passes.graph.dataflow import origin
 from ptq4vit_fx.passes.graph.marks import planned_products
 from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.plan import QuantPlan
-from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform
+from ptq4vit_fx.quantizers import FLOAT_BITS, Quantizer, TwinUniform, Uniform, Unquantized, of_bits
 
-_SPELLED = re.compile(r"[wW](\d)[aA](\d)( uniform)?")
+_SPELLED = re.compile(r"[wW](\d)[aA](\d+)( uniform)?")
 
 
 @dataclass(frozen=True)
 class Form:
     """Bits of a product's weight and of its activations, and whether these may have twins; no bits: it is float.
 
-    What the image is quantized to stays what the recipe says: it is 8-bit data. own: the bits are those of the plan.
+    With 32 bits of activations weights alone are quantized, and products of two activations are float. Else what the
+    image is quantized to stays what the recipe says: it is 8-bit data. own: the bits are those of the plan.
     """
 
     weights: int = 0
@@ -50,13 +51,21 @@ EXACT, UNIFORM = Form(own=True), Form(own=True, twins=False)
 #: Bits that a quantizer may have.
 BITS = range(2, 9)
 #: What is tried by default for each quantity that `tune` makes small. Float stands last: of two that cost and take the
-#: same the first is chosen. Fewer than 8 bits save no time and, but where a target packs weights, no bytes.
+#: same the first is chosen. Fewer than 8 bits save no time and, but where a target packs weights, no bytes; there
+#: activations of 8 bits would be slower than float ones, as no CPU multiplies them with weights of 4 (docs/speed.md).
 DEFAULT_FORMS: Mapping[str, tuple[Form, ...]] = {
     "time": (Form(8, 8), Form(8, 8, twins=False), FLOAT),
     "size": (Form(8, 8), Form(4, 8), FLOAT),
     "average bits": (Form(8, 8), Form(6, 6), Form(4, 6), Form(4, 4), FLOAT),
     "multiplications": (EXACT, UNIFORM),
 }
+PACKED_FORMS = (Form(8, 8), Form(4, FLOAT_BITS), FLOAT)
+
+
+def default_forms(quantity: str, target: Target) -> tuple[Form, ...]:
+    """Return what is tried of a quantity that `tune` makes small, in a target."""
+    packed = quantity == "size" and target.packed_bits and target.weights_alone
+    return PACKED_FORMS if packed else DEFAULT_FORMS[quantity]
 
 
 def form_of(name: str, operation: str = "tune") -> Form:
@@ -66,9 +75,10 @@ def form_of(name: str, operation: str = "tune") -> Form:
     named = next((form for form in (FLOAT, EXACT, UNIFORM) if form.name == name), None)
     if named is not None:
         return named
-    if spelled is None or not all(width in BITS for width in bits):
-        expected = "float, exact, uniform, or bits such as w8a8, w4a8 or 'w8a8 uniform'"
-        do = "spell it so, with 2 to 8 bits"
+    alone = bits[1:] == [FLOAT_BITS] and spelled is not None and spelled[3] is None
+    if spelled is None or not all(width in BITS for width in (bits[:1] if alone else bits)):
+        expected = "float, exact, uniform, or bits such as w8a8, w4a8, 'w8a8 uniform' or w4a32"
+        do = "spell it so, with 2 to 8 bits, or 32 of activations"
         raise failure(operation, "form", expected=expected, got=quoted(name), do=do)
     return Form(bits[0], bits[1], twins=spelled[3] is None)
 
@@ -77,7 +87,9 @@ def held_forms(forms: Iterable[Form], target: Target, operation: str = "tune") -
     """Return the forms; raises PTQError if the target cannot hold one of them, or if only float is left."""
     given = tuple(dict.fromkeys(forms))
     for form in given:
-        if form != FLOAT and not form.own and form.activations not in target.activation_bits:
+        if form.activations == FLOAT_BITS:
+            check_weights_alone(target, form.name, operation)
+        elif form != FLOAT and not form.own and form.activations not in target.activation_bits:
             held = ", ".join(map(str, target.activation_bits))
             do = "leave that form out, or choose another target"
             expected = f"activations of {held} bits"
@@ -136,20 +148,25 @@ def candidates_of(prepared: GraphModule, forms: Iterable[Form]) -> Candidates:
         same[name] = {}
         for form in given:
             pair = None if form == FLOAT else _pair(plan, nodes[name], name, form)
-            same[name][form] = next((known for known, other in own.items() if other == pair), form)
+            first = FLOAT if pair is None else form
+            same[name][form] = next((known for known, other in own.items() if other == pair), first)
             own.setdefault(same[name][form], pair)
     return Candidates(plan, given, found, same)
 
 
-def _pair(plan: QuantPlan, node: Node, name: str, form: Form) -> Pair:
+def _pair(plan: QuantPlan, node: Node, name: str, form: Form) -> Pair | None:
+    """Return the quantizers of a form, None if both operands stay float."""
     op = plan.op(name)
+    if form.activations == FLOAT_BITS:
+        weight = plan.quantizers[site(name, "rhs")]
+        return (Unquantized(), of_bits(weight, form.weights)) if op.rhs_is_weight else None
     found = []
     for operand, value in zip(OPERANDS, node.args[:2], strict=True):
         quantizer, source = plan.quantizers[site(name, operand)], cast("Node", value)
         if origin(source).op == "placeholder":
             found.append(quantizer)
         elif operand == "rhs" and op.rhs_is_weight:
-            found.append(quantizer if form.own else replace(quantizer, bits=form.weights))
+            found.append(quantizer if form.own else of_bits(quantizer, form.weights))
         else:
             per_head = op.kind == "matmul" and len(shape_of(source)) == 4
             found.append(_activation(quantizer, form, per_head=per_head))
@@ -157,7 +174,7 @@ def _pair(plan: QuantPlan, node: Node, name: str, form: Form) -> Pair:
 
 
 def _activation(quantizer: Quantizer, form: Form, *, per_head: bool) -> Quantizer:
-    quantizer = quantizer if form.own else replace(quantizer, bits=form.activations)
+    quantizer = quantizer if form.own else of_bits(quantizer, form.activations)
     if isinstance(quantizer, TwinUniform) and not form.twins:
         return uniform_in_place_of(quantizer, per_head=per_head)
     return quantizer

@@ -9,14 +9,14 @@ from typing import Literal, get_args
 from ptq4vit_fx.errors import unknown_name
 from ptq4vit_fx.export.contract import Target
 from ptq4vit_fx.export.proof.product_timing import ProductShapes
-from ptq4vit_fx.quantizers import TwinUniform
+from ptq4vit_fx.quantizers import FLOAT_BITS, TwinUniform, Unquantized
 from ptq4vit_fx.tuning.forms import Candidates, Form, Pair
 from ptq4vit_fx.tuning.timings import Timings
 
 Quantity = Literal["time", "size", "average bits", "multiplications"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
-#: Bits of an operand, and bytes of a weight's value, in float.
-FLOAT_BITS, FLOAT_BYTES = 32, 4.0
+#: Bytes of a weight's value in float.
+FLOAT_BYTES = 4.0
 #: A float multiplication counts as so many of int8: as many of these fill its lanes.
 FLOAT_MULTIPLICATIONS = 4
 #: The first opset with tensors of 4 bits.
@@ -78,7 +78,10 @@ def _seconds(shapes: ProductShapes, pair: Pair | None, timings: Timings | None) 
 
 
 def _branches(pair: Pair | None) -> int:
-    return 0 if pair is None else 2 if any(isinstance(quantizer, TwinUniform) for quantizer in pair) else 1
+    """Return how many integer products a form is; 0 if it multiplies floats."""
+    if pair is None or any(isinstance(quantizer, Unquantized) for quantizer in pair):
+        return 0
+    return 2 if any(isinstance(quantizer, TwinUniform) for quantizer in pair) else 1
 
 
 def _bytes(shapes: ProductShapes, pair: Pair | None, packed: int) -> float:

@@ -20,7 +20,7 @@ from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.torch_state import independent_of_caller
 from ptq4vit_fx.tuning.budget import Budget, budget_of, warn_of_few
-from ptq4vit_fx.tuning.forms import DEFAULT_FORMS, FLOAT, form_of, held_forms
+from ptq4vit_fx.tuning.forms import FLOAT, default_forms, form_of, held_forms
 from ptq4vit_fx.tuning.frontier import Point, draw, table
 from ptq4vit_fx.tuning.gains import Quantity, check_quantity, takes_of, told
 from ptq4vit_fx.tuning.mixing import mixed_calibration, product_shapes, with_calibration
@@ -142,7 +142,7 @@ def tune(
     quantity, rules = check_quantity(minimize), target_of(target, "tune")
     images = split_images(prepared, data, held_out, labels, "tune")
     budget = budget_of(agreement, kl, top1_drop, limit, kl_added, images.labels)
-    chosen = DEFAULT_FORMS[quantity] if forms is None else tuple(form_of(name) for name in forms)
+    chosen = default_forms(quantity, rules) if forms is None else tuple(form_of(name) for name in forms)
     read = load_timings(timings) if isinstance(timings, (str, os.PathLike)) else timings
     _check_timings(read, quantity, target)
     known = study(
