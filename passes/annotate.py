@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
 from ptq4vit_fx.errors import failure, near_names, some_names, warn
+from ptq4vit_fx.inputs.settings import SearchSettings
 from ptq4vit_fx.names import (
     OPERANDS,
     Operand,
@@ -37,7 +38,7 @@ from ptq4vit_fx.passes.graph.stages import Stage
 from ptq4vit_fx.passes.graph.transformed import TRANSFORMED
 from ptq4vit_fx.plan import FloatOp, QuantOp, QuantPlan
 from ptq4vit_fx.product_forms import ProductKind
-from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+from ptq4vit_fx.qconfig import QConfig, QConfigMapping
 from ptq4vit_fx.quantizers import Quantizer, TwinUniform, Uniform, Unquantized
 
 #: So many reasons why products stay float are told in the warning.

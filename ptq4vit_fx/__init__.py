@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from ptq4vit_fx.export.proof.verify import VerifyReport, verify_onnx
     from ptq4vit_fx.export.report.collect import report
     from ptq4vit_fx.export.report.content import Report
+    from ptq4vit_fx.inputs.settings import SearchSettings, Transforms
     from ptq4vit_fx.passes.graph.traced_module import TracedModule
     from ptq4vit_fx.plan import QuantPlan
-    from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings, Transforms
-    from ptq4vit_fx.quantizers import TwinUniform, Uniform
+    from ptq4vit_fx.qconfig import QConfig, QConfigMapping
+    from ptq4vit_fx.quantizers import TwinUniform, Uniform, Unquantized
     from ptq4vit_fx.tuning.sensitivity import Sensitivity
     from ptq4vit_fx.tuning.study import sensitivity
     from ptq4vit_fx.tuning.tune import Tuned, tune
@@ -47,6 +48,7 @@ __all__ = [
     "TwinReport",
     "TwinUniform",
     "Uniform",
+    "Unquantized",
     "VerifyReport",
     "Why",
     "calibrate",
@@ -79,10 +81,11 @@ _MODULES = {
     "export.proof.verify": ("VerifyReport", "verify_onnx"),
     "export.report.collect": ("report",),
     "export.report.content": ("Report",),
+    "inputs.settings": ("SearchSettings", "Transforms"),
     "passes.graph.traced_module": ("TracedModule",),
     "plan": ("QuantPlan",),
-    "qconfig": ("QConfig", "QConfigMapping", "SearchSettings", "Transforms"),
-    "quantizers": ("TwinUniform", "Uniform"),
+    "qconfig": ("QConfig", "QConfigMapping"),
+    "quantizers": ("TwinUniform", "Uniform", "Unquantized"),
     "tuning.sensitivity": ("Sensitivity",),
     "tuning.study": ("sensitivity",),
     "tuning.tune": ("Tuned", "tune"),

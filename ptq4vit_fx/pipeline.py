@@ -14,6 +14,7 @@ from functools import partial
 from torch.fx import GraphModule
 
 from ptq4vit_fx.errors import failure, near_names
+from ptq4vit_fx.inputs.settings import EXPONENTS
 from ptq4vit_fx.passes.annotate import annotate
 from ptq4vit_fx.passes.apply_balances import apply_balances
 from ptq4vit_fx.passes.canonicalize import canonicalize
@@ -42,7 +43,7 @@ from ptq4vit_fx.passes.replace_in_place import replace_in_place
 from ptq4vit_fx.passes.rotate_residual import rotate_residual
 from ptq4vit_fx.passes.round_weights import round_weights
 from ptq4vit_fx.passes.slice_pieces import slice_pieces
-from ptq4vit_fx.qconfig import EXPONENTS, QConfigMapping
+from ptq4vit_fx.qconfig import QConfigMapping
 
 Pass = Callable[[GraphModule], GraphModule]
 

@@ -16,9 +16,9 @@ from ptq4vit_fx.activations import NEGATIVE_RANGE, SourceActivation
 from ptq4vit_fx.balances import Balance
 from ptq4vit_fx.errors import failure, quoted, unknown_name
 from ptq4vit_fx.inputs.records import Place, read_as, read_json
+from ptq4vit_fx.inputs.settings import LOSSES, SearchSettings, Transforms
 from ptq4vit_fx.names import OPERANDS, Operand, Site, site
 from ptq4vit_fx.product_forms import ProductKind
-from ptq4vit_fx.qconfig import LOSSES, SearchSettings, Transforms
 from ptq4vit_fx.quantizers import Quantizer, Unquantized, describe_quantizer, quantizer_to_dict
 from ptq4vit_fx.views.tabular import Tabular
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Literal
 
 from ptq4vit_fx.errors import failure
-from ptq4vit_fx.qconfig import QConfig, QConfigMapping, SearchSettings
+from ptq4vit_fx.inputs.settings import SearchSettings
+from ptq4vit_fx.qconfig import QConfig, QConfigMapping
 from ptq4vit_fx.quantizers import FLOAT_BITS, TwinUniform, Uniform, check_activation_bits, check_bits
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
+from PIL import Image
+from typer.testing import CliRunner
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.contract import Target
@@ -20,6 +22,7 @@ from ptq4vit_fx.export.targets import TARGETS
 from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.passes.graph.contract import plan_of
 from ptq4vit_fx.quantizers import NoParams, UniformParams, Unquantized, of_bits, quantizer_from_dict, quantizer_to_dict
+from ptq4vit_fx.tools.cli import app
 from ptq4vit_fx.tuning.forms import default_forms, form_of
 
 ALONE = ptq.recipes.ptq4vit(4, 32).with_search(n=20, rounds=1)
@@ -189,6 +192,24 @@ def test_four_bits_in_a_file_stand_beside_float_activations():
 def test_forms_that_are_none_are_refused(name):
     with pytest.raises(ptq.PTQError, match=r"expected float, exact, uniform, or bits such as w8a8"):
         form_of(name)
+
+
+def test_the_command_line_says_what_runtimes_make_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    model = ["deit_tiny_patch16_224", "--model-arg", "img_size=32", "--model-arg", "depth=1", "--no-pretrained"]
+    asked = ["--w-bits", "4", "--a-bits", "32", "--target", "generic", "--opset", "21", "--images", "4"]
+    done = CliRunner().invoke(app, ["quantize", *model, "--data", "images", "--out", "m.onnx", *asked])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "W4A32" in said
+    assert "2 products left float, 6 products with float activations" in said
+    assert 'set session.qdq_matmulnbits_accuracy_level to "1"' in said
+    for command in (["inspect", "m.onnx"], ["report", "m.onnx", "-o", "r.html"], ["why", "m.onnx", "--data", "images"]):
+        assert CliRunner().invoke(app, command).exit_code == 0
 
 
 @pytest.mark.parametrize("make", [ptq.recipes.best, ptq.recipes.ptq4vit])

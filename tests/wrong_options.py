@@ -38,6 +38,15 @@ OPTIONS = {
     "endless bits": (f"--set head=w{'9' * 5000}", "expected an integer from 2 to 8"),
     "bits of an unknown product": ("--set blocks.*.mlp.fc3=w8", "set bits: 'blocks.*.mlp.fc3': expected a rule"),
     "bits of what stays float": ("--skip head --set head=w8", "head, which stays float"),
+    "weights alone for ONNX Runtime": (
+        "--a-bits 32",
+        "target onnxruntime: expected quantized activations beside quantized weights, got --a-bits 32",
+    ),
+    "one weight alone for ONNX Runtime": ("--set head=a32", "beside quantized weights, got --set head=a32"),
+    "weights alone by a recipe of both": (
+        "--recipe base --a-bits 32 --target generic",
+        "an integer from 2 to 8, got 32",
+    ),
     "narrow activations for TensorRT": (
         "--target tensorrt --recipe tensorrt --set head=w4a4",
         "expected 8 bits of activations with the target tensorrt",

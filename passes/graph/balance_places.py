@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vit_fx.balances import Balance, BalanceKind
+from ptq4vit_fx.inputs.settings import Transforms
 from ptq4vit_fx.names import site
 from ptq4vit_fx.passes.graph.activations import MULTIPLICATIONS
 from ptq4vit_fx.passes.graph.attention_rows import rows_sum_to_one, shifts_keys
@@ -24,7 +25,6 @@ from ptq4vit_fx.passes.graph.marks import kind_of, planned_product
 from ptq4vit_fx.passes.graph.norms import NORMS, is_rms_norm_module, normalizes
 from ptq4vit_fx.passes.graph.shapes import is_tensor, shape_of
 from ptq4vit_fx.plan import Transformed
-from ptq4vit_fx.qconfig import Transforms
 
 
 def balance_places(graph_module: GraphModule, transforms: Transforms) -> tuple[list[Place], list[Transformed]]:

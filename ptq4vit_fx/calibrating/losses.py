@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ptq4vit_fx.errors import PTQError, failure, unknown_name
-from ptq4vit_fx.qconfig import LOSSES
+from ptq4vit_fx.inputs.settings import LOSSES
 
 #: From the model's output to a scalar, or to several: each is differentiated, and the squared gradients are averaged.
 Loss = Callable[[Any], Tensor | Sequence[Tensor]]

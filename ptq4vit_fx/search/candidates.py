@@ -10,9 +10,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ptq4vit_fx.inputs.settings import SearchSettings
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
-from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import (
     NoParams,
     QParams,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ptq4vit_fx.calibration import SearchResult
+from ptq4vit_fx.inputs.settings import SearchSettings
 from ptq4vit_fx.names import Operand
 from ptq4vit_fx.plan import QuantOp
-from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.quantizers import Quantizer
 from ptq4vit_fx.search.candidates import make_candidates
 from ptq4vit_fx.search.landscape import Choice, Landscape, Total

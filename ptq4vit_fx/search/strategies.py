@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ptq4vit_fx.inputs.settings import SearchSettings
 from ptq4vit_fx.names import OPERANDS, Operand
-from ptq4vit_fx.qconfig import SearchSettings
 from ptq4vit_fx.search.distances import OutputEvaluation, make_evaluation
 from ptq4vit_fx.search.landscape import OTHER, Choice, Landscape
 from ptq4vit_fx.search.sampling import sample_size

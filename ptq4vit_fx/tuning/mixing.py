@@ -14,6 +14,7 @@ from ptq4vit_fx.api import load_calibration, prepare_fx
 from ptq4vit_fx.calibration import Calibration
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.proof.product_timing import ProductShapes
+from ptq4vit_fx.inputs.settings import Transforms
 from ptq4vit_fx.names import OPERANDS, site
 from ptq4vit_fx.passes.graph.contract import attach, plan_of, sharing_tensors
 from ptq4vit_fx.passes.graph.marks import kind_of, planned_products
@@ -21,7 +22,6 @@ from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.passes.graph.traced_module import TracedModule
 from ptq4vit_fx.pipeline import CONVERSION
 from ptq4vit_fx.plan import FloatOp, QuantPlan
-from ptq4vit_fx.qconfig import Transforms
 from ptq4vit_fx.recipes import best
 from ptq4vit_fx.tuning.forms import FLOAT, Form
 
