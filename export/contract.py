@@ -55,6 +55,10 @@ class Step:
         return Rewrite(self.name, count, "" if count else self.nothing)
 
 
+#: The first opset with tensors of 4 bits.
+INT4_OPSET = 21
+
+
 @dataclass(frozen=True)
 class Target:
     """A runtime: the steps that make the file that it wants, in their order, and a check that raises PTQError.
@@ -73,6 +77,10 @@ class Target:
     packed_bits: int = 0
     measured: bool = False
     weights_alone: bool = False
+
+    def packed(self, opset: int) -> int:
+        """Return of how many bits a weight may be that takes half a byte in a file of that opset, 0 if none does."""
+        return self.packed_bits if opset >= INT4_OPSET else 0
 
 
 def check_weights_alone(target: Target, asked: str, operation: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ptq4vit_fx.errors import PTQError, failure
-from ptq4vit_fx.export.contract import Target, rewrite
+from ptq4vit_fx.export.contract import INT4_OPSET, Target, rewrite
 from ptq4vit_fx.export.division_bounds import bound_in_front_of_division
 from ptq4vit_fx.export.gemm_biases import keep_biases_out_of_gemm
 from ptq4vit_fx.export.integer_products import in_qdq_form
@@ -18,7 +18,6 @@ from ptq4vit_fx.export.opsets import STANDARD_DOMAINS, opset_of
 from ptq4vit_fx.export.traps import DIVISION, check_traps
 from ptq4vit_fx.plan import QuantPlan
 
-INT4_OPSET = 21
 INT4_BITS = 4
 
 

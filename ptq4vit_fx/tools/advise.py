@@ -72,8 +72,8 @@ def advice_of(shapes: Mapping[str, ProductShapes], timings: Timings) -> tuple[st
     return (
         f"{timings.machine}, {timings.runtime}, {timings.images} images at a time, ms per image in products:",
         f"float {plain:.3g}, int8 {one:.3g}, int8 with twins in attention {twins:.3g}, everywhere {two:.3g}",
-        f"weights: float {4e-6 * values:.1f} MB, int8 {1e-6 * values:.1f} MB, 4 bits {0.5e-6 * values:.1f} MB (--w-bits "
-        "4 --a-bits 32 --target generic --opset 21: about float's time)",
+        f"weights: float {4e-6 * values:.1f} MB, int8 {1e-6 * values:.1f} MB, 4 bits {0.5e-6 * values:.1f} MB "
+        "(--w-bits 4 --a-bits 32 --target generic --opset 21: about float's time)",
         f"{verdict} on this machine; {pays} of {len(timed)} products gain"
         + (f"; {left} convolutions stay float in ONNX Runtime" if left else ""),
     )

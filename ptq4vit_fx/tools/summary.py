@@ -13,11 +13,15 @@ from ptq4vit_fx.export.onnx_export import ExportReport
 from ptq4vit_fx.export.proof.against_float import BOUND, AgainstFloat
 from ptq4vit_fx.export.proof.latency import Latency
 from ptq4vit_fx.export.proof.verify import VerifyReport
+from ptq4vit_fx.export.targets import TARGETS
 from ptq4vit_fx.export.traps import SATURATION
 from ptq4vit_fx.tools.runtimes import made_for
 
 #: Columns of a terminal, and those of the word that a line starts with.
 WIDTH, INDENT = 80, 12
+
+#: Why a file of weights of 4 bits may be slower than float.
+PACKED = "no CPU multiplies weights of 4 bits with activations of 8"
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Summary:
         rows = [("float", against.headline()), ("", seen), *(("", line) for line in against.lines(most=1)[1:])]
         rows += [
             ("speed", self.why_no_latency if self.latency is None else str(self.latency)),
+            *([("", f"{PACKED}: --a-bits 32 leaves these float")] if self._slow_and_packed() else []),
             ("simulation", f"{'the file computes it' if self.verified.ok else 'NOT what the file computes'}: {exact}"),
             *([("", f"{self._floats()}, whose last bits differ")] if self._floats() and same.bit_equal < 1 else []),
             *([("", self.verified.on_pixels)] if self.verified.on_pixels else []),
@@ -120,6 +125,12 @@ class Summary:
         lines = [line for word, text in rows for line in wrapped(word, printable(text))]
         evaluate, inspect = (printable(command) for command in self.next_commands())  # whole, to be copied
         return (*lines, f"{'next':{INDENT}}{evaluate}", f"{'':{INDENT}}{inspect}")
+
+    def _slow_and_packed(self) -> bool:
+        """Whether the file is slower than float, and holds weights of 4 bits beside activations with codes."""
+        slow = self.latency is not None and self.latency.ratio < 1
+        packed = TARGETS[self.exported.target].packed(self.exported.opset)
+        return slow and self.bits[0] <= packed and not self.weights_alone
 
     def _floats(self) -> str:
         counts = ((self.left_float, "left float"), (self.weights_alone, "with float activations"))

@@ -64,7 +64,7 @@ PACKED_FORMS = (Form(8, 8), Form(4, FLOAT_BITS), FLOAT)
 
 def default_forms(quantity: str, target: Target) -> tuple[Form, ...]:
     """Return what is tried of a quantity that `tune` makes small, in a target."""
-    packed = quantity == "size" and target.packed_bits and target.weights_alone
+    packed = quantity == "size" and target.packed_bits > 0 and target.weights_alone
     return PACKED_FORMS if packed else DEFAULT_FORMS[quantity]
 
 

@@ -19,8 +19,6 @@ QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 FLOAT_BYTES = 4.0
 #: A float multiplication counts as so many of int8: as many of these fill its lanes.
 FLOAT_MULTIPLICATIONS = 4
-#: The first opset with tensors of 4 bits.
-PACKED_OPSET = 21
 #: How a sum over all products is printed: a factor, and its unit.
 UNITS: Mapping[Quantity, tuple[float, str]] = {
     "time": (1e3, "ms per image in products"),
@@ -50,7 +48,7 @@ def takes_of(
     timings: needed for "time", of all but convolutions; fewer than 8 bits take the time of 8. Of bits a product adds
     its share of the multiplications times the mean of both operands'. Exact twins multiply twice.
     """
-    packed = target.packed_bits if opset >= PACKED_OPSET else 0
+    packed = target.packed(opset)
     counts = {name: candidates.plan.multiplications.get(name, 0) or 1 for name in candidates.pairs}
     total = sum(counts.values())
     found: dict[str, dict[Form, float]] = {}
