@@ -46,9 +46,11 @@ def _float_reason(node: Node) -> str | None:
         return "its windows overlap, and no runtime has an integer convolution with float output"
     lhs, rhs = cast("tuple[Node, Node]", node.args)
     if lhs.target is not DEQUANTIZE:
-        return "its weight alone is quantized"
-    if rhs.target is not DEQUANTIZE:
+        return "its first operand stays float"
+    if rhs.target is torch.transpose:
         return "its weight is computed and transposed behind its quantizer"
+    if rhs.target is not DEQUANTIZE:
+        return "its second operand stays float"
     scales = [len(shape_of(cast("Node", operand.args[1]))) for operand in (lhs, rhs)]
     codes = rhs.args[0]
     per_column = scales[1] == 1 and is_stored(codes) and len(shape_of(codes)) == 2 and rhs.args[3] == 1
