@@ -11,7 +11,9 @@ import timm
 import torch
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.proof import product_timing
 from ptq4vit_fx.export.proof.product_timing import ProductShapes, measure_branches
+from ptq4vit_fx.export.proof.runtime import open_model
 from ptq4vit_fx.inputs.batches import batches_for
 from ptq4vit_fx.passes.graph.stages import float_products
 from ptq4vit_fx.tuning.allocation import Option, allocate
@@ -343,6 +345,20 @@ def test_products_are_timed_in_float_and_as_integers(is_weight):
     linear = ProductShapes("linear", (1, 4, 16), (8, 16), True)
     shapes = linear if is_weight else ProductShapes("matmul", (1, 2, 4, 16), (1, 2, 16, 8), False)
     assert all(0 < seconds < math.inf for seconds in measure_branches(shapes, BRANCHES))
+
+
+def test_no_session_spins_while_the_next_one_is_timed(monkeypatch):
+    """With threads that spin between runs a product of int8 was timed at a third, its twin at three times its time."""
+    opened = []
+
+    def noted(model, threads=0, options=None):
+        opened.append(options)
+        return open_model(model, threads, options)
+
+    monkeypatch.setattr(product_timing, "open_model", noted)
+    measure_branches(ProductShapes("linear", (2, 8), (4, 8), True), BRANCHES)
+    stops = [options.get_session_config_entry("session.force_spinning_stop") for options in opened]
+    assert stops == ["1", "1", "1"]
 
 
 REFUSED = {

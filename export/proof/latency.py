@@ -16,7 +16,7 @@ from onnxruntime import InferenceSession
 from ptq4vit_fx.errors import failure
 from ptq4vit_fx.export.model_files import load_file, unreadable
 from ptq4vit_fx.export.proof.outputs import fixed_batch, run
-from ptq4vit_fx.export.proof.runtime import open_model, quiet_options
+from ptq4vit_fx.export.proof.runtime import in_turn_options, open_model
 
 OPERATION = "measure"
 #: Rounds that are measured, at least and at most; between the two, SECONDS of each file decide.
@@ -159,11 +159,9 @@ class Opened:
 
         threads: 0 lets the runtime choose. Raises PTQError on a file that cannot be read or that the runtime refuses.
         """
-        options = quiet_options(threads)
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         model = load_file(path)
         with unreadable(OPERATION, path, "a model that ONNX Runtime opens"):
-            session = open_model(model, options=options)
+            session = open_model(model, options=in_turn_options(threads))
         return Opened(path, session, fixed_batch(OPERATION, path, session))
 
     def runs(self, images: int) -> Callable[[], Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ptq4vit_fx.export.nodes import DEQUANTIZE, QUANTIZE
-from ptq4vit_fx.export.proof.runtime import open_model
+from ptq4vit_fx.export.proof.runtime import in_turn_options, open_model
 from ptq4vit_fx.product_forms import ProductKind
 
 ROUNDS = 7
@@ -31,8 +31,11 @@ class ProductShapes:
 
 
 def measure_branches(shapes: ProductShapes, branches: Sequence[int]) -> tuple[float, ...]:
-    """Return the median seconds of the product with so many branches on its left, 0 in float, all run in turn."""
-    sessions = [open_model(product_model(shapes, number)) for number in branches]
+    """Return the median seconds of the product with so many branches on its left, 0 in float, all run in turn.
+
+    Measured: where threads spin between runs, those of one session slow the next one by up to ten times.
+    """
+    sessions = [open_model(product_model(shapes, number), options=in_turn_options()) for number in branches]
     feeds = [
         {entry.name: np.random.default_rng(0).random(entry.shape, np.float32) for entry in session.get_inputs()}
         for session in sessions

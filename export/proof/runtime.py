@@ -85,6 +85,13 @@ def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
     return options
 
 
+def in_turn_options(threads: int = 0) -> onnxruntime.SessionOptions:
+    """Return `quiet_options` of a session whose threads sleep while another one runs: else that has a core less."""
+    options = quiet_options(threads)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def exact_options(threads: int = 0) -> onnxruntime.SessionOptions:
     """Return `quiet_options` with which products of weights in blocks compute in float."""
     options = quiet_options(threads)
