@@ -24,8 +24,10 @@ from torch import Tensor
 
 import ptq4vit_fx as ptq
 from ptq4vit_fx.export.float_export import export_float
+from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.latency import in_turn
-from ptq4vit_fx.export.proof.runtime import open_session
+from ptq4vit_fx.export.proof.runtime import in_turn_options, open_model
+from ptq4vit_fx.export.traps import ACCURACY_LEVEL, EXACT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 #: Name -> bits of weights and activations, target.
@@ -41,7 +43,10 @@ OPSET = 21
 
 def running(path: Path, *, exact: bool, threads: int) -> Callable[[Tensor], Tensor]:
     """Return a function from images to logits; exact: in a session that leaves float activations float."""
-    session = open_session(path, exact=exact, threads=threads)
+    options = in_turn_options(threads)
+    if exact:
+        options.add_session_config_entry(ACCURACY_LEVEL, EXACT)
+    session = open_model(load_file(path), options=options)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
