@@ -23,6 +23,7 @@ from simulate import Source, answers, open_source, score
 from torch import Tensor
 
 import ptq4vit_fx as ptq
+from ptq4vit_fx.export.contract import INT4_OPSET
 from ptq4vit_fx.export.float_export import export_float
 from ptq4vit_fx.export.model_files import load_file
 from ptq4vit_fx.export.proof.latency import in_turn
@@ -37,8 +38,6 @@ FILES = {
     "W8A32": (8, 32, "generic"),
     "W4A32": (4, 32, "generic"),
 }
-#: The first opset with tensors of 4 bits.
-OPSET = 21
 
 
 def running(path: Path, *, exact: bool, threads: int) -> Callable[[Tensor], Tensor]:
@@ -59,7 +58,7 @@ def written(source: Source, folder: Path) -> dict[str, Path]:
         prepared = ptq.prepare_fx(source.network, ptq.recipes.best(weights, activations), images[:1])
         ptq.calibrate(prepared, images)
         paths[name] = folder / f"{name}.onnx"
-        options: dict[str, Any] = {"target": target} | ({"opset": OPSET} if target == "generic" else {})
+        options: dict[str, Any] = {"target": target} | ({"opset": INT4_OPSET} if target == "generic" else {})
         ptq.export_onnx(ptq.convert_fx(prepared), paths[name], images[:1], **options)
     return paths
 

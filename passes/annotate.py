@@ -70,11 +70,11 @@ def annotate(graph_module: GraphModule, mapping: QConfigMapping, closed: Sequenc
         qconfig, rule = mapping.resolve(op.name, op.kind)
         chosen = {operand: _quantizer(node, op, operand, qconfig, group_counts) for operand in OPERANDS}
         lhs, rhs = chosen["lhs"], chosen["rhs"]
-        untouched = isinstance(lhs, Unquantized) and isinstance(rhs, Unquantized)
-        if qconfig is None or lhs is None or rhs is None or untouched:
+        if isinstance(lhs, Unquantized) and isinstance(rhs, Unquantized):
+            float_ops.append(FloatOp(op.name, "both operands are activations, which stay float", asked=True))
+            continue
+        if qconfig is None or lhs is None or rhs is None:
             reason = f"left float by {rule}" if rule else "no rule of the QConfigMapping matches it"
-            if untouched:
-                reason = "both operands are activations, which stay float"
             float_ops.append(FloatOp(op.name, reason, asked=rule is not None))
             continue
         mark_product(node, op.name)

@@ -190,7 +190,7 @@ def test_four_bits_in_a_file_stand_beside_float_activations():
     assert isinstance(packed, Target)
 
 
-@pytest.mark.parametrize("name", ["w9a32", "w4a32 uniform", "w4a16", "w32a8"])
+@pytest.mark.parametrize("name", ["w9a32", "w4a32 uniform", "w4a16", "w32a8", f"w4a{'9' * 5000}"])
 def test_forms_that_are_none_are_refused(name):
     with pytest.raises(ptq.PTQError, match=r"expected float, exact, uniform, or bits such as w8a8"):
         form_of(name)

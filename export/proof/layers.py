@@ -58,7 +58,7 @@ def _compare(
     stored = stored_sites(model, "verify_onnx", path)
     read = tuple({site.tensor for site in stored.values() if site.codes is None})
     add_outputs(model, read)
-    session = open_model(model, options=exact_options(0))
+    session = open_model(model, options=exact_options())
     simulation = _Simulation(copy.deepcopy(converted).cpu(), stored)
     fixed = fixed_batch("verify_onnx", path, session)
     at_once = fixed or 1

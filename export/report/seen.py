@@ -14,7 +14,7 @@ from ptq4vit_fx import names
 from ptq4vit_fx.export import nodes
 from ptq4vit_fx.export.nodes import Array
 from ptq4vit_fx.export.proof.outputs import filled, fixed_batch, run
-from ptq4vit_fx.export.proof.runtime import exact_here, open_model
+from ptq4vit_fx.export.proof.runtime import exact_here, exact_options, open_model
 from ptq4vit_fx.export.stored_sites import StoredSite, integers
 from ptq4vit_fx.inputs.records import Place
 from ptq4vit_fx.inputs.tensors import Inputs
@@ -81,13 +81,13 @@ def activations_seen(
     stored: of this model. Values are those of the file, with all that the quantizers in front of them lose.
     """
     model = exact_here(model.clone())
-    watched = {site: one for site in plan.quantizers if (one := _watched(site, model, stored, plan, path)) is not None}
+    watched = {site: one for site in plan.grids if (one := _watched(site, model, stored, plan, path)) is not None}
     made = {nodes.name_of(value): value for node in model.graph for value in node.outputs}
     read = [name for name in dict.fromkeys(one.value for one in watched.values()) if name in made]
     own = len(model.graph.outputs)
     model.graph.outputs.extend(made[name] for name in read if made[name] not in model.graph.outputs)
     added = [nodes.name_of(value) for value in model.graph.outputs]
-    session = open_model(model)
+    session = open_model(model, options=exact_options())
     fixed = fixed_batch("report", path, session)
     for batch in batches:
         for start in range(0, len(batch[0]), fixed or 1):
@@ -169,8 +169,6 @@ def _watched(site: Site, model: ir.Model, stored: dict[str, StoredSite], plan: Q
     Raises PTQError on scales that no quantizer of this package has.
     """
     quantizer = plan.quantizers[site]
-    if isinstance(quantizer, Unquantized):
-        return None
     parts = names.RANGES if isinstance(quantizer, TwinUniform) else (None,)
     found = [stored.get(names.branch(site, part)) for part in parts]
     if any(one is None or one.codes is not None or one.scale.ndim for one in found):

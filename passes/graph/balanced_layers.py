@@ -72,14 +72,14 @@ def mark_places(places: Iterable[Place]) -> None:
             *((own.node, partial(Columns, numbers=own.numbers)) for own in place.readers),
         ]
         for order, (node, layer) in enumerate(made):
-            node.meta[_BALANCED] = (*node.meta.get(_BALANCED, ()), (place.balance.name, order, layer))
+            node.meta[_BALANCED] = node.meta.get(_BALANCED, {}) | {(place.balance.name, order): layer}
 
 
 def marked_places(graph: Graph, balances: Iterable[Balance]) -> list[Place]:
     """Return the places of the balances of a plan, as they were marked on the nodes of a graph."""
     found: dict[Site, list[tuple[int, Rows | Columns]]] = {}
     for node in graph.nodes:
-        for name, order, layer in node.meta.get(_BALANCED, ()):
+        for (name, order), layer in node.meta.get(_BALANCED, {}).items():
             found.setdefault(name, []).append((order, layer(node)))
     places = []
     for balance in balances:

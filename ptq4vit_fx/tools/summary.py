@@ -115,8 +115,8 @@ class Summary:
             ("runtime", made_for(report.target)),
             ("quantized", f"{self.products} products, {self.sites} sites, {bits}, {read}"),
             *([("", self._floats())] if self._floats() else []),
-            *(("trap", str(trap)) for trap in self.verified.traps if trap.name != SATURATION.name),
             ("", f"calibrated in {self.seconds:.1f} s"),
+            *(("trap", str(trap)) for trap in self.verified.traps if trap.name != SATURATION.name),
         ]
         if self.report is not None:
             rows.append(("report", self.report))

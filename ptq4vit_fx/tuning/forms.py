@@ -19,7 +19,7 @@ from ptq4vit_fx.passes.graph.shapes import shape_of
 from ptq4vit_fx.plan import QuantPlan
 from ptq4vit_fx.quantizers import FLOAT_BITS, Quantizer, TwinUniform, Uniform, Unquantized, of_bits
 
-_SPELLED = re.compile(r"[wW](\d)[aA](\d+)( uniform)?")
+_SPELLED = re.compile(r"[wW](\d)[aA](\d{1,2})( uniform)?")
 
 
 @dataclass(frozen=True)
